@@ -1,0 +1,53 @@
+# make demo   pictures in 4 steps beside the 25-step reference, in demo/
+# make test   linter, types and every test, a real ComfyUI included
+# Each makes its own virtual environment once; a second call starts at once.
+
+PYTHON ?= python3
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint clean
+
+DEMO := .venv-demo
+TEST := .venv-test
+SOURCES := sun nodes tests __init__.py
+PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
+
+# Nothing here may ask a model hub for anything: the models are in the repository.
+export HF_HUB_OFFLINE := 1
+export TRANSFORMERS_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export DO_NOT_TRACK := 1
+export PYTHONUTF8 := 1
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+# torch goes in first and alone, so that nothing after it can choose another build.
+$(DEMO)/.installed: pyproject.toml constraints.txt
+	@echo "Installing into $(DEMO) (a few minutes, once)"
+	$(PYTHON) -m venv $(DEMO)
+	$(DEMO)/bin/python -m pip install $(PIP_FLAGS) torch==2.13.0
+	$(DEMO)/bin/python -m pip install $(PIP_FLAGS) -e ".[cli]"
+	@touch $@
+
+$(TEST)/.installed: pyproject.toml constraints.txt $(wildcard tests/comfy/requirements.txt)
+	@echo "Installing into $(TEST) (a few minutes, once)"
+	$(PYTHON) -m venv $(TEST)
+	$(TEST)/bin/python -m pip install $(PIP_FLAGS) torch==2.13.0
+	$(TEST)/bin/python -m pip install $(PIP_FLAGS) -e ".[all,dev]"
+	@touch $@
+
+demo: $(DEMO)/.installed ## four-step pictures beside the 25-step reference, into demo/
+	@$(DEMO)/bin/python -m sun demo --out demo
+
+lint: $(TEST)/.installed ## ruff and mypy
+	$(TEST)/bin/ruff check $(wildcard $(SOURCES))
+	$(TEST)/bin/ruff format --check $(wildcard $(SOURCES))
+	$(TEST)/bin/mypy
+
+test: lint ## linter, types and every test
+	$(TEST)/bin/python -m pytest -c tests/pytest.ini tests
+
+clean: ## remove the environments, caches and demo pictures
+	rm -rf $(DEMO) $(TEST) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
