@@ -1,0 +1,240 @@
+"""The SUN adapter: one small module beside each cross-attention layer of a frozen U-Net (sun.md section 1)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import files
+from .attention import Attend, attend, attention_normalization
+from .files import Layout, SunFileError, SunInfo
+from .layers import guess_layers, layers_of_unet
+
+Linear = Callable[..., nn.Module]
+
+
+class SunLayer(nn.Module):
+    """The adapter of one cross-attention layer: K and V of the negative text and, in the released layout, a second
+    pair for the positive text, each with its Attention Normalization.
+
+    channels: width C of the layer. text_width: width of the text embeddings. positive: with the positive branch.
+    linear: class of the projections, for hosts with their own (ComfyUI's ``comfy.ops.manual_cast.Linear``).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        text_width: int,
+        positive: bool,
+        linear: Linear = nn.Linear,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.channels, self.text_width, self.positive = channels, text_width, positive
+
+        def projection() -> nn.Module:
+            return linear(text_width, channels, bias=False, device=device, dtype=dtype)
+
+        def vector() -> nn.Parameter:
+            return nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
+
+        self.to_k_neg, self.to_v_neg = projection(), projection()
+        self.alpha_neg, self.beta_neg = vector(), vector()
+        if positive:
+            self.to_k_pos, self.to_v_pos = projection(), projection()
+            self.alpha_pos, self.beta_pos = vector(), vector()
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        z_p: torch.Tensor,
+        negative: torch.Tensor,
+        positive: torch.Tensor | None = None,
+        *,
+        heads: int,
+        strength: float = 1.0,
+        attend: Attend = attend,
+    ) -> torch.Tensor:
+        """Return Z = Zp - g(Zn) [+ g'(Ze)] before the layer's ``to_out`` (Eq. 6 and the release's third term).
+
+        query, z_p: [B, T, C], the frozen layer's query and attention output. negative, positive: text embeddings
+        [B, L, text_width]; ``positive`` is needed with the positive branch only. strength scales alpha and beta;
+        0 returns ``z_p`` itself. attend: the host's attention kernel.
+        """
+        if strength == 0.0:
+            return z_p
+        z_n = attend(query, self.to_k_neg(negative), self.to_v_neg(negative), heads)
+        change = -attention_normalization(z_n, z_p, self.alpha_neg, self.beta_neg)
+        if self.positive:
+            if positive is None:
+                raise ValueError("This adapter has a positive branch: pass the positive text embeddings as `positive`.")
+            z_e = attend(query, self.to_k_pos(positive), self.to_v_pos(positive), heads)
+            change = change + attention_normalization(z_e, z_p, self.alpha_pos, self.beta_pos)
+        return (z_p + strength * change).to(z_p.dtype)
+
+
+class SunAdapter(nn.Module):
+    """All layers of an adapter, in the order of ``unet.attn_processors`` (down, up, middle).
+
+    channels: width of each layer. names: readable layer names for files; derived from the widths if not given.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        text_width: int,
+        positive: bool = True,
+        *,
+        names: Sequence[str] | None = None,
+        info: SunInfo | None = None,
+        linear: Linear = nn.Linear,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.text_width, self.positive = text_width, positive
+        self.info = replace(info or SunInfo(), branches="negative+positive" if positive else "negative")
+        self.layers = nn.ModuleList(SunLayer(c, text_width, positive, linear, device, dtype) for c in channels)
+        if names is None:
+            guessed = guess_layers(channels)
+            names = [la.name for la in guessed] if guessed else [f"layers.{i}" for i in range(len(channels))]
+        self.names = tuple(names)
+        if len(self.names) != len(self.layers):
+            raise ValueError(f"{len(self.names)} names for {len(self.layers)} layers.")
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Width of each layer, in order of index."""
+        return tuple(layer.channels for layer in self.sun_layers())
+
+    def sun_layers(self) -> list[SunLayer]:
+        """The layers with their type (``nn.ModuleList`` forgets it)."""
+        return [layer for layer in self.layers if isinstance(layer, SunLayer)]
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        linear: Linear = nn.Linear,
+    ) -> SunAdapter:
+        """Load a file of either layout; ``dtype=None`` keeps the file's. Raises SunFileError if it is not usable."""
+        return cls._from_tensors(files.read(path), device, dtype, linear)
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state_dict: Mapping[str, torch.Tensor],
+        metadata: Mapping[str, str] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        linear: Linear = nn.Linear,
+        where: str = "The state dict",
+    ) -> SunAdapter:
+        """Build an adapter from tensors in either layout's keys, for hosts that read files themselves."""
+        return cls._from_tensors(files.parse(state_dict, metadata, where), device, dtype, linear)
+
+    @classmethod
+    def _from_tensors(
+        cls,
+        content: files.AdapterTensors,
+        device: torch.device | str,
+        dtype: torch.dtype | None,
+        linear: Linear,
+    ) -> SunAdapter:
+        adapter = cls(
+            content.channels,
+            content.text_width,
+            content.positive,
+            names=content.names,
+            info=content.info,
+            linear=linear,
+            device="meta",
+        )
+        for layer, tensors in zip(adapter.layers, content.layers, strict=True):
+            moved = {part: value.to(device=device, dtype=dtype or value.dtype) for part, value in tensors.items()}
+            layer.load_state_dict(moved, assign=True)
+        return adapter
+
+    @classmethod
+    def from_unet(
+        cls,
+        unet: Any,
+        positive: bool = True,
+        alpha: float = 0.5,
+        w: float | None = None,
+        *,
+        beta: float = 0.0,
+        info: SunInfo | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> SunAdapter:
+        """Build a new adapter for a diffusers U-Net, its K and V copied from the U-Net's own cross-attention.
+
+        With ``alpha`` small the student starts near the frozen conditional output. ``w``, the guidance scale it will
+        be trained for, is only recorded. Device and, unless given, dtype are the U-Net's.
+        """
+        layers = layers_of_unet(unet)
+        attentions = [unet.get_submodule(layer.diffusers) for layer in layers]
+        adapter = cls(
+            [layer.channels for layer in layers],
+            attentions[0].to_k.in_features,
+            positive,
+            names=[layer.name for layer in layers],
+            info=replace(info or SunInfo(), guidance_scale=w if w is not None else (info and info.guidance_scale)),
+            device=attentions[0].to_k.weight.device,
+            dtype=dtype or attentions[0].to_k.weight.dtype,
+        )
+        with torch.no_grad():
+            for layer, attention in zip(adapter.sun_layers(), attentions, strict=True):
+                for branch in ("neg", "pos") if positive else ("neg",):
+                    getattr(layer, f"to_k_{branch}").weight.copy_(attention.to_k.weight)
+                    getattr(layer, f"to_v_{branch}").weight.copy_(attention.to_v.weight)
+                    getattr(layer, f"alpha_{branch}").fill_(alpha)
+                    getattr(layer, f"beta_{branch}").fill_(beta)
+        return adapter
+
+    def save(self, path: str | os.PathLike[str], layout: Layout = "sun", dtype: torch.dtype | None = None) -> None:
+        """Write the adapter: ``layout="sun"`` with readable names, "official" with the authors' keys.
+
+        ``dtype=None`` keeps each tensor's. The file appears complete or not at all. Raises SunFileError or OSError.
+        """
+        if dtype is not None and dtype not in files.DTYPES:
+            raise SunFileError(f"{path}: adapters are saved as float32, float16 or bfloat16, not {dtype}.")
+        layers = tuple(
+            {part: layer.state_dict()[part].to(dtype=dtype) for part in self._parts()} for layer in self.layers
+        )
+        files.write(files.AdapterTensors(self.names, layers, self.info), path, layout)
+
+    def check_base(self, channels: Sequence[int], text_width: int, where: str) -> None:
+        """Raise SunFileError, naming both sides, unless the adapter fits a U-Net with these attn2 layers.
+
+        channels: widths in order of index. text_width: width of the text embeddings. where: name of the U-Net.
+        """
+        if text_width == self.text_width and tuple(channels) == self.channels:
+            return
+        name = str(self.info.path) if self.info.path else "The adapter"
+        if text_width != self.text_width:
+            mine, theirs = files.text_width_name(self.text_width), files.text_width_name(text_width)
+            problem = f"it was made for text width {mine}, and {where} has {theirs}"
+        elif len(channels) != len(self.layers):
+            problem = f"it has {len(self.layers)} layers, and {where} has {len(channels)} cross-attention layers"
+        else:
+            i = next(i for i, (a, b) in enumerate(zip(channels, self.channels, strict=True)) if a != b)
+            problem = f"its layer {self.names[i]} is {self.channels[i]} wide, and that of {where} is {channels[i]}"
+        base = f" It was trained on {self.info.base_model}." if self.info.base_model else ""
+        raise SunFileError(
+            f"{name} does not fit: {problem}.{base} Use an adapter trained for this base model, or a model of the "
+            "family the adapter was trained on."
+        )
+
+    def _parts(self) -> list[str]:
+        return [*files.NEGATIVE_PARTS, *(files.POSITIVE_PARTS if self.positive else ())]

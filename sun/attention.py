@@ -1,0 +1,42 @@
+"""The attention arithmetic of SUN (paper Eq. 4-6)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+
+class Attend(Protocol):
+    """A host's attention kernel: query [B, T, C], key and value [B, L, C] -> [B, T, C], heads not split."""
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor: ...
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Multi-head attention by torch's kernel.
+
+    query [B, T, C]; key, value [B, L, C]; mask broadcasts to [B, heads, T, L] -> [B, T, C].
+    """
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(-2)
+
+
+def attention_normalization(
+    z_n: torch.Tensor, z_p: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, eps: float = 1e-6
+) -> torch.Tensor:
+    """Attention Normalization: g(Zn) = alpha * Zn * ||Zp|| / ||Zn|| + beta (Eq. 5).
+
+    z_n, z_p [B, T, C]; alpha, beta [C]. The norms are Frobenius norms over one image (tokens and channels), so that a
+    picture does not depend on its batch mates, and everything is computed in float32 or better. A branch that is
+    zero gives beta. Returns [B, T, C] in float32 (float64 for float64 input).
+    """
+    dtype = torch.promote_types(z_p.dtype, torch.float32)
+    norm_p = torch.linalg.vector_norm(z_p, dim=(-2, -1), keepdim=True, dtype=dtype)
+    norm_n = torch.linalg.vector_norm(z_n, dim=(-2, -1), keepdim=True, dtype=dtype)
+    alpha = alpha.to(device=z_n.device, dtype=dtype)
+    beta = beta.to(device=z_n.device, dtype=dtype)
+    return z_n.to(dtype) * (alpha * (norm_p / norm_n.clamp(min=eps))) + beta

@@ -1,0 +1,351 @@
+"""Adapter files: reading, checking and writing both layouts.
+
+``sun`` layout: "{layer name}.{part}" with readable layer names and metadata in the safetensors header.
+``official`` layout: the keys of the authors' release, "{index}.{part}", index 1, 3, 5, ... (sun.md section 1).
+Both hold the same tensors, so converting loses nothing; our metadata travels in the header of either.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .layers import guess_layers
+
+Layout = Literal["sun", "official"]
+FORMAT = "sun-adapter-1"
+
+# Our name of each part of a layer -> the authors' name.
+NEGATIVE_PARTS = {
+    "to_k_neg.weight": "to_k_neg.weight",
+    "to_v_neg.weight": "to_v_neg.weight",
+    "alpha_neg": "to_k_neg_alpha",
+    "beta_neg": "to_k_neg_beta",
+}
+POSITIVE_PARTS = {
+    "to_k_pos.weight": "to_k_extra_pos.weight",
+    "to_v_pos.weight": "to_v_extra_pos.weight",
+    "alpha_pos": "to_k_extra_pos_alpha",
+    "beta_pos": "to_k_extra_pos_beta",
+}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FOREIGN_TEXT_WIDTHS = {1024: "Stable Diffusion 2.x", 1280: "SDXL's second text encoder", 2048: "SDXL"}
+
+
+class SunFileError(ValueError):
+    """A file or adapter that cannot be used; the message says which, why and what to do."""
+
+
+@dataclass(frozen=True)
+class SunInfo:
+    """What is known about an adapter besides its weights; kept in the file's header."""
+
+    base_model: str = ""
+    """Name of the model it was trained on."""
+    guidance_scale: float | None = None
+    """w, the classifier-free guidance scale fixed in the weights."""
+    stage_length: float | None = None
+    """Delta, the share of the time axis one step covers (0.25: four steps)."""
+    branches: str = ""
+    """"negative" (the paper) or "negative+positive" (the authors' release)."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Settings and outcome of the training run."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Other header entries, kept as they are."""
+    path: Path | None = None
+    layout: Layout | None = None
+
+
+@dataclass(frozen=True)
+class AdapterTensors:
+    """The checked content of a file: for each layer, in order of index, its name and its parts by our names."""
+
+    names: tuple[str, ...]
+    layers: tuple[dict[str, torch.Tensor], ...]
+    info: SunInfo
+
+    @property
+    def positive(self) -> bool:
+        return "to_k_pos.weight" in self.layers[0]
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        return tuple(layer["to_k_neg.weight"].shape[0] for layer in self.layers)
+
+    @property
+    def text_width(self) -> int:
+        return self.layers[0]["to_k_neg.weight"].shape[1]
+
+
+def read(path: str | os.PathLike[str]) -> AdapterTensors:
+    """Read and check an adapter file of either layout; safetensors, or a pickle holding nothing but tensors.
+
+    Raises SunFileError for anything that is not a complete, finite SUN adapter.
+    """
+    path = Path(path)
+    state_dict, metadata = _read_tensors(path)
+    content = parse(state_dict, metadata, str(path))
+    return replace(content, info=replace(content.info, path=path))
+
+
+def parse(
+    state_dict: Mapping[str, Any], metadata: Mapping[str, str] | None = None, where: str = "The state dict"
+) -> AdapterTensors:
+    """Check a state dict of either layout and put it in order. ``where`` names it in errors (SunFileError)."""
+    info = _info_from_metadata(metadata or {}, where)
+    official = any(re.match(r"\d+\.", key) for key in state_dict if isinstance(key, str))
+    parts = NEGATIVE_PARTS | POSITIVE_PARTS
+    ours_of = {theirs: ours for ours, theirs in parts.items()} if official else {ours: ours for ours in parts}
+    suffixes = sorted(ours_of, key=len, reverse=True)
+
+    grouped: dict[str, dict[str, torch.Tensor]] = {}
+    extra: list[str] = []
+    for key, value in state_dict.items():
+        suffix = next((s for s in suffixes if isinstance(key, str) and key.endswith(f".{s}")), None)
+        layer = key.removesuffix(f".{suffix}") if suffix else ""
+        if suffix is None or not _is_layer(layer, official):
+            extra.append(str(key))
+        elif not isinstance(value, torch.Tensor):
+            raise SunFileError(f"{where}: {key} is a {type(value).__name__}, not a tensor. Get the file again.")
+        else:
+            grouped.setdefault(layer, {})[ours_of[suffix]] = value
+    if not grouped:
+        raise SunFileError(
+            f"{where} is not a SUN adapter: it has none of the keys of one, such as '1.to_k_neg.weight' "
+            f"(found: {_some(extra) or 'nothing'}). Choose a SUN adapter file."
+        )
+    if extra:
+        raise SunFileError(
+            f"{where} has {len(extra)} keys that do not belong to a SUN adapter: {_some(extra)}. "
+            "Choose a SUN adapter file, or remove them."
+        )
+
+    names = sorted(grouped, key=int if official else _layer_order)
+    wanted = [*NEGATIVE_PARTS, *(POSITIVE_PARTS if any(set(g) & set(POSITIVE_PARTS) for g in grouped.values()) else ())]
+    expected = [str(2 * i + 1) for i in range(max(len(names), (int(names[-1]) + 1) // 2))] if official else names
+    label = parts if official else {ours: ours for ours in parts}
+    missing = [f"{n}.{label[part]}" for n in expected[:1000] for part in wanted if part not in grouped.get(n, {})]
+    if missing:
+        raise SunFileError(f"{where} is incomplete: {len(missing)} keys are missing: {_some(missing)}. Get it again.")
+    if official and names != expected:
+        raise SunFileError(
+            f"{where} numbers its layers {_some(names)}; a SUN adapter has 1, 3, 5, ... Choose a SUN adapter file."
+        )
+
+    layers = tuple({part: grouped[name][part] for part in wanted} for name in names)
+    _check_tensors(names, layers, label, where)
+    _check_declared(metadata or {}, layers, where)
+    if official:
+        guessed = guess_layers([layer["to_k_neg.weight"].shape[0] for layer in layers])
+        names = [la.name for la in guessed] if guessed else [f"layers.{i}" for i in range(len(layers))]
+    branches = "negative+positive" if "to_k_pos.weight" in layers[0] else "negative"
+    return AdapterTensors(
+        tuple(names), layers, replace(info, branches=branches, layout="official" if official else "sun")
+    )
+
+
+def write(content: AdapterTensors, path: str | os.PathLike[str], layout: Layout = "sun") -> None:
+    """Write an adapter file in one piece: it appears under ``path`` complete or not at all.
+
+    Raises SunFileError if the adapter holds NaN or infinity or the layout is unknown, OSError if writing fails.
+    """
+    path = Path(path)
+    if layout not in ("sun", "official"):
+        raise SunFileError(f"{path}: unknown layout {layout!r}. Use 'sun' or 'official'.")
+    label = NEGATIVE_PARTS | POSITIVE_PARTS
+    tensors: dict[str, torch.Tensor] = {}
+    for i, (name, layer) in enumerate(zip(content.names, content.layers, strict=True)):
+        for part, value in layer.items():
+            key = f"{name}.{part}" if layout == "sun" else f"{2 * i + 1}.{label[part]}"
+            if not torch.isfinite(value).all():
+                raise SunFileError(f"{path} was not written: {key} holds NaN or infinity. Did the training diverge?")
+            tensors[key] = value.detach().cpu().contiguous().clone()  # safetensors refuses shared memory
+    metadata = _metadata(content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it readable by the owner alone
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def text_width_name(width: int) -> str:
+    """Return "1024 (Stable Diffusion 2.x)" for widths known from other families, else the number."""
+    family = FOREIGN_TEXT_WIDTHS.get(width, "Stable Diffusion 1.x" if width == 768 else "")
+    return f"{width} ({family})" if family else str(width)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def _read_tensors(path: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
+    if path.is_dir():
+        raise SunFileError(f"{path} is a folder. Give the adapter file inside it.")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(64)
+    except FileNotFoundError:
+        raise SunFileError(f"{path} does not exist. Check the path.") from None
+    except OSError as error:
+        raise SunFileError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if not head:
+        raise SunFileError(f"{path} is empty. Get it again.")
+    if head.startswith(b"version https://git-lfs"):
+        raise SunFileError(f"{path} is a Git LFS pointer, not the file itself. Run `git lfs pull`.")
+    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")) and head[8:9] != b"{":
+        return _read_pickle(path), {}
+    header = int.from_bytes(head[:8], "little")
+    if head[8:9] != b"{" or header > 100_000_000:
+        raise SunFileError(f"{path} is not a safetensors file. Choose a SUN adapter (.safetensors).")
+    try:
+        with safe_open(str(path), framework="pt") as tensors:
+            # clone: what safetensors returns is mapped from the file, which may be replaced later
+            return {key: tensors.get_tensor(key).clone() for key in tensors.keys()}, tensors.metadata() or {}
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        state = "truncated" if size < 8 + header or "incomplete" in str(error).lower() else "damaged"
+        raise SunFileError(
+            f"{path} is a {state} safetensors file ({size:,} bytes: {error}). Download or copy it again."
+        ) from error
+
+
+def _read_pickle(path: Path) -> Mapping[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises anything on hostile or damaged input
+        raise SunFileError(
+            f"{path} is a pickle that holds more than tensors or is damaged, and was not loaded, because pickles can "
+            "run code. Ask for a .safetensors file, or convert it where you trust it."
+        ) from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise SunFileError(f"{path} holds a {type(content).__name__}, not named tensors. Choose a SUN adapter file.")
+    return content
+
+
+def _is_layer(name: str, official: bool) -> bool:
+    pattern = r"0|[1-9]\d{0,5}" if official else r"[A-Za-z_]\w*(\.\w+)*"
+    return re.fullmatch(pattern, name, flags=re.ASCII) is not None
+
+
+def _layer_order(name: str) -> tuple[Any, ...]:
+    """Sort key of a layer name in the order of ``index``: down, up, middle, each by its numbers."""
+    kind = {"down_blocks": 0, "up_blocks": 1, "mid_block": 2}.get(name.split(".")[0], 3)
+    return kind, [int(n[:9]) for n in re.findall(r"\d+", name)], name
+
+
+def _check_tensors(
+    names: Sequence[str], layers: Sequence[Mapping[str, torch.Tensor]], label: Mapping[str, str], where: str
+) -> None:
+    first = layers[0]["to_k_neg.weight"]
+    for name, layer in zip(names, layers, strict=True):
+        width = layer["to_k_neg.weight"].shape[0] if layer["to_k_neg.weight"].ndim else 0
+        text = first.shape[1] if first.ndim == 2 else 0
+        for part, value in layer.items():
+            key = f"{name}.{label[part]}"
+            shape = (width, text) if part.endswith(".weight") else (width,)
+            if tuple(value.shape) != shape or value.numel() == 0:
+                raise SunFileError(
+                    f"{where}: {key} has shape {list(value.shape)} where {list(shape)} belongs. "
+                    "The file mixes models or is damaged; choose another."
+                )
+            if value.dtype not in DTYPES:
+                raise SunFileError(
+                    f"{where}: {key} is stored as {str(value.dtype).removeprefix('torch.')}; a SUN adapter is float32, "
+                    "float16 or bfloat16. Convert it to one of them."
+                )
+            if not torch.isfinite(value).all():
+                raise SunFileError(f"{where}: {key} holds NaN or infinity. The file is damaged; get it again.")
+
+
+def _check_declared(metadata: Mapping[str, str], layers: Sequence[Mapping[str, torch.Tensor]], where: str) -> None:
+    """Compare what the header says with what is there; without a header only SD 1.x can be meant."""
+    text_width = layers[0]["to_k_neg.weight"].shape[1]
+    branches = "negative+positive" if "to_k_pos.weight" in layers[0] else "negative"
+    for key, found in {"text_width": str(text_width), "layers": str(len(layers)), "branches": branches}.items():
+        if metadata.get(key, found) != found:
+            raise SunFileError(
+                f"{where} should have {key} = {_short(metadata[key])} by its own header, but has {found}. "
+                "The file is incomplete or was edited; get it again."
+            )
+    if text_width in FOREIGN_TEXT_WIDTHS and "text_width" not in metadata:
+        raise SunFileError(
+            f"{where} was made for text width {text_width_name(text_width)}. SUN adapters belong to Stable Diffusion "
+            "1.x (768); choose one made for it."
+        )
+
+
+# --- metadata ----------------------------------------------------------------------------------------------------
+
+_OWN_KEYS = ("format", "base_model", "w", "stage_length", "branches", "layers", "text_width", "training")
+
+
+def _info_from_metadata(metadata: Mapping[str, str], where: str) -> SunInfo:
+    stated = metadata.get("format", FORMAT)
+    if stated.startswith("sun-adapter-") and stated != FORMAT:
+        raise SunFileError(f"{where} has format {_short(stated)}; this version reads {FORMAT}. Update SUN.")
+    notes = {key: value for key, value in metadata.items() if key not in _OWN_KEYS}
+    if stated != FORMAT:
+        notes["format"] = stated  # other tools' mark, "pt"
+
+    def number(key: str) -> float | None:
+        try:
+            return float(metadata[key]) if key in metadata else None
+        except ValueError:
+            raise SunFileError(f"{where}: header entry {key} = {_short(metadata[key])} is not a number.") from None
+
+    try:
+        training = json.loads(metadata.get("training", "{}"))
+    except (ValueError, RecursionError):
+        training = None
+    if not isinstance(training, dict):
+        raise SunFileError(f"{where}: header entry 'training' is not a JSON object. Get the file again.")
+    return SunInfo(metadata.get("base_model", ""), number("w"), number("stage_length"), "", training, notes)
+
+
+def _metadata(content: AdapterTensors) -> dict[str, str]:
+    info = content.info
+    metadata = {key: value for key, value in info.notes.items() if key != "format"} | {
+        "format": FORMAT,
+        "branches": "negative+positive" if content.positive else "negative",
+        "layers": str(len(content.layers)),
+        "text_width": str(content.text_width),
+    }
+    if info.base_model:
+        metadata["base_model"] = info.base_model
+    if info.guidance_scale is not None:
+        metadata["w"] = repr(float(info.guidance_scale))
+    if info.stage_length is not None:
+        metadata["stage_length"] = repr(float(info.stage_length))
+    if info.training:
+        metadata["training"] = json.dumps(info.training, sort_keys=True, default=str)
+    return metadata
+
+
+def _some(keys: Sequence[str], limit: int = 3) -> str:
+    return ", ".join(_short(key) for key in keys[:limit]) + (", ..." if len(keys) > limit else "")
+
+
+def _short(text: str, limit: int = 80) -> str:
+    return repr(text if len(text) <= limit else text[:limit] + "...")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,72 @@
+"""Which timesteps SUN visits and how it steps between them (sun.md section 2; paper Eq. 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeVar
+
+import torch
+
+DenoiseMode = Literal["trained", "respaced"]
+Scalar = TypeVar("Scalar", float, torch.Tensor)
+
+
+def trailing_timesteps(steps: int, num_train_timesteps: int = 1000) -> list[int]:
+    """Return the ``steps`` timesteps of the "trailing" schedule, from the noisiest down; 4 steps: 999, 749, 499, 249.
+
+    t_k = round(arange(T, 0, -T / steps)) - 1. The arithmetic is numpy's (floats, half to even), so that every count
+    gives the timesteps of diffusers' schedulers with ``timestep_spacing="trailing"``.
+
+    Raises ValueError when ``steps`` is not between 1 and ``num_train_timesteps``.
+    """
+    if not 1 <= steps <= num_train_timesteps:
+        raise ValueError(f"steps must be between 1 and {num_train_timesteps}, not {steps}.")
+    start = float(num_train_timesteps)
+    delta = (start - num_train_timesteps / steps) - start  # numpy.arange steps by the rounded difference
+    return [round(start + k * delta) - 1 for k in range(steps)]
+
+
+def denoise_timesteps(
+    steps: int, denoise: float, mode: DenoiseMode = "trained", num_train_timesteps: int = 1000
+) -> list[int]:
+    """Return the timesteps of an image-to-image run that keeps part of the picture.
+
+    ``denoise`` (0 to 1) is the share of the noise axis that is run: diffusers' ``strength``, ComfyUI's ``denoise``.
+    ``mode="trained"`` keeps the timesteps the adapter was trained on and drops the first ones, as diffusers and the
+    authors do: 4 steps at 0.5 give 499, 249. ``mode="respaced"`` always runs ``steps`` steps, ComfyUI's convention:
+    499, 374, 249, 124. The list is empty when nothing is left to do; the caller then returns its input.
+
+    Raises ValueError for a denoise outside 0 to 1, an unknown mode or an impossible number of steps.
+    """
+    if not 0.0 <= denoise <= 1.0:
+        raise ValueError(f"denoise must be between 0 and 1, not {denoise}.")
+    trained = trailing_timesteps(steps, num_train_timesteps)
+    if mode == "trained":
+        return trained[steps - int(steps * denoise) :]
+    if mode == "respaced":
+        if denoise == 0.0:
+            return []
+        total = min(int(steps / denoise), num_train_timesteps)
+        return trailing_timesteps(total, num_train_timesteps)[-steps:]
+    raise ValueError(f"mode must be 'trained' or 'respaced', not {mode!r}.")
+
+
+def alpha_sigma(
+    alphas_cumprod: torch.Tensor | Sequence[float], t: int | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (a, s) = (sqrt(alphas_cumprod[t]), sqrt(1 - alphas_cumprod[t])) with the shape of ``t``.
+
+    A negative ``t`` stands for the clean end of the trajectory: (1, 0).
+    """
+    table = torch.as_tensor(alphas_cumprod)
+    index = torch.as_tensor(t, device=table.device)
+    cumprod = torch.where(index < 0, torch.ones_like(table[0]), table[index.clamp(min=0)])
+    return cumprod.sqrt(), (1.0 - cumprod).sqrt()
+
+
+def ddim_step(x: torch.Tensor, eps: torch.Tensor, a_t: Scalar, s_t: Scalar, a_s: Scalar, s_s: Scalar) -> torch.Tensor:
+    """Step from time t to the cleaner time s along the DDIM trajectory, eta 0 (Eq. 9).
+
+    ``x`` and ``eps`` have the same shape; the coefficients are numbers or broadcast against it.
+    """
+    return a_s * (x - s_t * eps) / a_t + s_s * eps

@@ -1,0 +1,9 @@
+"""Where the models that come with the package are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+MODELS_DIR = Path(__file__).resolve().parent / "models"
+EMOJI_DIFFUSION = MODELS_DIR / "emoji-diffusion"
+EMOJI_SUN = MODELS_DIR / "emoji-sun.safetensors"
