@@ -1,0 +1,212 @@
+"""Loads a small Stable Diffusion in diffusers' folder layout (Emoji Diffusion) as ComfyUI's MODEL, CLIP and VAE.
+
+ComfyUI's own loaders know only the published widths (320 channels, CLIP-L), so the parts are put together here from its
+classes: a UNetModel, an SD1 CLIP with another size and vocabulary, and TAESD. Nothing is written to disk.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import comfy.latent_formats
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import comfy.supported_models_base
+import comfy.utils
+import folder_paths
+import torch
+from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+class EmojiDiffusionError(ValueError):
+    """The folder is incomplete or holds a model these classes cannot express; the message says which part and why."""
+
+
+def load(folder: Path) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+    """MODEL, CLIP and VAE of a diffusers folder. Raises EmojiDiffusionError."""
+    missing = [part for part in PARTS if not (folder / part).is_dir()]
+    if missing:
+        raise EmojiDiffusionError(f"Emoji Diffusion is incomplete: {folder} has no {', '.join(missing)}. Install the SUN node pack again.")
+    return load_unet(folder), load_clip(folder), load_vae(folder / "vae")
+
+
+def fingerprint(folder: Path) -> str:
+    """Changes when a file of the folder does."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    return ";".join(f"{path.stat().st_mtime_ns}-{path.stat().st_size}" for path in files)
+
+
+def _config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise EmojiDiffusionError(f"{folder} should hold one .safetensors file and holds {len(files)}. Install the SUN node pack again.")
+    return comfy.utils.load_torch_file(str(files[0]), safe_load=True)
+
+
+def _load_exactly(module: torch.nn.Module, weights: dict[str, torch.Tensor], part: str, optional: tuple[str, ...] = ()) -> None:
+    """load_state_dict that refuses anything missing or left over, except missing names that start with `optional`."""
+    missing, unexpected = module.load_state_dict(weights, strict=False)
+    wrong = [name for name in missing if not name.startswith(optional or ("\0",))] + list(unexpected)
+    if wrong:
+        raise EmojiDiffusionError(f"The {part} of Emoji Diffusion has {len(wrong)} tensors that do not fit, such as {wrong[0]}.")
+
+
+# --------------------------------------------------------------------------------------------------------------- U-Net
+
+
+def unet_config(config: dict[str, Any]) -> dict[str, Any]:
+    """ComfyUI's UNetModel arguments for a diffusers UNet2DConditionModel config of the SD 1.x kind."""
+    widths = config["block_out_channels"]
+    layers = config["layers_per_block"]
+    down = [int("CrossAttn" in kind) for kind in config["down_block_types"]]
+    up = [int("CrossAttn" in kind) for kind in config["up_block_types"]]
+    multiples = all(width % widths[0] == 0 for width in widths)  # all that ComfyUI's U-Net has words for
+    if down != up[::-1] or config.get("norm_num_groups", 32) != 32 or not isinstance(layers, int) or not multiples:
+        raise EmojiDiffusionError("The U-Net of Emoji Diffusion is not of the SD 1.x kind; ComfyUI cannot express it.")
+    return {
+        "image_size": 32,
+        "in_channels": config["in_channels"],
+        "out_channels": config["out_channels"],
+        "model_channels": widths[0],
+        "channel_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": [layers] * len(widths),
+        "transformer_depth": [depth for depth in down for _ in range(layers)],
+        "transformer_depth_middle": 1,
+        "transformer_depth_output": [depth for depth in down for _ in range(layers + 1)],  # popped from the end
+        "context_dim": config["cross_attention_dim"],
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": bool(config.get("use_linear_projection", False)),
+        "use_temporal_attention": False,
+        "adm_in_channels": None,
+        "num_classes": None,
+        "legacy": False,
+    }
+
+
+def load_unet(folder: Path) -> comfy.model_patcher.ModelPatcher:
+    config = _config(folder / "unet")
+    # diffusers' attention_head_dim is, for this model, the number of heads (a naming accident kept for old files).
+    heads = config.get("num_attention_heads") or config["attention_head_dim"]
+
+    class EmojiDiffusion(comfy.supported_models.SD15):
+        unet_extra_config = {"num_heads": heads, "num_head_channels": -1}
+        sampling_settings = _sampling_settings(_config(folder / "scheduler", "scheduler_config.json"))
+
+    model_config = EmojiDiffusion(unet_config(config))
+    weights = _weights(folder / "unet")
+    names = comfy.utils.unet_to_diffusers(model_config.unet_config)
+    unknown = [name for name in weights if name not in names]
+    if unknown:
+        raise EmojiDiffusionError(f"The U-Net of Emoji Diffusion has {len(unknown)} unknown tensors, such as {unknown[0]}.")
+    weights = {names[name]: weight for name, weight in weights.items()}
+
+    device = comfy.model_management.get_torch_device()
+    dtype = comfy.model_management.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(weights),
+        supported_dtypes=model_config.supported_inference_dtypes,
+        weight_dtype=comfy.utils.weight_dtype(weights),
+    )
+    model_config.set_inference_dtype(
+        dtype, comfy.model_management.unet_manual_cast(dtype, device, model_config.supported_inference_dtypes)
+    )
+    offload = comfy.model_management.unet_offload_device()
+    model = model_config.get_model(weights, device=offload)
+    _load_exactly(model.diffusion_model, weights, "U-Net")
+    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
+
+
+def _sampling_settings(scheduler: dict[str, Any]) -> dict[str, Any]:
+    if scheduler["beta_schedule"] != "scaled_linear" or scheduler.get("prediction_type", "epsilon") != "epsilon":
+        raise EmojiDiffusionError("Emoji Diffusion's noise schedule is not Stable Diffusion's; ComfyUI cannot express it here.")
+    return {
+        "beta_schedule": "linear",  # ComfyUI's name for diffusers' "scaled_linear"
+        "linear_start": scheduler["beta_start"],
+        "linear_end": scheduler["beta_end"],
+        "timesteps": scheduler["num_train_timesteps"],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------- CLIP
+
+
+class SmallClip(SDClipModel):
+    """SD 1.x's text encoder at the size and vocabulary of `config` (transformers' CLIPTextConfig as a dict)."""
+
+    def __init__(
+        self, config: dict[str, Any], tokens: dict[str, int], device: Any = "cpu", dtype: Any = None, model_options: Any = None
+    ) -> None:
+        super().__init__(
+            device=device,
+            dtype=dtype,
+            textmodel_json_config=config,
+            special_tokens=tokens,
+            return_projected_pooled=False,
+            model_options=model_options or {},
+        )
+        # ComfyUI fixes CLIP's vocabulary at 49408 words.
+        self.transformer.set_input_embeddings(
+            self.operations.Embedding(config["vocab_size"], config["hidden_size"], device=device, dtype=dtype)
+        )
+        torch.nn.init.eye_(self.transformer.text_projection.weight)  # SD 1.x has none; left alone it would hold noise
+        self.freeze()
+
+
+def load_clip(folder: Path) -> comfy.sd.CLIP:
+    config = _config(folder / "text_encoder")
+    tokenizer = functools.partial(SDTokenizer, str(folder / "tokenizer"), embedding_size=config["hidden_size"])
+    tokens = _special_tokens(tokenizer().tokenizer)
+    tokenizer.keywords["pad_token"] = tokens["pad"]
+
+    target = comfy.supported_models_base.ClipTarget(
+        functools.partial(SD1Tokenizer, tokenizer=tokenizer),
+        functools.partial(SD1ClipModel, clip_model=functools.partial(SmallClip, config, tokens)),
+    )
+    weights = _weights(folder / "text_encoder")
+    clip = comfy.sd.CLIP(
+        target,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        parameters=comfy.utils.calculate_parameters(weights),
+    )
+    weights = {name if name.startswith("text_model.") else f"text_model.{name}": weight for name, weight in weights.items()}
+    weights.pop("text_model.embeddings.position_ids", None)
+    _load_exactly(clip.cond_stage_model.clip_l.transformer, weights, "text encoder", optional=("text_projection.",))
+    return clip
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, int]:
+    return {"start": tokenizer.bos_token_id, "end": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+
+
+# ----------------------------------------------------------------------------------------------------------------- VAE
+
+
+def load_vae(folder: Path) -> comfy.sd.VAE:
+    """diffusers' AutoencoderTiny as ComfyUI's TAESD, between pixels and LATENTs in SD 1.5's scale."""
+    config = _config(folder)
+    weights = {_taesd_name(name): weight for name, weight in _weights(folder).items()}
+    # A LATENT is the U-Net's latent divided by SD 1.5's factor; the autoencoder's is divided by its own.
+    factor = comfy.latent_formats.SD15().scale_factor / config.get("scaling_factor", 1.0)
+    weights["vae_scale"] = torch.tensor(factor)
+    weights["vae_shift"] = torch.tensor(0.0)
+    return comfy.sd.VAE(sd=weights)
+
+
+def _taesd_name(name: str) -> str:
+    """ "decoder.layers.0.weight" -> "taesd_decoder.1.weight": TAESD's decoder starts with a Clamp that has no weights."""
+    match = re.fullmatch(r"(encoder|decoder)\.layers\.(\d+)\.(.+)", name)
+    if match is None:
+        raise EmojiDiffusionError(f"The VAE of Emoji Diffusion has a tensor {name}, which TAESD does not know.")
+    side, number, rest = match.groups()
+    return f"taesd_{side}.{int(number) + (side == 'decoder')}.{rest}"

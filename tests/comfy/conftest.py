@@ -1,0 +1,242 @@
+"""Fixtures for the tests on a real ComfyUI: the host itself, this pack loaded into it, and models to run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file, in every import mode of pytest
+from comfyui_host import REPOSITORY, STUBS, obtain_comfyui  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: starts a program or builds a large model; leave out with -m 'not slow'")
+
+
+@pytest.fixture(scope="session")
+def comfyui_folder() -> Path:
+    """A ComfyUI source tree."""
+    return obtain_comfyui()
+
+
+@contextlib.contextmanager
+def _import_path(folder: Path) -> Iterator[None]:
+    """`folder` first on sys.path (ComfyUI's `nodes` is a top-level module), the stubs last, for what is not installed."""
+    from transformers.utils.import_utils import is_torchaudio_available, is_torchvision_available
+
+    is_torchvision_available(), is_torchaudio_available()  # asked once and remembered: before the stubs are there
+    sys.path.insert(0, str(folder))
+    sys.path.append(str(STUBS))
+    for name in ("nodes", "utils", "app", "server", "execution"):
+        sys.modules.pop(name, None)
+    try:
+        yield
+    finally:
+        sys.path.remove(str(STUBS))
+        for name in [name for name in sys.modules if name.split(".")[0] in ("torchvision", "torchaudio")]:
+            if str(STUBS) in (getattr(sys.modules[name], "__file__", None) or ""):
+                del sys.modules[name]  # no other test may take them for the real thing
+
+
+@pytest.fixture(scope="session")
+def host(comfyui_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """ComfyUI in this process, on the CPU, with this pack loaded by ComfyUI's own loader.
+
+    .nodes maps node ids to classes; .pack is the pack's module, .part(name) one of its modules; .base the base folder.
+    """
+    base = tmp_path_factory.mktemp("comfyui-base")
+    for folder in ("models/sun", "models/embeddings", "input", "output", "temp", "custom_nodes"):
+        (base / folder).mkdir(parents=True)
+    with _import_path(comfyui_folder):
+        import comfy.options
+
+        comfy.options.enable_args_parsing(False)
+        from comfy.cli_args import args
+
+        args.cpu = True
+        args.base_directory = str(base)
+        import comfy.sample
+        import comfy.samplers
+        import comfy.sd
+        import nodes
+
+        assert asyncio.run(nodes.load_custom_node(str(REPOSITORY))), "ComfyUI could not load the pack"
+    name = nodes.NODE_CLASS_MAPPINGS["SUN_Apply"].__module__.rsplit(".nodes.", 1)[0]
+    return SimpleNamespace(
+        comfy=comfy,
+        nodes=nodes.NODE_CLASS_MAPPINGS,
+        titles=nodes.NODE_DISPLAY_NAME_MAPPINGS,
+        pack=sys.modules[name],
+        part=lambda part: importlib.import_module(f"{name}.{part}"),
+        base=base,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+def _byte_tokenizer(folder: Path) -> None:
+    """A CLIP vocabulary of single bytes: every text works, nothing is learned."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+
+
+def make_emoji_stand_in(folder: Path, seed: int = 0) -> None:
+    """A diffusers folder shaped like Emoji Diffusion, with random weights in fp16."""
+    from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(seed)
+    _byte_tokenizer(folder / "bytes")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "bytes", model_max_length=77)
+    end = tokenizer.eos_token_id
+    text = CLIPTextConfig(
+        hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, hidden_act="quick_gelu",
+        vocab_size=len(tokenizer), max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=end,
+        pad_token_id=end,
+    )  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        unet=UNet2DConditionModel(
+            sample_size=16, block_out_channels=(64, 128, 128, 64), layers_per_block=2, cross_attention_dim=128,
+            attention_head_dim=4,
+        ),
+        vae=AutoencoderTiny(scaling_factor=1.7),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, set_alpha_to_one=False, steps_offset=1,
+            clip_sample=False,
+        ),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).to(dtype=torch.float16)  # fmt: skip
+    pipe.save_pretrained(folder)
+    shutil.rmtree(folder / "bytes")
+
+
+@pytest.fixture(scope="session")
+def emoji_folder(host: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped model, or, before it exists, random weights of the same shape, put in its place."""
+    nodes = host.part("nodes.nodes")
+    if not (nodes.EMOJI_DIFFUSION / "unet").is_dir():
+        nodes.EMOJI_DIFFUSION = tmp_path_factory.mktemp("emoji-diffusion")
+        make_emoji_stand_in(nodes.EMOJI_DIFFUSION)
+    return nodes.EMOJI_DIFFUSION
+
+
+@pytest.fixture(scope="session")
+def emoji(host: SimpleNamespace, emoji_folder: Path) -> SimpleNamespace:
+    """MODEL, CLIP and VAE from the node Load Emoji Diffusion. Tests clone the model, they never change it."""
+    model, clip, vae = host.nodes["SUN_LoadEmojiDiffusion"].execute().result
+    return SimpleNamespace(model=model, clip=clip, vae=vae)
+
+
+@pytest.fixture(scope="session")
+def adapter_file(host: SimpleNamespace, emoji_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped adapter, or a random one for the stand-in model."""
+    folders = host.part("nodes.folders")
+    if not folders.EMOJI_SUN.is_file():
+        folders.EMOJI_SUN = tmp_path_factory.mktemp("adapter") / "emoji-sun.safetensors"
+        make_adapter(emoji_folder, folders.EMOJI_SUN)
+    return folders.EMOJI_SUN
+
+
+def make_adapter(model_folder: Path, path: Path, positive: bool = True, seed: int = 1) -> None:
+    """An adapter for a diffusers model, at its start values with some noise on them."""
+    from diffusers import UNet2DConditionModel
+
+    from sun import SunAdapter
+
+    torch.manual_seed(seed)
+    adapter = SunAdapter.from_unet(UNet2DConditionModel.from_pretrained(model_folder / "unet"), positive=positive)
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.2 if "alpha" in name else 0.02))
+    adapter.save(path, dtype=torch.float16)
+
+
+@pytest.fixture(scope="session")
+def adapter(host: SimpleNamespace, adapter_file: Path) -> SimpleNamespace:
+    """SUN_ADAPTER from the node Load SUN Adapter."""
+    load = host.nodes["SUN_LoadAdapter"]
+    return load.execute(host.part("nodes.folders").SHIPPED).result[0]
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+class Counts:
+    """Counts calls of modules while it is entered: .unet, .sun (layer calls), and the .timesteps the U-Net saw."""
+
+    def __init__(self, model, adapter) -> None:
+        self._model, self._adapter = model, adapter
+
+    def __enter__(self) -> Counts:
+        self.unet, self.sun, self.timesteps, self._handles = 0, 0, [], []
+        self._handles.append(self._model.model.diffusion_model.register_forward_pre_hook(self._unet))
+        for layer in self._adapter.patcher.model.layers:
+            self._handles.append(layer.register_forward_pre_hook(self._sun))
+        return self
+
+    def _unet(self, _, args) -> None:
+        self.unet += 1
+        self.timesteps.append(int(args[1][0]))
+
+    def _sun(self, *_) -> None:
+        self.sun += 1
+
+    def __exit__(self, *_) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+@pytest.fixture
+def run(host: SimpleNamespace, emoji: SimpleNamespace, adapter: SimpleNamespace) -> SimpleNamespace:
+    """Short names for what the tests do with nodes."""
+
+    def apply(model=None, strength: float = 1.0, negative=None, adapter=adapter):
+        return host.nodes["SUN_Apply"].execute(model or emoji.model, adapter, strength, negative).result[0]
+
+    def encode(text: str):
+        return host.nodes["CLIPTextEncode"]().encode(emoji.clip, text)[0]
+
+    def latent(width: int = 128, height: int = 128, batch: int = 1):
+        return {"samples": torch.zeros(batch, 4, height // 8, width // 8)}
+
+    default_positive, default_negative = encode("large polar bear, yellow background"), encode("blurry, red, a car")
+
+    def sun(model, positive=default_positive, negative=default_negative, start=None, seed=7, steps=4, denoise=1.0):
+        sampler = host.nodes["SUN_Sampler"]
+        start = latent() if start is None else start
+        return sampler.execute(model, positive, negative, start, seed, steps, denoise).result[0]["samples"]
+
+    def ksampler(
+        model, positive=default_positive, negative=default_negative, start=None, seed=7, steps=4, cfg=1.0, name="euler",
+        scheduler="simple", denoise=1.0,
+    ):  # fmt: skip
+        start = latent() if start is None else start
+        node = host.nodes["KSampler"]()
+        return node.sample(model, seed, steps, cfg, name, scheduler, positive, negative, start, denoise)[0]["samples"]
+
+    return SimpleNamespace(
+        apply=apply, encode=encode, latent=latent, sun=sun, ksampler=ksampler, positive=default_positive,
+        negative=default_negative, count=lambda model: Counts(model, adapter),
+    )  # fmt: skip
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference relative to the largest value of b."""
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max())

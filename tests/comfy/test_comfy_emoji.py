@@ -1,0 +1,68 @@
+"""Load Emoji Diffusion: the shipped diffusers folder gives the same numbers in ComfyUI as in diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+SD15_FACTOR = 0.18215
+
+
+@pytest.fixture(scope="module")
+def pipe(emoji_folder: Path):
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline.from_pretrained(emoji_folder, torch_dtype=torch.float32)
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
+    """Largest difference relative to the largest value."""
+    difference = (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()
+    assert difference < tolerance, f"relative difference {difference:.2e}, tolerance {tolerance:.0e}"
+
+
+@torch.no_grad()
+def test_unet_equals_diffusers(emoji: SimpleNamespace, pipe) -> None:
+    torch.manual_seed(0)
+    x, text, t = torch.randn(2, 4, 16, 16), torch.randn(2, 77, 128), torch.tensor([999, 249])
+    ours = emoji.model.model.diffusion_model.float()(x, t.float(), context=text, transformer_options={})
+    close(ours, pipe.unet(x, t, text).sample, 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt", ["", "large polar bear, yellow background", "beetle next to copyright sign"])
+def test_text_equals_diffusers(emoji: SimpleNamespace, pipe, prompt: str) -> None:
+    ours, _ = emoji.clip.encode_from_tokens(emoji.clip.tokenize(prompt), return_pooled=True)
+    theirs, _ = pipe.encode_prompt(prompt, "cpu", 1, False)
+    close(ours, theirs, 1e-5)
+
+
+@torch.no_grad()
+def test_vae_equals_diffusers_in_both_directions(emoji: SimpleNamespace, pipe) -> None:
+    torch.manual_seed(0)
+    pixels = torch.rand(1, 64, 64, 3)
+    factor = pipe.vae.config.scaling_factor
+    internal = pipe.vae.encode(pixels.movedim(-1, 1) * 2 - 1).latents * factor  # what the U-Net sees
+    latent = emoji.vae.encode(pixels)
+    close(latent * SD15_FACTOR, internal, 1e-5)
+    decoded = pipe.vae.decode(internal / factor).sample / 2 + 0.5
+    close(emoji.vae.decode(latent).movedim(-1, 1), decoded.clamp(0, 1), 1e-5)
+
+
+def test_preview_works(host: SimpleNamespace, emoji: SimpleNamespace) -> None:
+    import latent_preview
+    from comfy.cli_args import LatentPreviewMethod
+
+    latent_format = emoji.model.model.latent_format
+    previewer = latent_preview.Latent2RGBPreviewer(latent_format.latent_rgb_factors)
+    assert LatentPreviewMethod.Latent2RGB
+    assert previewer.decode_latent_to_preview(torch.randn(1, 4, 16, 16)).size == (16, 16)
+
+
+def test_incomplete_folder_is_named(host: SimpleNamespace, tmp_path: Path) -> None:
+    emoji = host.part("nodes.emoji")
+    with pytest.raises(emoji.EmojiDiffusionError, match="has no unet, vae, text_encoder, tokenizer, scheduler"):
+        emoji.load(tmp_path)

@@ -1,0 +1,5 @@
+"""Empty stand-in, see ../README.md."""
+
+from . import functional, transforms
+
+__version__ = "0.0.0"

@@ -1,0 +1,5 @@
+"""Empty stand-in, see ../README.md."""
+
+
+class MelScale:
+    """Named in an import of ComfyUI's audio code; never made here."""

@@ -1,0 +1,3 @@
+"""Empty stand-in, see ../../README.md."""
+
+from . import functional
