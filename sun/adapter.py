@@ -59,22 +59,28 @@ class SunLayer(nn.Module):
         *,
         heads: int,
         strength: float = 1.0,
+        positive_mask: torch.Tensor | None = None,
         attend: Attend = attend,
     ) -> torch.Tensor:
         """Return Z = Zp - g(Zn) [+ g'(Ze)] before the layer's ``to_out`` (Eq. 6 and the release's third term).
 
         query, z_p: [B, T, C], the frozen layer's query and attention output. negative, positive: text embeddings
         [B, L, text_width]; ``positive`` is needed with the positive branch only. strength scales alpha and beta;
-        0 returns ``z_p`` itself. attend: the host's attention kernel.
+        0 returns ``z_p`` itself. positive_mask: attention mask over the positive text, if it has one; the kernel must
+        then take it as its fifth argument. attend: the host's attention kernel. The texts may have another dtype than
+        the query (an adapter kept in float32 while it trains); K and V follow the query.
         """
         if strength == 0.0:
             return z_p
-        z_n = attend(query, self.to_k_neg(negative), self.to_v_neg(negative), heads)
+        key, value = self.to_k_neg(negative).to(query.dtype), self.to_v_neg(negative).to(query.dtype)
+        z_n = attend(query, key, value, heads)
         change = -attention_normalization(z_n, z_p, self.alpha_neg, self.beta_neg)
         if self.positive:
             if positive is None:
                 raise ValueError("This adapter has a positive branch: pass the positive text embeddings as `positive`.")
-            z_e = attend(query, self.to_k_pos(positive), self.to_v_pos(positive), heads)
+            key, value = self.to_k_pos(positive).to(query.dtype), self.to_v_pos(positive).to(query.dtype)
+            mask = () if positive_mask is None else (positive_mask,)
+            z_e = attend(query, key, value, heads, *mask)
             change = change + attention_normalization(z_e, z_p, self.alpha_pos, self.beta_pos)
         return (z_p + strength * change).to(z_p.dtype)
 
@@ -126,7 +132,10 @@ class SunAdapter(nn.Module):
         *,
         linear: Linear = nn.Linear,
     ) -> SunAdapter:
-        """Load a file of either layout; ``dtype=None`` keeps the file's. Raises SunFileError if it is not usable."""
+        """Load a file of either layout, in evaluation mode; ``dtype=None`` keeps the file's dtypes.
+
+        linear: class of the projections. Raises SunFileError, which names the file and the problem.
+        """
         return cls._from_tensors(files.read(path), device, dtype, linear)
 
     @classmethod
@@ -163,7 +172,7 @@ class SunAdapter(nn.Module):
         for layer, tensors in zip(adapter.layers, content.layers, strict=True):
             moved = {part: value.to(device=device, dtype=dtype or value.dtype) for part, value in tensors.items()}
             layer.load_state_dict(moved, assign=True)
-        return adapter
+        return adapter.eval()
 
     @classmethod
     def from_unet(

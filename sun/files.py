@@ -46,7 +46,7 @@ class SunFileError(ValueError):
     """A file or adapter that cannot be used; the message says which, why and what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class SunInfo:
     """What is known about an adapter besides its weights; kept in the file's header."""
 
@@ -215,7 +215,8 @@ def _read_tensors(path: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
     try:
         with safe_open(str(path), framework="pt") as tensors:
             # clone: what safetensors returns is mapped from the file, which may be replaced later
-            return {key: tensors.get_tensor(key).clone() for key in tensors.keys()}, tensors.metadata() or {}
+            keys = tensors.keys()
+            return {key: tensors.get_tensor(key).clone() for key in keys}, tensors.metadata() or {}
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         state = "truncated" if size < 8 + header or "incomplete" in str(error).lower() else "damaged"
         raise SunFileError(

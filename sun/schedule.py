@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 
 DenoiseMode = Literal["trained", "respaced"]
-Scalar = TypeVar("Scalar", float, torch.Tensor)
+Coefficient = float | torch.Tensor
 
 
 def trailing_timesteps(steps: int, num_train_timesteps: int = 1000) -> list[int]:
@@ -64,7 +64,9 @@ def alpha_sigma(
     return cumprod.sqrt(), (1.0 - cumprod).sqrt()
 
 
-def ddim_step(x: torch.Tensor, eps: torch.Tensor, a_t: Scalar, s_t: Scalar, a_s: Scalar, s_s: Scalar) -> torch.Tensor:
+def ddim_step(
+    x: torch.Tensor, eps: torch.Tensor, a_t: Coefficient, s_t: Coefficient, a_s: Coefficient, s_s: Coefficient
+) -> torch.Tensor:
     """Step from time t to the cleaner time s along the DDIM trajectory, eta 0 (Eq. 9).
 
     ``x`` and ``eps`` have the same shape; the coefficients are numbers or broadcast against it.
