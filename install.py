@@ -1,1 +1,1 @@
-"""ComfyUI-Manager and A1111/Forge run this file by themselves. SUN needs only torch and safetensors, which both have."""
+"""ComfyUI-Manager and A1111/Forge run this file by themselves. SUN needs torch and safetensors; both have them."""

@@ -34,7 +34,9 @@ def load(folder: Path) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP,
     """MODEL, CLIP and VAE of a diffusers folder. Raises EmojiDiffusionError."""
     missing = [part for part in PARTS if not (folder / part).is_dir()]
     if missing:
-        raise EmojiDiffusionError(f"Emoji Diffusion is incomplete: {folder} has no {', '.join(missing)}. Install the SUN node pack again.")
+        raise EmojiDiffusionError(
+            f"Emoji Diffusion is incomplete: {folder} has no {', '.join(missing)}. Install the SUN node pack again."
+        )
     return load_unet(folder), load_clip(folder), load_vae(folder / "vae")
 
 
@@ -51,16 +53,22 @@ def _config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
-        raise EmojiDiffusionError(f"{folder} should hold one .safetensors file and holds {len(files)}. Install the SUN node pack again.")
+        raise EmojiDiffusionError(
+            f"{folder} should hold one .safetensors file and holds {len(files)}. Install the SUN node pack again."
+        )
     return comfy.utils.load_torch_file(str(files[0]), safe_load=True)
 
 
-def _load_exactly(module: torch.nn.Module, weights: dict[str, torch.Tensor], part: str, optional: tuple[str, ...] = ()) -> None:
+def _load_exactly(
+    module: torch.nn.Module, weights: dict[str, torch.Tensor], part: str, optional: tuple[str, ...] = ()
+) -> None:
     """load_state_dict that refuses anything missing or left over, except missing names that start with `optional`."""
     missing, unexpected = module.load_state_dict(weights, strict=False)
     wrong = [name for name in missing if not name.startswith(optional or ("\0",))] + list(unexpected)
     if wrong:
-        raise EmojiDiffusionError(f"The {part} of Emoji Diffusion has {len(wrong)} tensors that do not fit, such as {wrong[0]}.")
+        raise EmojiDiffusionError(
+            f"The {part} of Emoji Diffusion has {len(wrong)} tensors that do not fit, such as {wrong[0]}."
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- U-Net
@@ -100,16 +108,16 @@ def load_unet(folder: Path) -> comfy.model_patcher.ModelPatcher:
     # diffusers' attention_head_dim is, for this model, the number of heads (a naming accident kept for old files).
     heads = config.get("num_attention_heads") or config["attention_head_dim"]
 
-    class EmojiDiffusion(comfy.supported_models.SD15):
-        unet_extra_config = {"num_heads": heads, "num_head_channels": -1}
-        sampling_settings = _sampling_settings(_config(folder / "scheduler", "scheduler_config.json"))
-
-    model_config = EmojiDiffusion(unet_config(config))
+    model_config = comfy.supported_models.SD15(unet_config(config))
+    model_config.unet_config["num_heads"] = heads  # SD15 sets its own 8
+    model_config.sampling_settings = _sampling_settings(_config(folder / "scheduler", "scheduler_config.json"))
     weights = _weights(folder / "unet")
     names = comfy.utils.unet_to_diffusers(model_config.unet_config)
     unknown = [name for name in weights if name not in names]
     if unknown:
-        raise EmojiDiffusionError(f"The U-Net of Emoji Diffusion has {len(unknown)} unknown tensors, such as {unknown[0]}.")
+        raise EmojiDiffusionError(
+            f"The U-Net of Emoji Diffusion has {len(unknown)} unknown tensors, such as {unknown[0]}."
+        )
     weights = {names[name]: weight for name, weight in weights.items()}
 
     device = comfy.model_management.get_torch_device()
@@ -129,7 +137,9 @@ def load_unet(folder: Path) -> comfy.model_patcher.ModelPatcher:
 
 def _sampling_settings(scheduler: dict[str, Any]) -> dict[str, Any]:
     if scheduler["beta_schedule"] != "scaled_linear" or scheduler.get("prediction_type", "epsilon") != "epsilon":
-        raise EmojiDiffusionError("Emoji Diffusion's noise schedule is not Stable Diffusion's; ComfyUI cannot express it here.")
+        raise EmojiDiffusionError(
+            "Emoji Diffusion's noise schedule is not Stable Diffusion's; ComfyUI cannot express it here."
+        )
     return {
         "beta_schedule": "linear",  # ComfyUI's name for diffusers' "scaled_linear"
         "linear_start": scheduler["beta_start"],
@@ -145,7 +155,12 @@ class SmallClip(SDClipModel):
     """SD 1.x's text encoder at the size and vocabulary of `config` (transformers' CLIPTextConfig as a dict)."""
 
     def __init__(
-        self, config: dict[str, Any], tokens: dict[str, int], device: Any = "cpu", dtype: Any = None, model_options: Any = None
+        self,
+        config: dict[str, Any],
+        tokens: dict[str, int],
+        device: Any = "cpu",
+        dtype: Any = None,
+        model_options: Any = None,
     ) -> None:
         super().__init__(
             device=device,
@@ -179,7 +194,9 @@ def load_clip(folder: Path) -> comfy.sd.CLIP:
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         parameters=comfy.utils.calculate_parameters(weights),
     )
-    weights = {name if name.startswith("text_model.") else f"text_model.{name}": weight for name, weight in weights.items()}
+    weights = {
+        name if name.startswith("text_model.") else f"text_model.{name}": weight for name, weight in weights.items()
+    }
     weights.pop("text_model.embeddings.position_ids", None)
     _load_exactly(clip.cond_stage_model.clip_l.transformer, weights, "text encoder", optional=("text_projection.",))
     return clip
@@ -204,7 +221,7 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
 
 
 def _taesd_name(name: str) -> str:
-    """ "decoder.layers.0.weight" -> "taesd_decoder.1.weight": TAESD's decoder starts with a Clamp that has no weights."""
+    """TAESD's name of an AutoencoderTiny tensor. TAESD counts the clamp its decoder starts with, diffusers does not."""
     match = re.fullmatch(r"(encoder|decoder)\.layers\.(\d+)\.(.+)", name)
     if match is None:
         raise EmojiDiffusionError(f"The VAE of Emoji Diffusion has a tensor {name}, which TAESD does not know.")

@@ -1,7 +1,8 @@
-"""Where adapters live: ComfyUI's `models/sun`, the folders of extra_model_paths.yaml, and the one shipped with the pack."""
+"""Where adapters live: `models/sun`, the folders of extra_model_paths.yaml, and the one shipped with the pack."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -20,10 +21,8 @@ def register() -> None:
     paths, _ = folder_paths.folder_names_and_paths[FOLDER]
     # A folder made by add_model_folder_path lists every kind of file until it is given extensions.
     folder_paths.folder_names_and_paths[FOLDER] = (paths, set(folder_paths.supported_pt_extensions))
-    try:
+    with contextlib.suppress(OSError):  # a read-only models folder: the other paths and the shipped adapter still work
         default.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        pass  # a read-only models folder: the other paths and the shipped adapter still work
 
 
 def names() -> list[str]:
@@ -36,7 +35,9 @@ def find(name: str) -> Path:
     if name == SHIPPED:
         if EMOJI_SUN.is_file():
             return EMOJI_SUN
-        raise FileNotFoundError(f"The adapter shipped with SUN is missing: {EMOJI_SUN}. Install the SUN node pack again.")
+        raise FileNotFoundError(
+            f"The adapter shipped with SUN is missing: {EMOJI_SUN}. Install the SUN node pack again."
+        )
     # Only listed names are opened: a name from a workflow file cannot lead out of the model folders.
     path = folder_paths.get_full_path(FOLDER, name) if name in folder_paths.get_filename_list(FOLDER) else None
     if path is None:

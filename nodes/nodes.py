@@ -87,7 +87,9 @@ class ApplySun(io.ComfyNode):
                     ),
                 ),
             ],
-            outputs=[io.Model.Output("sun_model", display_name="model", tooltip="The model with SUN, for any sampler.")],
+            outputs=[
+                io.Model.Output("sun_model", display_name="model", tooltip="The model with SUN, for any sampler.")
+            ],
         )
 
     @classmethod
@@ -110,9 +112,12 @@ class SunSampler(io.ComfyNode):
                 io.Model.Input("model", tooltip="From Apply SUN to Model."),
                 io.Conditioning.Input("positive", tooltip="What the picture should show."),
                 io.Conditioning.Input(
-                    "negative", tooltip="What it should not show; it acts through the adapter and costs no extra U-Net call."
+                    "negative",
+                    tooltip="What it should not show; it acts through the adapter and costs no extra U-Net call.",
                 ),
-                io.Latent.Input("latent", tooltip="An empty latent, or an encoded picture for image to image and inpainting."),
+                io.Latent.Input(
+                    "latent", tooltip="An empty latent, or an encoded picture for image to image and inpainting."
+                ),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -165,7 +170,9 @@ class LoadEmojiDiffusion(io.ComfyNode):
             outputs=[
                 io.Model.Output("model", display_name="model", tooltip="The U-Net. 128 x 128 pixels is its size."),
                 io.Clip.Output("clip", display_name="clip", tooltip="The text encoder; works with CLIP Text Encode."),
-                io.Vae.Output("vae", display_name="vae", tooltip="A tiny autoencoder; works with VAE Decode and VAE Encode."),
+                io.Vae.Output(
+                    "vae", display_name="vae", tooltip="A tiny autoencoder; works with VAE Decode and VAE Encode."
+                ),
             ],
         )
 

@@ -4,7 +4,8 @@ Nothing is patched while nothing is sampled. `apply` hangs three wrappers on a c
 
     OUTER_SAMPLE     once a run     gives each positive conditioning the negative text as one more tensor, so that
                                     ComfyUI itself batches, casts and moves it
-    APPLY_MODEL      each forward   finds the adapter of the patcher that runs now, and the negatives in force at this sigma
+    APPLY_MODEL      each forward   finds the adapter of the patcher that runs now, and the negatives in force at this
+                                    sigma
     DIFFUSION_MODEL  each forward   puts SUN's attention on top of whatever holds the attn2 slots at that moment
 
 Binding this late makes the order of nodes irrelevant: an IP-Adapter added before or after finds a free slot, and its
@@ -52,7 +53,7 @@ class LoadedAdapter(NamedTuple):
 
 @dataclass(frozen=True)
 class SunSettings:
-    """What Apply SUN to Model remembers on the model. `negative` is a CONDITIONING or None (then the sampler's counts)."""
+    """What Apply SUN to Model remembers. `negative` is a CONDITIONING, or None: then the sampler's counts."""
 
     name: str
     strength: float
@@ -81,7 +82,7 @@ class SunRun:
 
 @dataclass
 class SunForward:
-    """One call of the U-Net. `negatives` holds (weight, text [B, L, width]); `prior` the attention others had put in."""
+    """One call of the U-Net. `negatives` holds (weight, text [B, L, width]); `prior` the attention others put in."""
 
     adapter: SunAdapter
     settings: SunSettings
@@ -240,7 +241,7 @@ def _apply_model(
 
 
 def _weights(entries: tuple[NegativeEntry, ...], sigma: torch.Tensor) -> dict[int, float]:
-    """Weights, adding up to 1, of the negative entries in force at this sigma [B]. Several share one negative stream."""
+    """Weights, adding up to 1, of the negative entries in force at this sigma [B]."""
     limited = any(entry.sigma_end > 0 or entry.sigma_start != float("inf") for entry in entries)
     now = float(sigma.flatten()[0]) if limited else None  # reading sigma waits for the device: only where it matters
     weights = {i: entry.weight for i, entry in enumerate(entries) if now is None or entry.active(now)}
@@ -293,7 +294,7 @@ def _rows(text: torch.Tensor, rows: int) -> torch.Tensor:
 
 @functools.cache  # the same object at every step: a compiled model would recompile for a new one
 def sun_attention(position: int) -> Callable[..., torch.Tensor]:
-    """ComfyUI's attn2 replacement for the adapter's layer at `position`: (q, k, v, extra_options) -> Z before to_out."""
+    """The attn2 replacement for the adapter's layer at `position`: (q, k, v, extra_options) -> Z before to_out."""
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
         forward: SunForward = extra[KEY]
@@ -307,7 +308,10 @@ def sun_attention(position: int) -> Callable[..., torch.Tensor]:
         layer = forward.adapter.layers[position]
         z_p = attend(q, k, v, heads)
         outputs = [
-            (weight, layer(q, z_p, text, forward.positive, heads=heads, strength=forward.settings.strength, attend=attend))
+            (
+                weight,
+                layer(q, z_p, text, forward.positive, heads=heads, strength=forward.settings.strength, attend=attend),
+            )
             for weight, text in forward.negatives
         ]
         z = outputs[0][1] if len(outputs) == 1 else sum(weight * z for weight, z in outputs)
@@ -315,4 +319,3 @@ def sun_attention(position: int) -> Callable[..., torch.Tensor]:
         return z if prior is None else prior(q, k, v, extra) + (z - z_p)
 
     return attention
-

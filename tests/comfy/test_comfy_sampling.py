@@ -67,7 +67,9 @@ def test_progress_and_preview(host: SimpleNamespace, run: SimpleNamespace, monke
 
     seen = []
     monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
-    monkeypatch.setattr(host.comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **_: seen.append((value, total, preview)))
+    monkeypatch.setattr(
+        host.comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **_: seen.append((value, total, preview))
+    )
     run.sun(run.apply())
     assert [(value, total) for value, total, _ in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert all(preview[0] == "JPEG" and preview[1].size == (16, 16) for _, _, preview in seen)
@@ -83,7 +85,9 @@ def test_equals_the_diffusers_path(host: SimpleNamespace, run: SimpleNamespace, 
 
     pipe = StableDiffusionPipeline.from_pretrained(emoji_folder, torch_dtype=torch.float32)
     # ComfyUI ends at sigma 0, which diffusers calls set_alpha_to_one.
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True)
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True
+    )
     pipe.set_progress_bar_config(disable=True)
     sun.attach(pipe, sun.SunAdapter.load(adapter_file, dtype=torch.float32))
     noise = torch.randn(1, 4, 16, 16, generator=torch.manual_seed(7))
@@ -239,7 +243,9 @@ class ImagePrompt:
         model = model.clone()
         options = model.model_options.setdefault("transformer_options", {})
         slots = options.setdefault("patches_replace", {}).setdefault("attn2", {})
-        for block in [("input", i) for i in (1, 2, 4, 5, 7, 8)] + [("middle", 0)] + [("output", i) for i in range(3, 12)]:
+        for block in (
+            [("input", i) for i in (1, 2, 4, 5, 7, 8)] + [("middle", 0)] + [("output", i) for i in range(3, 12)]
+        ):
             if block in slots:
                 slots[block].add(scale)
             else:
@@ -282,7 +288,9 @@ def test_lora_files_find_the_layers(host: SimpleNamespace, emoji: SimpleNamespac
     assert keys["unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_q"] == place
 
 
-def test_controlnet_gets_the_positive_alone(host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace) -> None:
+def test_controlnet_gets_the_positive_alone(
+    host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace
+) -> None:
     import comfy.cldm.cldm
     import comfy.controlnet
 
@@ -295,7 +303,9 @@ def test_controlnet_gets_the_positive_alone(host: SimpleNamespace, run: SimpleNa
     control = comfy.controlnet.ControlNet(net, load_device=torch.device("cpu"))
     seen = []
     net.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
-    positive = host.nodes["ControlNetApply"]().apply_controlnet(run.positive, control, torch.rand(1, 128, 128, 3), 1.0)[0]
+    positive = host.nodes["ControlNetApply"]().apply_controlnet(run.positive, control, torch.rand(1, 128, 128, 3), 1.0)[
+        0
+    ]
     model = run.apply()
     with run.count(model) as counts:
         result = run.sun(model, positive)
@@ -359,7 +369,9 @@ def test_no_weights_in_model_options(host: SimpleNamespace, run: SimpleNamespace
 
 
 @pytest.mark.parametrize("step", [0, 2])
-def test_interrupting_leaves_nothing_patched(host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace, step: int) -> None:
+def test_interrupting_leaves_nothing_patched(
+    host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace, step: int
+) -> None:
     from comfy.model_management import InterruptProcessingException
 
     model = run.apply()
@@ -405,8 +417,8 @@ def make_unet_model(host: SimpleNamespace, kind: str, **config):
 def test_wrong_base_models_are_named(host: SimpleNamespace, run: SimpleNamespace) -> None:
     files = host.part("sun.files")
     sdxl = make_unet_model(
-        host, "SDXL", num_res_blocks=[2, 2, 2], channel_mult=[1, 2, 4], transformer_depth=[0, 0, 2, 2, 10, 10], context_dim=2048,
-        transformer_depth_middle=10, transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10], adm_in_channels=2816,
+        host, "SDXL", num_res_blocks=[2, 2, 2], channel_mult=[1, 2, 4], transformer_depth=[0, 0, 2, 2, 10, 10],
+        context_dim=2048, transformer_depth_middle=10, transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10], adm_in_channels=2816,
         num_classes="sequential", use_linear_in_transformer=True, num_head_channels=16,
     )  # fmt: skip
     with pytest.raises(files.SunFileError, match=r"(?s)emoji-sun.*text width 128.*SDXL model has.*2048"):

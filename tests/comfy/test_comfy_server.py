@@ -1,0 +1,259 @@
+"""ComfyUI as a program: the example workflows, as the page saves them, run by its server."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from comfyui_host import REPOSITORY, STUBS
+from conftest import make_adapter, make_emoji_stand_in
+from PIL import Image
+from workflows import to_prompt
+
+pytestmark = pytest.mark.slow
+
+WORKFLOWS = REPOSITORY / "example_workflows"
+PICTURE_TOLERANCE = 2  # of 255: ComfyUI cuts fractions of a grey level off, diffusers rounds them
+
+
+class Server:
+    """A running ComfyUI. `base` is its base folder, `pack` the copy of this pack in it."""
+
+    def __init__(self, comfyui: Path, base: Path) -> None:
+        self.base, self.pack, self.log = base, base / "custom_nodes" / "SUN", base / "log.txt"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        arguments = [
+            "--cpu", "--base-directory", str(base), "--listen", "127.0.0.1", "--port", self.url.rsplit(":", 1)[1],
+            "--database-url", f"sqlite:///{base}/user.db", "--disable-auto-launch", "--disable-api-nodes",
+        ]  # fmt: skip
+        self._file = self.log.open("w")
+        self._process = subprocess.Popen(
+            [sys.executable, str(comfyui / "main.py"), *arguments],
+            stdout=self._file, stderr=subprocess.STDOUT, cwd=base,
+            env=os.environ | {"PYTHONPATH": str(STUBS), "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+
+    def wait_until_ready(self, seconds: float = 240) -> None:
+        self._wait(lambda: self._answers(), seconds, "start")
+
+    def _answers(self) -> bool:
+        try:
+            self.get("/system_stats")
+        except (urllib.error.URLError, ConnectionError):
+            return False
+        return True
+
+    def _wait(self, done: Any, seconds: float, what: str) -> None:
+        end = time.monotonic() + seconds
+        while not done():
+            assert self._process.poll() is None, f"ComfyUI stopped:\n{self.log.read_text()[-4000:]}"
+            assert time.monotonic() < end, f"ComfyUI did not {what} within {seconds} s:\n{self.log.read_text()[-4000:]}"
+            time.sleep(0.3)
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            return json.load(answer)
+
+    def run(self, prompt: dict[str, Any], seconds: float = 300) -> list[Image.Image]:
+        """Queues a prompt, waits, and returns the pictures it saved."""
+        request = urllib.request.Request(
+            f"{self.url}/prompt", json.dumps({"prompt": prompt}).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                prompt_id = json.load(answer)["prompt_id"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"ComfyUI refused the prompt: {error.read().decode()}") from None
+        self._wait(lambda: prompt_id in self.get("/history"), seconds, "finish")
+        result = self.get(f"/history/{prompt_id}")[prompt_id]
+        assert result["status"]["status_str"] == "success", result["status"]
+        files = [file for output in result["outputs"].values() for file in output.get("images", [])]
+        return [Image.open(io.BytesIO((self.base / "output" / file["filename"]).read_bytes())) for file in files]
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        self._file.close()
+
+
+def copy_pack(target: Path) -> None:
+    """What a user has in custom_nodes, with stand-ins for the models while they do not exist."""
+    for part in ("nodes", "sun", "web", "example_workflows"):
+        shutil.copytree(REPOSITORY / part, target / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("__init__.py", "install.py"):
+        shutil.copy(REPOSITORY / part, target / part)
+    model, adapter = target / "sun/models/emoji-diffusion", target / "sun/models/emoji-sun.safetensors"
+    if not (model / "unet").is_dir():
+        make_emoji_stand_in(model)
+    if not adapter.is_file():
+        make_adapter(model, adapter)
+
+
+@pytest.fixture(scope="module")
+def server(comfyui_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    base = tmp_path_factory.mktemp("comfyui")
+    for folder in ("custom_nodes", "input", "output", "temp", "user", "models/checkpoints", "models/sun"):
+        (base / folder).mkdir(parents=True)
+    copy_pack(base / "custom_nodes" / "SUN")
+    server = Server(comfyui_folder, base)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+def workflow(name: str) -> dict[str, Any]:
+    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def node_of(prompt: dict[str, Any], kind: str) -> dict[str, Any]:
+    return next(node["inputs"] for node in prompt.values() if node["class_type"] == kind)
+
+
+def diffusers_picture(
+    model: Path, adapter: Path, positive: str, negative: str, seed: int, steps: int, side: int
+) -> np.ndarray:
+    """The same picture by diffusers: same noise, same timesteps, last sigma 0. [H, W, 3], 0 to 255."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    import sun
+
+    pipe = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    sun.attach(pipe, sun.SunAdapter.load(adapter, dtype=torch.float32))
+    noise = torch.randn(1, 4, side // 8, side // 8, generator=torch.manual_seed(seed))
+    picture = pipe(
+        positive, negative_prompt=negative, num_inference_steps=steps, latents=noise, output_type="np"
+    ).images[0]
+    return picture * 255
+
+
+def test_the_shipped_workflow_makes_the_picture_diffusers_makes(server: Server) -> None:
+    prompt = to_prompt(workflow("sun_emoji_txt2img"), server.get("/object_info"))
+    (picture,) = server.run(prompt)
+    sampler = node_of(prompt, "SUN_Sampler")
+    expected = diffusers_picture(
+        server.pack / "sun/models/emoji-diffusion",
+        server.pack / "sun/models/emoji-sun.safetensors",
+        prompt[sampler["positive"][0]]["inputs"]["text"],
+        prompt[sampler["negative"][0]]["inputs"]["text"],
+        sampler["seed"],
+        sampler["steps"],
+        node_of(prompt, "EmptyLatentImage")["width"],
+    )
+    difference = np.abs(np.asarray(picture.convert("RGB"), dtype=np.float64) - expected)
+    print(f"ComfyUI's PNG against diffusers: at most {difference.max():.2f}, on average {difference.mean():.3f} of 255")
+    assert picture.size == (128, 128)
+    assert difference.max() <= PICTURE_TOLERANCE
+    assert "SUN active: 16 layers, negative 77 tokens" in server.log.read_text()
+
+
+def test_nothing_of_the_pack_failed_to_load(server: Server) -> None:
+    info = server.get("/object_info")
+    assert {name for name in info if name.startswith("SUN_")} == {
+        "SUN_LoadAdapter", "SUN_Apply", "SUN_Sampler", "SUN_LoadEmojiDiffusion",
+    }  # fmt: skip
+    assert "IMPORT FAILED" not in "\n".join(
+        line for line in server.log.read_text().splitlines() if "custom_nodes/SUN" in line
+    )
+
+
+def test_example_workflows_are_in_the_template_browser(server: Server) -> None:
+    assert sorted(server.get("/workflow_templates")["SUN"]) == sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+    for path in WORKFLOWS.glob("*.json"):
+        assert Image.open(path.with_suffix(".jpg")).size == (512, 512)
+
+
+def test_help_pages_are_served(server: Server) -> None:
+    with urllib.request.urlopen(f"{server.url}/extensions/SUN/docs/SUN_Apply.md", timeout=30) as answer:
+        assert answer.read().decode().startswith("# Apply SUN to Model")
+
+
+def test_a_missing_adapter_is_explained_before_anything_runs(server: Server) -> None:
+    prompt = to_prompt(workflow("sun_emoji_txt2img"), server.get("/object_info"))
+    node_of(prompt, "SUN_LoadAdapter")["adapter_name"] = "gone.safetensors"
+    with pytest.raises(AssertionError, match=r"(?s)No SUN adapter named 'gone.safetensors'.*models/sun"):
+        server.run(prompt)
+
+
+def random_sd15(path: Path) -> None:
+    """A checkpoint ComfyUI takes for SD 1.5: 16 attention layers, 320 channels at every level, TAESD as VAE; 475 MB."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+
+    def add(prefix: str, module: torch.nn.Module) -> None:
+        for name, value in module.state_dict().items():
+            if value.is_meta:
+                norm = value.ndim == 1 and name.endswith("weight")
+                value = torch.ones(value.shape) if norm else torch.randn(value.shape) * 0.02
+            tensors[prefix + name] = value.half().contiguous()
+
+    import comfy.ldm.modules.diffusionmodules.openaimodel as ldm
+    import comfy.sd1_clip
+    import comfy.taesd.taesd
+
+    with torch.device("meta"):
+        unet = ldm.UNetModel(
+            image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[2, 2, 2, 2],
+            channel_mult=[1, 1, 1, 1], num_heads=8, use_spatial_transformer=True, transformer_depth=[1] * 6 + [0] * 2,
+            transformer_depth_middle=1, transformer_depth_output=[1] * 9 + [0] * 3, context_dim=768, legacy=False,
+        )  # fmt: skip
+        clip = comfy.sd1_clip.SDClipModel().transformer
+        vae = comfy.taesd.taesd.TAESD()
+    add("model.diffusion_model.", unet)
+    add("cond_stage_model.transformer.", clip)
+    add("first_stage_model.", vae)
+    tensors["first_stage_model.vae_scale"], tensors["first_stage_model.vae_shift"] = (
+        torch.tensor(1.0),
+        torch.tensor(0.0),
+    )
+    save_file(tensors, path)
+
+
+def test_the_sd15_workflow_runs_on_stock_loaders(server: Server, host: Any) -> None:
+    """Random weights: CheckpointLoaderSimple, the authors' file layout, 16 layers at text width 768."""
+    from sun import SunAdapter
+
+    prompt = to_prompt(workflow("sun_sd15_txt2img"), server.get("/object_info"))
+    checkpoint = server.base / "models/checkpoints" / node_of(prompt, "CheckpointLoaderSimple")["ckpt_name"]
+    adapter = server.base / "models/sun" / node_of(prompt, "SUN_LoadAdapter")["adapter_name"]
+    random_sd15(checkpoint)
+    torch.manual_seed(0)
+    official = SunAdapter([320] * 16, 768, positive=True)
+    for parameter in official.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    official.save(adapter, layout="official", dtype=torch.float16)
+    size = node_of(prompt, "EmptyLatentImage")
+    assert (size["width"], size["height"]) == (512, 512)
+    size.update(width=128, height=128)  # the wiring does not depend on it, the minutes do
+    try:
+        (picture,) = server.run(prompt)
+    finally:
+        checkpoint.unlink()
+    assert picture.size == (128, 128)
+    assert f"adapter {adapter.name}" in server.log.read_text()
