@@ -1,0 +1,257 @@
+"""Train the text encoder and the U-Net of Emoji Diffusion on latents of random scenes.
+
+Scenes are rendered and encoded once per stage; their captions are written anew each time a scene is drawn.
+Training goes from small pictures to full size (``BaseConfig.stages``), as Stable Diffusion itself did.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ..images import save_grid
+from ..training.run import RunConfig, TrainingRun
+from .scenes import Scene, random_scene, render_scene, write_caption
+from .sources import Emoji, load_metadata, load_pictures
+from .vae import to_tensor
+
+CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+# Combinations of emoji and attributes that the training scenes are very unlikely to contain.
+SAMPLE_PROMPTS = (
+    "large polar bear, yellow background",
+    "snake, purple background",
+    "small red apple, on the left, green background",
+    "pizza, blue background",
+    "ghost, orange background",
+    "rocket, black background",
+    "soccer ball and dog face, pink background",
+    "guitar, cyan background",
+    "large cactus, brown background",
+    "cat face next to fish, gray background",
+    "small rocket, at the top, yellow background",
+    "smiling face with sunglasses, green background",
+    "frog face, red background",
+    "bicycle, white background",
+    "bouquet, black background",
+    "small crab, at the bottom, blue background",
+    "large tomato, white background",
+    "owl, pink background",
+    "mushroom and red apple, white background",
+    "hammer, purple background",
+    "large red heart, cyan background",
+    "cloud with rain, gray background",
+    "hot beverage, mirrored, yellow background",
+    "octopus, on the right, orange background",
+)
+
+
+@dataclass
+class BaseConfig:
+    """``stages`` are (picture size, share of the run) in order; ``scenes`` are rendered for each stage."""
+
+    run: RunConfig = field(
+        default_factory=lambda: RunConfig(
+            output="runs/emoji-base", steps=6000, batch_size=64, lr=8e-4, lr_schedule="cosine", warmup_steps=100,
+            weight_decay=0.01, betas=(0.9, 0.99), ema_decay=0.999,
+        )
+    )  # fmt: skip
+    vae: str = "runs/emoji-vae/vae"
+    style: str = "twemoji"
+    stages: tuple[tuple[int, float], ...] = ((64, 0.35), (128, 0.65))
+    scenes: int = 16000
+    channels: tuple[int, ...] = (64, 128, 128, 64)
+    heads: int = 4
+    text_width: int = 128
+    text_layers: int = 4
+    vocabulary: int = 2048
+    empty_captions: float = 0.1
+    snr_gamma: float = 5.0
+    offset_noise: float = 0.1
+    sample_guidance: float = 5.0
+
+
+def build_tokenizer(emojis: list[Emoji], size: int, folder: Path) -> CLIPTokenizer:
+    """Train a byte-level BPE vocabulary in CLIP's format on captions of every emoji and save it."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    bpe.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(CLIP_PATTERN), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    rng = random.Random(0)
+    captions = [random_scene(emojis, rng).caption for _ in range(20000)] + [
+        n for e in emojis for n in (e.name, *e.aliases)
+    ]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False, min_frequency=1
+    )
+    bpe.train_from_iterator(captions, trainer)
+    state = json.loads(bpe.to_str())["model"]
+    # Every byte must exist alone and word-final, as in CLIP, so that any text can be spelled.
+    base = [*alphabet, *(a + "</w>" for a in alphabet)]
+    merged = [left + right for left, right in state["merges"]]
+    kept = size - len(base) - 2
+    tokens = [*base, *dict.fromkeys(m for m in merged if m not in base)][: len(base) + kept]
+    known = set(tokens)
+    merges = [(a, b) for a, b in state["merges"] if a in known and b in known and a + b in known]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(f"{a} {b}" for a, b in merges) + "\n")
+    tokenizer = CLIPTokenizer(
+        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=77,
+        bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>", pad_token="<|endoftext|>",
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def build_text_encoder(config: BaseConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=config.text_width, intermediate_size=4 * config.text_width,
+            num_hidden_layers=config.text_layers, num_attention_heads=4, max_position_embeddings=77,
+            hidden_act="quick_gelu", projection_dim=config.text_width, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+
+
+def build_unet(config: BaseConfig) -> UNet2DConditionModel:
+    """SD 1.5's topology (4 stages, 2 layers each, 16 cross-attention layers), narrow."""
+    return UNet2DConditionModel(
+        sample_size=config.stages[-1][0] // 8, block_out_channels=config.channels,
+        cross_attention_dim=config.text_width, attention_head_dim=config.heads,
+    )  # fmt: skip
+
+
+def sd15_scheduler() -> DDIMScheduler:
+    """SD 1.5's noise schedule and scheduler settings."""
+    return DDIMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon",
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def encode_scenes(
+    vae: AutoencoderTiny, emojis: list[Emoji], style: str, size: int, count: int, seed: int, cache: Path
+) -> tuple[list[Scene], torch.Tensor]:
+    """``count`` scenes and their latents [N, 4, size/8, size/8], times the VAE's scaling factor (kept in ``cache``)."""
+    pictures = load_pictures(style, emojis, 128)
+    emojis = [e for e in emojis if e.code in pictures]
+    rng = random.Random(seed)
+    scenes = [random_scene(emojis, rng) for _ in range(count)]
+    cache.mkdir(parents=True, exist_ok=True)
+    file = cache / f"latents-{style}-{size}-{count}-{seed}.pt"
+    if file.exists():
+        return scenes, torch.load(file, weights_only=True)
+    encoder = vae.encoder.to(memory_format=torch.channels_last)
+    device = next(encoder.parameters()).device
+    out = []
+    for start in tqdm(range(0, count, 64), desc=f"encode {style} {size}px"):
+        batch = to_tensor([render_scene(s, pictures, size) for s in scenes[start : start + 64]]).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            out.append(encoder(batch.contiguous(memory_format=torch.channels_last)).float().cpu())
+    latents = torch.cat(out) * vae.config.scaling_factor
+    torch.save(latents, file)
+    return scenes, latents
+
+
+def caption_of(scene: Scene, rng: random.Random) -> str:
+    return write_caption(scene.emojis, scene.background, scene.size, scene.place, scene.mirrored, rng)
+
+
+def train_base(config: BaseConfig) -> Path:
+    """Train, and write ``<output>/model`` (a StableDiffusionPipeline folder); returns that folder."""
+    emojis = load_metadata()
+    folder = Path(config.run.output)
+    vae = AutoencoderTiny.from_pretrained(config.vae).requires_grad_(False)
+    tokenizer = build_tokenizer(emojis, config.vocabulary, folder / "tokenizer")
+    torch.manual_seed(config.run.seed)
+    text_encoder, unet = build_text_encoder(config, tokenizer), build_unet(config)
+    run = TrainingRun(config.run, {"text_encoder": text_encoder, "unet": unet})
+    vae.to(run.accelerator.device)
+    scheduler = sd15_scheduler()
+    abar = scheduler.alphas_cumprod.to(run.accelerator.device)
+    stage_ends = [sum(s for _, s in config.stages[: i + 1]) for i in range(len(config.stages))]
+    rng = random.Random(config.run.seed + 7919 * run.progress.step + run.accelerator.process_index)
+    stage, scenes, latents = -1, [], torch.empty(0)
+    sampled = run.progress.seconds
+    for _ in run.steps():
+        now = next((i for i, end in enumerate(stage_ends) if run.fraction < end), len(stage_ends) - 1)
+        if now != stage:
+            stage = now
+            size = config.stages[stage][0]
+            scenes, latents = encode_scenes(
+                vae, emojis, config.style, size, config.scenes, config.run.seed, folder / "latents"
+            )
+            run.say(f"stage {stage}: {size} px, {len(scenes)} scenes, latent std {latents.std((0, 2, 3)).tolist()}")
+        picked = [rng.randrange(len(scenes)) for _ in range(config.run.batch_size)]
+        captions = ["" if rng.random() < config.empty_captions else caption_of(scenes[i], rng) for i in picked]
+        loss, plain = _denoising_loss(config, run, tokenizer, text_encoder, unet, abar, latents[picked], captions)
+        run.update(loss, mse=plain)
+        if run.progress.seconds - sampled > 60 * config.run.sample_minutes:
+            sampled = run.progress.seconds
+            save_base(config, run, vae, tokenizer, text_encoder, unet, config.stages[stage][0])
+    return save_base(config, run, vae, tokenizer, text_encoder, unet, config.stages[-1][0])
+
+
+def _denoising_loss(config, run, tokenizer, text_encoder, unet, abar, latents, captions):  # type: ignore[no-untyped-def]
+    device = run.accelerator.device
+    x0 = latents.to(device)
+    # A shared offset per channel hides the picture's mean at the noisiest steps; plain noise cannot, and the
+    # model would then read the background colour from x_T instead of from the caption.
+    noise = torch.randn_like(x0) + config.offset_noise * torch.randn(*x0.shape[:2], 1, 1, device=device)
+    t = torch.randint(0, 1000, (len(x0),), device=device)
+    a = abar[t].view(-1, 1, 1, 1)
+    ids = tokenizer(captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+    with run.accelerator.autocast():
+        context = text_encoder(ids.to(device)).last_hidden_state
+        predicted = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, context).sample.float()
+    per_image = F.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))
+    snr = a.flatten() / (1 - a.flatten())
+    weight = snr.clamp(max=config.snr_gamma) / snr if config.snr_gamma else torch.ones_like(snr)
+    return (weight * per_image).mean(), per_image.mean().detach()
+
+
+@torch.no_grad()
+def save_base(config, run, vae, tokenizer, text_encoder, unet, size) -> Path:  # type: ignore[no-untyped-def]
+    """Write the pipeline with the averaged weights and a grid of ``SAMPLE_PROMPTS`` (25 steps with CFG)."""
+    with run.averaged():
+        pipe = StableDiffusionPipeline(
+            vae=vae, text_encoder=run.unwrapped("text_encoder"), tokenizer=tokenizer, unet=run.unwrapped("unet"),
+            scheduler=sd15_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+        pipe.save_pretrained(run.folder / "model")
+        pipe.set_progress_bar_config(disable=True)
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+        with torch.autocast(run.accelerator.device.type, torch.bfloat16):
+            images = pipe(
+                list(SAMPLE_PROMPTS), negative_prompt=[""] * len(SAMPLE_PROMPTS), num_inference_steps=25, height=size, width=size,
+                guidance_scale=config.sample_guidance, generator=torch.Generator().manual_seed(0),
+            ).images  # fmt: skip
+    save_grid(images, 8, run.folder / "samples" / f"{run.progress.step:06d}.png")
+    run.say(f"step {run.progress.step}: {run.average_losses()}")
+    return run.folder / "model"

@@ -1,0 +1,160 @@
+"""Turn finished training runs into what the package ships: fp16 safetensors and a model card with its figures."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from PIL import Image
+
+from ..adapter import SunAdapter
+from ..images import grid, save_png
+from ..training.run import RunConfig
+from .base import SAMPLE_PROMPTS
+from .sources import METADATA_PACKAGE, STYLES
+
+
+def captioned_grid(images: list[Image.Image], captions: list[str], columns: int) -> Image.Image:
+    """Pictures with their prompts above, in rows of ``columns``."""
+    rows = [
+        grid(images[i : i + columns], columns, column_labels=captions[i : i + columns])
+        for i in range(0, len(images), columns)
+    ]
+    page = Image.new("RGB", (rows[0].width, sum(r.height for r in rows)), "white")
+    y = 0
+    for row in rows:
+        page.paste(row, (0, y))
+        y += row.height
+    return page
+
+
+@torch.no_grad()
+def sample_images(pipe: StableDiffusionPipeline, guidance_scale: float, seed: int = 0) -> list[Image.Image]:
+    """25-step DPM-Solver++ pictures of ``SAMPLE_PROMPTS``; picture i from seed + i."""
+    plain = pipe.scheduler
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(plain.config, timestep_spacing="trailing")
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(SAMPLE_PROMPTS))]
+    try:
+        return pipe(
+            list(SAMPLE_PROMPTS), num_inference_steps=25, guidance_scale=guidance_scale, generator=generators
+        ).images
+    finally:
+        pipe.scheduler = plain
+
+
+def describe_machine() -> str:
+    """Device, threads and versions, for a card."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return f"{device} ({platform.machine()}), torch {torch.__version__}"
+
+
+def _history(run: Path) -> dict[str, Any]:
+    lines = (run / "log.jsonl").read_text().splitlines()
+    return json.loads(lines[-1])
+
+
+def ship_base(run_folder: str, destination: str, guidance_scale: float, notes: str = "", vae_run: str = "") -> Path:
+    """Write the model of ``run_folder`` as fp16 into ``destination`` with its card and its grid of 24 prompts."""
+    run, out = Path(run_folder), Path(destination)
+    pipe = StableDiffusionPipeline.from_pretrained(run / "model", torch_dtype=torch.float16, safety_checker=None)
+    if out.exists():
+        shutil.rmtree(out)
+    pipe.save_pretrained(out, safe_serialization=True)
+    # What lands in the file is fp16: the grid is made from these very weights.
+    pipe = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32, safety_checker=None)
+    images = sample_images(pipe, guidance_scale)
+    save_png(captioned_grid(images, list(SAMPLE_PROMPTS), 6), out / "samples.png")
+    counts = {
+        name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("unet", "text_encoder", "vae")
+    }
+    size = sum(f.stat().st_size for f in out.rglob("*.safetensors"))
+    style, done = STYLES["twemoji"], _history(run)
+    vae_done = _history(Path(vae_run)) if vae_run else None
+    card = (
+        f"""---
+license: cc-by-4.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# Emoji Diffusion
+
+A small Stable Diffusion 1.x: the same parts, topology and noise schedule (4 stages, 2 layers each, 16 cross-attention
+layers, epsilon prediction), narrow enough to be trained on two CPU cores. {pipe.unet.config.sample_size * 8} x {pipe.unet.config.sample_size * 8} pixels.
+It exists so that this project can train, test and show SUN on a real diffusion model that fits in a repository.
+
+![24 prompts, 25 steps of DPM-Solver++ with CFG {guidance_scale:g}](samples.png)
+
+| part | parameters |
+|---|---|
+| U-Net, widths {tuple(pipe.unet.config.block_out_channels)}, {pipe.unet.config.attention_head_dim} heads | {counts["unet"] / 1e6:.2f} M |
+| CLIP text encoder, width {pipe.text_encoder.config.hidden_size}, {pipe.text_encoder.config.num_hidden_layers} layers, own BPE vocabulary of {len(pipe.tokenizer)} | {counts["text_encoder"] / 1e6:.2f} M |
+| AutoencoderTiny (TAESD layout), scaling factor {pipe.vae.config.scaling_factor:g} | {counts["vae"] / 1e6:.2f} M |
+| all weights, fp16 | {size / 1e6:.1f} MB |
+
+## Data and licences
+
+- Pictures: `{style.package}` (npm). {style.attribution}. {style.licence}.
+- Names and categories: `{METADATA_PACKAGE}` (npm), MIT.
+- Captions are written by `sun/emoji/scenes.py`: the emoji's names and a random part of size, place, background colour,
+  mirroring and category; one scene in five shows two emoji. Flags, letters, keycaps, clock faces and families are left
+  out.
+
+The weights are derived from the pictures and carry their licence, CC-BY 4.0.
+
+## Training
+
+    sun train-emoji vae
+    sun train-emoji base
+
+| | steps | minutes | loss at the end |
+|---|---|---|---|
+"""
+        + "".join(
+            f"| {what} | {d['step']} | {d['seconds'] / 60:.0f} | {', '.join(f'{k} {v:.4f}' for k, v in d['losses'].items())} |\n"
+            for what, d in (("autoencoder", vae_done), ("text encoder and U-Net", done))
+            if d
+        )
+        + f"""
+Seed {RunConfig().seed}, bf16 autocast, EMA, on: {describe_machine()}.
+
+{notes}
+"""
+    )
+    (out / "README.md").write_text(card)
+    return out
+
+
+def ship_adapter(run_folder: str, destination: str, notes: str = "") -> Path:
+    """Copy the adapter of a SUN run into the package and write its card from the header's figures."""
+    source, target = Path(run_folder) / "adapter.safetensors", Path(destination)
+    shutil.copyfile(source, target)
+    info = SunAdapter.load(target).info
+    training = info.training
+    run = training["run"]
+    settings = {k: v for k, v in training.items() if k not in ("run", "losses", "step", "seconds")}
+    target.with_suffix(".md").write_text(
+        f"""# SUN adapter for {info.base_model}
+
+{target.stat().st_size / 1e6:.2f} MB, fp16, branches: {info.branches}, guidance scale w = {info.guidance_scale:g}.
+
+Data: the same as Emoji Diffusion's (see its card); licence CC-BY 4.0 with attribution to Twemoji.
+
+Command: `sun train --config configs/emoji-sun.toml`
+
+{training["step"]} steps of batch {run["batch_size"]}, {training["seconds"] / 60:.0f} minutes, seed {run["seed"]}, on
+{describe_machine()}. Losses at the end: {", ".join(f"{k} {v:.4f}" for k, v in training["losses"].items())}.
+
+| setting | value |
+|---|---|
+"""
+        + "".join(f"| {k} | {v} |\n" for k, v in settings.items())
+        + f"| lr | {run['lr']} ({run['lr_schedule']}) |\n\n{notes}\n"
+    )
+    return target

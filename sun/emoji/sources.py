@@ -1,0 +1,145 @@
+"""Emoji artwork and names, fetched by package name through the npm client.
+
+Every style is one published package; nothing is bundled with this project. Licences are recorded in
+``LICENCES`` and repeated in the model cards of whatever is trained on them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+METADATA_PACKAGE = "emoji-datasource@16.0.0"
+
+
+@dataclass(frozen=True)
+class Style:
+    """One emoji style: where its pictures are inside which package, and under which licence."""
+
+    name: str
+    package: str
+    folder: str
+    suffix: str
+    licence: str
+    attribution: str
+
+
+STYLES = {
+    s.name: s
+    for s in (
+        Style("twemoji", "@twemoji/svg@15.0.0", "package", "svg", "CC-BY 4.0 (graphics), MIT (package)",
+              "Twemoji by Twitter, Inc. and contributors (jdecked/twemoji)"),
+        Style("openmoji", "openmoji@17.0.0", "package/color/svg", "svg", "CC-BY-SA 4.0",
+              "OpenMoji, the open-source emoji and icon project (HfG Schwaebisch Gmuend)"),
+        Style("fluent", "@lobehub/fluent-emoji-flat@1.1.0", "package/assets", "svg", "MIT",
+              "Fluent Emoji by Microsoft, packaged by LobeHub"),
+        Style("google", "emoji-datasource-google@16.0.0", "package/img/google/64", "png", "Apache-2.0 (artwork)",
+              "Noto Emoji by Google, packaged by emoji-data"),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """Name, aliases and category of one emoji; ``code`` is its lower-case code point sequence."""
+
+    code: str
+    name: str
+    aliases: tuple[str, ...]
+    category: str
+    subcategory: str
+
+
+# Flags, letters and keycaps are tables to memorise rather than pictures to compose; families repeat persons.
+_SKIPPED_CATEGORIES = {"Flags", "Component"}
+_SKIPPED_SUBCATEGORIES = {"alphanum", "keycap", "family", "country-flag", "subdivision-flag", "gender", "time"}
+_GENDERED = re.compile(r"^(man|woman|women|men|male|female)[-_ ]")
+
+
+def cache_dir() -> Path:
+    """Folder for downloaded packages: ``$SUN_CACHE`` or ``~/.cache/sun``."""
+    return Path(os.environ.get("SUN_CACHE") or Path.home() / ".cache" / "sun")
+
+
+def fetch_package(spec: str) -> Path:
+    """Path of the ``.tgz`` of an npm package such as ``openmoji@17.0.0``, downloaded once.
+
+    Raises ``RuntimeError`` naming the missing tool or the failed command.
+    """
+    folder = cache_dir() / "packages"
+    folder.mkdir(parents=True, exist_ok=True)
+    name, _, version = spec.rpartition("@")
+    target = folder / f"{name.lstrip('@').replace('/', '-')}-{version}.tgz"
+    if target.exists():
+        return target
+    npm = shutil.which("npm")
+    if npm is None:
+        raise RuntimeError(f"npm is needed to download the emoji package {spec}: install Node.js, then run this again.")
+    done = subprocess.run([npm, "pack", spec, "--silent"], cwd=folder, capture_output=True, text=True)
+    if done.returncode != 0 or not target.exists():
+        raise RuntimeError(f"`npm pack {spec}` failed in {folder}:\n{done.stderr.strip() or done.stdout.strip()}")
+    return target
+
+
+def _clean(name: str) -> str:
+    words = re.sub(r"[^a-z0-9+ ]", " ", name.lower().replace("_", " ").replace("-", " ").replace("’", ""))
+    return " ".join(words.split())
+
+
+def _keys(code: str) -> list[str]:
+    """Spellings of a code point sequence that the packages use in file names."""
+    bare = code.replace("-fe0f", "")
+    stripped = ["-".join(part.lstrip("0") for part in c.split("-")) for c in (code, bare)]
+    return [code, bare, *stripped]
+
+
+def load_metadata(all_people: bool = False) -> list[Emoji]:
+    """The emoji this project trains on, in Unicode order (about 1,200; flags, letters and duplicates left out)."""
+    with tarfile.open(fetch_package(METADATA_PACKAGE)) as tar:
+        member = tar.extractfile("package/emoji.json")
+        assert member is not None
+        rows = json.load(member)
+    found = []
+    for row in sorted(rows, key=lambda r: r["sort_order"]):
+        if row["category"] in _SKIPPED_CATEGORIES or row["subcategory"] in _SKIPPED_SUBCATEGORIES:
+            continue
+        aliases = tuple(dict.fromkeys(_clean(a) for a in row["short_names"]))
+        if not all_people and row["category"] == "People & Body" and _GENDERED.match(row["short_name"]):
+            continue
+        name = _clean(row["name"])
+        found.append(Emoji(row["unified"].lower(), name, aliases, row["category"], row["subcategory"]))
+    return found
+
+
+def load_pictures(style: str, emojis: list[Emoji], size: int = 128) -> dict[str, Image.Image]:
+    """RGBA pictures of ``size`` x ``size`` pixels by emoji code, for every emoji the style has."""
+    spec = STYLES[style]
+    pictures: dict[str, Image.Image] = {}
+    wanted = {f"{spec.folder}/{key}.{spec.suffix}".lower(): e.code for e in emojis for key in _keys(e.code)}
+    with tarfile.open(fetch_package(spec.package)) as tar:
+        for member in tar:
+            code = wanted.get(member.name.lower())
+            if code is None or code in pictures:
+                continue
+            handle = tar.extractfile(member)
+            assert handle is not None
+            pictures[code] = _rasterise(handle.read(), spec.suffix, size)
+    return pictures
+
+
+def _rasterise(data: bytes, suffix: str, size: int) -> Image.Image:
+    if suffix == "svg":
+        import resvg_py
+
+        data = bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), width=size, height=size))
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
+    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS)
