@@ -193,12 +193,13 @@ class SunAdapter(nn.Module):
         """
         layers = layers_of_unet(unet)
         attentions = [unet.get_submodule(layer.diffusers) for layer in layers]
+        known = info or SunInfo()
         adapter = cls(
             [layer.channels for layer in layers],
             attentions[0].to_k.in_features,
             positive,
             names=[layer.name for layer in layers],
-            info=replace(info or SunInfo(), guidance_scale=w if w is not None else (info and info.guidance_scale)),
+            info=known if w is None else replace(known, guidance_scale=w),
             device=attentions[0].to_k.weight.device,
             dtype=dtype or attentions[0].to_k.weight.dtype,
         )

@@ -40,7 +40,7 @@ from .layers import layers_of_unet
 from .schedulers import make_scheduler
 
 NEGATIVE = "sun_negative"
-SUPPORTED_PIPELINES = (
+SUPPORTED_PIPELINES: tuple[Any, ...] = (
     StableDiffusionPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -99,8 +99,9 @@ def attach(
         unet._sun = _UNetAttachment.install(unet, adapter, strength, modules)
     if pipe is not None:
         unet._sun.pipelines += 1
-        pipe._sun = _PipelineAttachment(type(pipe), pipe.scheduler, unet._sun)
-        pipe.__class__ = _sun_class(type(pipe))
+        original_class: Any = type(pipe)
+        pipe._sun = _PipelineAttachment(original_class, pipe.scheduler, unet._sun)
+        pipe.__class__ = _sun_class(original_class)
         pipe.scheduler = scheduler
 
 
@@ -303,7 +304,7 @@ def _describe(unet: Any) -> str:
 
 def _pipeline_and_unet(target: Any) -> tuple[Any, Any]:
     """Return (pipeline or None, U-Net), looking through torch.compile's wrapper."""
-    pipe = target if isinstance(target, DiffusionPipeline) else None
+    pipe: Any = target if isinstance(target, DiffusionPipeline) else None
     if pipe is not None and not isinstance(pipe, SUPPORTED_PIPELINES):
         names = ", ".join(cls.__name__ for cls in SUPPORTED_PIPELINES)
         raise TypeError(
