@@ -7,3 +7,4 @@ from pathlib import Path
 MODELS_DIR = Path(__file__).resolve().parent / "models"
 EMOJI_DIFFUSION = MODELS_DIR / "emoji-diffusion"
 EMOJI_SUN = MODELS_DIR / "emoji-sun.safetensors"
+SINGLE_FILE_CONFIG = MODELS_DIR / "stable-diffusion-v1"

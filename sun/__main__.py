@@ -1,0 +1,5 @@
+"""``python -m sun``."""
+
+from .cli import main
+
+main()

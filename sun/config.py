@@ -1,0 +1,156 @@
+"""Dataclass configurations from files and ``key=value`` texts, with errors that name the key and its neighbours."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and what it takes."""
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The content of a TOML or JSON file. Raises ConfigError."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix.lower() == ".json":
+            content = json.loads(text)
+        else:
+            content = _toml().loads(text)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:  # both parsers' errors are ValueErrors
+        raise ConfigError(f"{path} is not valid {'JSON' if path.suffix.lower() == '.json' else 'TOML'}: {error}.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} should hold names and values, not a {type(content).__name__}.")
+    return content
+
+
+def apply(config: T, values: Mapping[str, Any], where: str = "the configuration") -> T:
+    """Set nested ``values`` on a dataclass instance, converting each to its field's type. Returns ``config``.
+
+    Raises ConfigError for unknown keys and values that do not fit.
+    """
+    kinds = typing.get_type_hints(type(config))
+    for key, value in values.items():
+        if key not in kinds:
+            raise ConfigError(f"{where}: there is no setting {key!r}.{_suggest(key, sorted(kinds))}")
+        current = getattr(config, key)
+        if is_dataclass(current):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{where}: {key} is a group of settings ({', '.join(kinds_of(current))}).")
+            apply(current, value, f"{where}, {key}")
+        else:
+            setattr(config, key, convert(value, kinds[key], f"{where}: {key}"))
+    return config
+
+
+def assign(config: T, assignments: Sequence[str]) -> T:
+    """Apply texts like ``run.lr=1e-3`` or, where the name is unique, ``lr=1e-3``. Raises ConfigError."""
+    paths = dict(leaves(config))
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals:
+            raise ConfigError(f"--set {text!r} has no value. Write it as key=value.")
+        full = key if key in paths else _by_last_name(key, list(paths))
+        *groups, name = full.split(".")
+        target: Any = config
+        for group in groups:
+            target = getattr(target, group)
+        setattr(target, name, convert(value.strip(), paths[full], f"--set {key}"))
+    return config
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, type) of every setting."""
+    kinds = typing.get_type_hints(type(config))
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            yield from leaves(value, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, kinds[item.name]
+
+
+def kinds_of(config: Any) -> list[str]:
+    return [item.name for item in fields(config)]
+
+
+def convert(value: Any, kind: Any, where: str) -> Any:
+    """``value`` (from TOML, JSON or a text) as ``kind``. Raises ConfigError naming ``where``."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if type(None) in arguments and (value is None or (isinstance(value, str) and value.lower() in ("", "none"))):
+            return None
+        return convert(value, next(a for a in arguments if a is not type(None)), where)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ConfigError(f"{where} takes {', '.join(map(str, arguments))}, not {value!r}.")
+        return value
+    if origin in (tuple, list):
+        return _sequence(value, origin, arguments, where)
+    if kind is Any or kind is str or kind is Path:
+        return value if kind is Any else kind(value)
+    try:
+        if kind is bool:
+            return _WORDS[str(value).strip().lower()]
+        if kind in (int, float) and not isinstance(value, bool):
+            number = float(value)
+            if kind is float:
+                return number
+            if number == int(number):
+                return int(str(value)) if str(value).strip().lstrip("+-").isdigit() else int(number)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        pass
+    wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, str(kind))
+    raise ConfigError(f"{where} takes {wanted}, not {value!r}.")
+
+
+def _sequence(value: Any, origin: type, arguments: tuple[Any, ...], where: str) -> Any:
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+    items = list(value) if isinstance(value, (list, tuple)) else [value]
+    if origin is tuple and arguments and arguments[-1] is not Ellipsis:
+        if len(items) != len(arguments):
+            raise ConfigError(f"{where} takes {len(arguments)} values, not {len(items)}.")
+        return tuple(convert(v, k, where) for v, k in zip(items, arguments, strict=True))
+    kind = arguments[0] if arguments else Any
+    return origin(convert(v, kind, where) for v in items)
+
+
+def _by_last_name(key: str, paths: list[str]) -> str:
+    matches = [p for p in paths if p.rpartition(".")[2] == key]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ConfigError(f"--set {key}: several settings have this name; say which: {', '.join(matches)}.")
+    raise ConfigError(f"--set {key}: there is no such setting.{_suggest(key, paths)}")
+
+
+def _suggest(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known + [k.rpartition(".")[2] for k in known], n=3)
+    return f" Did you mean {' or '.join(dict.fromkeys(near))}?" if near else f" There are: {', '.join(known)}."
+
+
+def _toml() -> Any:
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+    return tomllib
