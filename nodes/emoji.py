@@ -37,7 +37,8 @@ def load(folder: Path) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP,
         raise EmojiDiffusionError(
             f"Emoji Diffusion is incomplete: {folder} has no {', '.join(missing)}. Install the SUN node pack again."
         )
-    return load_unet(folder), load_clip(folder), load_vae(folder / "vae")
+    vae = load_vae(folder / "vae")
+    return load_unet(folder, preview_format(vae)), load_clip(folder), vae
 
 
 def fingerprint(folder: Path) -> str:
@@ -103,7 +104,10 @@ def unet_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def load_unet(folder: Path) -> comfy.model_patcher.ModelPatcher:
+def load_unet(
+    folder: Path, latent_format: comfy.latent_formats.LatentFormat | None = None
+) -> comfy.model_patcher.ModelPatcher:
+    """MODEL of a diffusers folder. `latent_format` differs from SD 1.5's only in the colours of previews."""
     config = _config(folder / "unet")
     # diffusers' attention_head_dim is, for this model, the number of heads (a naming accident kept for old files).
     heads = config.get("num_attention_heads") or config["attention_head_dim"]
@@ -111,6 +115,7 @@ def load_unet(folder: Path) -> comfy.model_patcher.ModelPatcher:
     model_config = comfy.supported_models.SD15(unet_config(config))
     model_config.unet_config["num_heads"] = heads  # SD15 sets its own 8
     model_config.sampling_settings = _sampling_settings(_config(folder / "scheduler", "scheduler_config.json"))
+    model_config.latent_format = latent_format or model_config.latent_format
     weights = _weights(folder / "unet")
     names = comfy.utils.unet_to_diffusers(model_config.unet_config)
     unknown = [name for name in weights if name not in names]
@@ -227,3 +232,23 @@ def _taesd_name(name: str) -> str:
         raise EmojiDiffusionError(f"The VAE of Emoji Diffusion has a tensor {name}, which TAESD does not know.")
     side, number, rest = match.groups()
     return f"taesd_{side}.{int(number) + (side == 'decoder')}.{rest}"
+
+
+@torch.no_grad()
+def preview_format(vae: comfy.sd.VAE) -> comfy.latent_formats.SD15:
+    """SD 1.5's latent format with the colours of this autoencoder, for ComfyUI's live previews.
+
+    Previews are one linear map from 4 latent channels to RGB. SD 1.5's map would show other colours, so it is fitted,
+    by least squares, to what the decoder makes of random patches.
+    """
+    latent_format = comfy.latent_formats.SD15()
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(4, 4, 4, 4, generator=generator).repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    pixels = vae.decode(latent_format.process_out(latents)).movedim(-1, 1).cpu() * 2 - 1
+    colors = torch.nn.functional.avg_pool2d(pixels, 8).movedim(1, -1).reshape(-1, 3)
+    rows = torch.cat([latents.movedim(1, -1).reshape(-1, 4), torch.ones(len(colors), 1)], dim=1)
+    solution = torch.linalg.lstsq(rows, colors).solution
+    latent_format.latent_rgb_factors = solution[:4].tolist()
+    latent_format.latent_rgb_factors_bias = solution[4].tolist()
+    latent_format.taesd_decoder_name = None  # SD 1.5's preview decoder belongs to another latent space
+    return latent_format

@@ -231,12 +231,12 @@ def _apply_model(
     executor: Any, x: torch.Tensor, t: torch.Tensor, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
     transformer_options: dict[str, Any] | None = None, **kwargs: Any,
 ) -> torch.Tensor:  # fmt: skip
-    options = dict(transformer_options or {})
-    run = options.pop(KEY, None)
+    options = transformer_options or {}
+    run = options.get(KEY)
+    # Looked up by the patcher that runs: with several GPUs each has its own copy of the adapter.
     patchers = executor.class_obj.current_patcher.get_additional_models_with_key(KEY)
     if isinstance(run, SunRun) and patchers:
-        weights = _weights(run.entries, t)
-        options[KEY] = SunForward(patchers[0].model, run.settings, weights)
+        options = {**options, KEY: SunForward(patchers[0].model, run.settings, _weights(run.entries, t))}
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
@@ -253,7 +253,7 @@ def _diffusion_model(
     executor: Any, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor | None = None, y: Any = None,
     control: Any = None, transformer_options: dict[str, Any] | None = None, **kwargs: Any,
 ) -> torch.Tensor:  # fmt: skip
-    options = dict(transformer_options or {})
+    options = transformer_options if transformer_options is not None else {}
     forward = options.get(KEY)
     texts: dict[int, torch.Tensor] = {}
     while (name := NEGATIVE.format(len(texts))) in kwargs:
@@ -263,15 +263,14 @@ def _diffusion_model(
 
     forward.negatives = [(weight, _rows(texts[i], x.shape[0])) for i, weight in forward.active.items()]
     forward.positive = context
-    replace = dict(options.get("patches_replace", {}))
+    replace = options.get("patches_replace", {})
     attn2 = dict(replace.get("attn2", {}))
     for position, layer in enumerate(forward.settings.layers):
         prior = attn2.get(layer.comfy, attn2.get(layer.comfy[:2]))
         if prior is not None:
             forward.prior[position] = prior
         attn2[layer.comfy] = sun_attention(position)  # ComfyUI asks for (block, id, depth) before (block, id)
-    replace["attn2"] = attn2
-    options["patches_replace"] = replace
+    options = {**options, "patches_replace": {**replace, "attn2": attn2}}
     return executor(x, timesteps, context, y, control, options, **kwargs)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,14 +53,26 @@ def test_vae_equals_diffusers_in_both_directions(emoji: SimpleNamespace, pipe) -
     close(emoji.vae.decode(latent).movedim(-1, 1), decoded.clamp(0, 1), 1e-5)
 
 
-def test_preview_works(host: SimpleNamespace, emoji: SimpleNamespace) -> None:
+@torch.no_grad()
+def test_previews_have_the_colours_of_the_picture(host: SimpleNamespace, emoji: SimpleNamespace) -> None:
     import latent_preview
-    from comfy.cli_args import LatentPreviewMethod
 
-    latent_format = emoji.model.model.latent_format
-    previewer = latent_preview.Latent2RGBPreviewer(latent_format.latent_rgb_factors)
-    assert LatentPreviewMethod.Latent2RGB
-    assert previewer.decode_latent_to_preview(torch.randn(1, 4, 16, 16)).size == (16, 16)
+    generator = torch.Generator().manual_seed(5)
+    latents = torch.randn(1, 4, 4, 4, generator=generator).repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    ours, sd15 = emoji.model.model.latent_format, host.comfy.latent_formats.SD15()
+    picture = emoji.vae.decode(ours.process_out(latents)).movedim(-1, 1)
+    truth = torch.nn.functional.avg_pool2d(picture, 8)[0].movedim(0, -1)
+
+    def error(latent_format) -> float:
+        previewer = latent_preview.Latent2RGBPreviewer(
+            latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
+        )
+        preview = previewer.decode_latent_to_preview(latents)
+        assert preview.size == (16, 16)
+        return float((torch.from_numpy(np.asarray(preview) / 255.0) - truth).square().mean().sqrt())
+
+    print(f"preview error: {error(ours):.3f}, with SD 1.5's colours {error(sd15):.3f} (of 1)")
+    assert error(ours) < error(sd15) / 2
 
 
 def test_incomplete_folder_is_named(host: SimpleNamespace, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from comfy_helpers import make_adapter
 from comfyui_host import REPOSITORY
-from conftest import make_adapter
 
 TITLES = {
     "SUN_LoadAdapter": "Load SUN Adapter",

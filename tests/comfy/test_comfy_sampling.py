@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import relative
+from comfy_helpers import relative
 
 # ------------------------------------------------------------------------------------------------ calls and timesteps
 
@@ -418,8 +418,8 @@ def test_wrong_base_models_are_named(host: SimpleNamespace, run: SimpleNamespace
     files = host.part("sun.files")
     sdxl = make_unet_model(
         host, "SDXL", num_res_blocks=[2, 2, 2], channel_mult=[1, 2, 4], transformer_depth=[0, 0, 2, 2, 10, 10],
-        context_dim=2048, transformer_depth_middle=10, transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10], adm_in_channels=2816,
-        num_classes="sequential", use_linear_in_transformer=True, num_head_channels=16,
+        context_dim=2048, transformer_depth_middle=10, transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10],
+        adm_in_channels=2816, num_classes="sequential", use_linear_in_transformer=True, num_head_channels=16,
     )  # fmt: skip
     with pytest.raises(files.SunFileError, match=r"(?s)emoji-sun.*text width 128.*SDXL model has.*2048"):
         run.apply(sdxl)

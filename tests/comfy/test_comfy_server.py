@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from comfy_helpers import make_adapter, make_emoji_stand_in
 from comfyui_host import REPOSITORY, STUBS
-from conftest import make_adapter, make_emoji_stand_in
 from PIL import Image
 from workflows import to_prompt
 
