@@ -9,7 +9,7 @@ PYTHON ?= python3
 
 DEMO := .venv-demo
 TEST := .venv-test
-SOURCES := sun nodes tests __init__.py
+SOURCES := sun nodes tests __init__.py install.py
 PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
 
 # Nothing here may ask a model hub for anything: the models are in the repository.
@@ -30,19 +30,20 @@ $(DEMO)/.installed: pyproject.toml constraints.txt
 	$(DEMO)/bin/python -m pip install $(PIP_FLAGS) -e ".[cli]"
 	@touch $@
 
-$(TEST)/.installed: pyproject.toml constraints.txt $(wildcard tests/comfy/requirements.txt)
+$(TEST)/.installed: pyproject.toml constraints.txt tests/comfy/requirements.txt
 	@echo "Installing into $(TEST) (a few minutes, once)"
 	$(PYTHON) -m venv $(TEST)
 	$(TEST)/bin/python -m pip install $(PIP_FLAGS) torch==2.13.0
 	$(TEST)/bin/python -m pip install $(PIP_FLAGS) -e ".[all,dev]"
+	$(TEST)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r tests/comfy/requirements.txt
 	@touch $@
 
 demo: $(DEMO)/.installed ## four-step pictures beside the 25-step reference, into demo/
 	@$(DEMO)/bin/python -m sun demo --out demo
 
 lint: $(TEST)/.installed ## ruff and mypy
-	$(TEST)/bin/ruff check $(wildcard $(SOURCES))
-	$(TEST)/bin/ruff format --check $(wildcard $(SOURCES))
+	$(TEST)/bin/ruff check $(SOURCES)
+	$(TEST)/bin/ruff format --check $(SOURCES)
 	$(TEST)/bin/mypy
 
 test: lint ## linter, types and every test

@@ -14,7 +14,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -35,20 +34,19 @@ err = Console(stderr=True, highlight=False)
 class SunGroup(TyperGroup):
     """Turns exceptions of any command into one sentence and an exit code; ``--debug`` keeps the traceback."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: typer.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (click.exceptions.Exit, click.ClickException, click.Abort):
-            raise
         except KeyboardInterrupt:
             err.print("stopped", style="yellow")
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
-            if ctx.params.get("debug"):
+            # Typer's own exceptions (wrong usage, exit codes) are shown by Typer.
+            if ctx.params.get("debug") or isinstance(error, (typer.Exit, typer.Abort)) or hasattr(error, "format_message"):
                 raise
             expected = isinstance(error, (RecipeError, SunFileError, ConfigError, OSError))
             text = str(error) if expected else f"{type(error).__name__}: {error}\nThis is unexpected; --debug shows where."
-            err.print(f"[red]error:[/red] {escape(text)}")
+            err.print(f"[red]error:[/red] {escape(text)}", soft_wrap=True)
             raise typer.Exit(BAD_INPUT if expected else 1) from None
 
 
@@ -115,12 +113,12 @@ class Layout(str, Enum):
     official = "official"
 
 
-Model = Annotated[str, typer.Option(help="Diffusers folder or single-file SD 1.5 checkpoint (.safetensors). [emoji: the shipped one]")]
+Model = Annotated[str, typer.Option(help="Diffusers folder or single-file SD 1.5 checkpoint (.safetensors). (emoji: the shipped one)")]
 ConfigDir = Annotated[str, typer.Option("--config", help="Diffusers folder that describes an unusual single-file checkpoint.")]
-Adapter = Annotated[str, typer.Option(help="SUN adapter file; none runs the plain model. [emoji: the shipped one]")]
+Adapter = Annotated[str, typer.Option(help="SUN adapter file; none runs the plain model. (emoji: the shipped one)")]
 Lora = Annotated[list[str] | None, typer.Option(help="LoRA as PATH or PATH:WEIGHT; may be given several times.")]
-Size = Annotated[str, typer.Option(help="Pixels, as 512 or 512x768. [the model's own]")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the first picture; the next use seed + 1, ... [random]", min=0)]
+Size = Annotated[str, typer.Option(help="Pixels, as 512 or 512x768. (default: the model's own)")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the first picture; the next use seed + 1, ... (default: random)", min=0)]
 Strength = Annotated[float, typer.Option("--sun-strength", help="1 is the trained adapter, 0 the plain model.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")]
 Precision = Annotated[Dtype, typer.Option(help="Number format; auto is float32 on a CPU and float16 elsewhere.")]
@@ -147,7 +145,7 @@ def generate(
     ctx: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What to draw.", show_default=False)] = "",
     negative: Annotated[str, typer.Option(help="What to keep out of the picture.")] = "",
-    target: Annotated[Path | None, typer.Option("--out", help="PNG to write; a batch becomes NAME-0.png, NAME-1.png, ... [sun-SEED.png]")] = None,
+    target: Annotated[Path | None, typer.Option("--out", help="PNG to write; a batch becomes NAME-0.png, NAME-1.png, ... (default: sun-SEED.png)")] = None,
     steps: Annotated[int, typer.Option(help="Steps, one U-Net call each; 4 is what SUN is trained for.", min=1, max=1000)] = 4,
     seed: Seed = None,
     batch: Annotated[int, typer.Option(help="Number of pictures.", min=1)] = 1,
@@ -156,7 +154,7 @@ def generate(
     sun_strength: Strength = 1.0,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; only with --adapter none.")] = 7.5,
     init: Annotated[str, typer.Option(help="Picture to start from.", metavar="IMAGE")] = "",
-    strength: Annotated[float | None, typer.Option(help="How much of --init to repaint, 0 to 1. [0.5; 1 with --mask]", min=0.0, max=1.0)] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of --init to repaint, 0 to 1. (default: 0.5; 1 with --mask)", min=0.0, max=1.0)] = None,
     mask: Annotated[str, typer.Option(help="White where --init is to be repainted.", metavar="IMAGE")] = "",
     denoise_mode: Annotated[DenoiseMode, typer.Option(help="trained drops the first steps (fewer calls); respaced keeps the number.")] = DenoiseMode.trained,
     control: Annotated[str, typer.Option(help="Control picture for --controlnet.", metavar="IMAGE")] = "",
@@ -211,7 +209,7 @@ def compare(
     also: Annotated[list[str] | None, typer.Option(help="Another method: ddim-4, dpmpp-8, unipc-4, euler-4, cond-25, sun-8.")] = None,
     seed: Seed = 0,
     size: Size = "",
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale w of the reference. [the adapter's own]", min=1.0)] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale w of the reference. (default: the adapter's own)", min=1.0)] = None,
     sun_strength: Strength = 1.0,
     model: Model = "emoji",
     config: ConfigDir = "",
@@ -327,7 +325,7 @@ sun train --model sd15-folder --data pictures/ --batch-size 8 --set guidance_sca
 accelerate launch -m sun train --config sun.toml""")
 def train(
     config: ConfigFile = None,
-    model: Annotated[str | None, typer.Option(help="Diffusers folder of the frozen model. [emoji: the shipped one]")] = None,
+    model: Annotated[str | None, typer.Option(help="Diffusers folder of the frozen model. (emoji: the shipped one)")] = None,
     data: Annotated[str | None, typer.Option(help="Folder of pictures and captions, or webdataset shards.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the run: checkpoints, samples, adapter.")] = None,
     steps: Annotated[int | None, typer.Option(help="Length in steps.", min=1)] = None,
@@ -382,8 +380,8 @@ def evaluate(
     config: ConfigFile = None,
     prompts: Annotated[int | None, typer.Option(help="Number of prompts.", min=2)] = None,
     prompts_file: Annotated[str | None, typer.Option(help="File with one 'prompt | negative' a line.")] = None,
-    model: Annotated[str | None, typer.Option(help="Diffusers folder. [emoji: the shipped one]")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Adapter file. [the shipped one]")] = None,
+    model: Annotated[str | None, typer.Option(help="Diffusers folder. (emoji: the shipped one)")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Adapter file. (default: the shipped one)")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Pictures at a time.", min=1)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the prompts and the noise.", min=0)] = None,
     settings: Settings = None,

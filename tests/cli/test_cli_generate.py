@@ -1,0 +1,232 @@
+"""``sun generate``: every kind of run, what it writes, and that a PNG makes its picture again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import make_adapter
+from typer.testing import Result
+
+from sun.generate import complete, generate, load, noise
+from sun.recipe import Recipe, parameters, read_recipe, split_lora
+from sun.shipped import EMOJI_DIFFUSION, EMOJI_SUN
+
+Run = Callable[..., Result]
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def test_a_picture_is_made_in_one_unet_call_a_step_and_counted(tiny: Run, tmp_path: Path) -> None:
+    target, figures = tmp_path / "x.png", tmp_path / "x.json"
+    result = tiny("generate", "a cat", "--negative", "a dog", "--seed", 3, "--out", target, "--json", figures)
+    assert "4 U-Net calls" in result.output
+    assert str(target) in result.output
+    assert json.loads(figures.read_text())["unet_calls"] == 4
+    assert Image.open(target).size == (64, 64)
+
+
+def test_the_negative_prompt_and_the_strength_change_the_picture(tiny: Run, tmp_path: Path) -> None:
+    made = []
+    for i, extra in enumerate([[], ["--negative", "dog"], ["--sun-strength", 0.5], ["--sun-strength", 0]]):
+        tiny("generate", "a cat", "--seed", 3, "--out", tmp_path / f"{i}.png", *extra)
+        made.append(pixels(tmp_path / f"{i}.png"))
+    assert all((made[i] != made[j]).any() for i in range(4) for j in range(i))
+
+
+def test_a_png_makes_its_picture_again_bit_for_bit(tiny: Run, sun: Run, tmp_path: Path) -> None:
+    first, again = tmp_path / "x.png", tmp_path / "y.png"
+    tiny("generate", "a cät, 猫", "--negative", "dog", "--seed", 5, "--steps", 3, "--scheduler", "dpmpp_2m", "--out", first)
+    result = sun("generate", "--from", first, "--out", again)
+    assert "note" not in result.output
+    assert (pixels(first) == pixels(again)).all()
+    assert read_recipe(again)[0] == read_recipe(first)[0]
+
+
+def test_each_picture_of_a_batch_can_be_made_again(tiny: Run, sun: Run, tmp_path: Path) -> None:
+    tiny("generate", "a cat", "--seed", 5, "--batch", 3, "--out", tmp_path / "x.png")
+    made = [pixels(tmp_path / f"x-{i}.png") for i in range(3)]
+    assert (made[0] != made[1]).any()
+    sun("generate", "--from", tmp_path / "x-2.png", "--out", tmp_path / "y.png")
+    assert (pixels(tmp_path / "y.png") == made[2]).all()
+
+
+def test_a_picture_of_a_batch_is_that_of_its_own_seed(tiny: Run, tmp_path: Path) -> None:
+    tiny("generate", "a cat", "--seed", 5, "--batch", 3, "--out", tmp_path / "x.png")
+    tiny("generate", "a cat", "--seed", 7, "--out", tmp_path / "y.png")
+    difference = np.abs(pixels(tmp_path / "x-2.png").astype(int) - pixels(tmp_path / "y.png"))
+    assert difference.max() <= 1
+
+
+def test_options_beside_from_change_only_themselves(tiny: Run, sun: Run, tmp_path: Path) -> None:
+    tiny("generate", "a cat", "--negative", "dog", "--seed", 5, "--batch", 2, "--out", tmp_path / "x.png")
+    sun("generate", "--from", tmp_path / "x-1.png", "--steps", 2, "--out", tmp_path / "y.png")
+    recipe = read_recipe(tmp_path / "y.png")[0]
+    assert (recipe.steps, recipe.prompt, recipe.negative, recipe.seed, recipe.index) == (2, "a cat", "dog", 5, 1)
+    sun("generate", "--from", tmp_path / "x-1.png", "--seed", 9, "--batch", 1, "--out", tmp_path / "z.png")
+    assert read_recipe(tmp_path / "z.png")[0].seed == 9
+
+
+def test_the_parameters_text_is_what_web_uis_read(tiny: Run, tmp_path: Path) -> None:
+    tiny("generate", "a cat", "--negative", "dog", "--seed", 5, "--batch", 2, "--out", tmp_path / "x.png")
+    lines = Image.open(tmp_path / "x-1.png").text["parameters"].splitlines()  # type: ignore[attr-defined]
+    assert lines[:2] == ["a cat", "Negative prompt: dog"]
+    settings = dict(pair.split(": ", 1) for pair in lines[2].split(", "))
+    expected = {"Steps": "4", "Sampler": "Euler", "Schedule type": "Simple", "CFG scale": "1", "Seed": "6", "Size": "64x64"}
+    assert expected.items() <= settings.items()
+    assert settings["SUN adapter"] == "tiny"
+    assert len(settings["SUN adapter hash"]) == 10
+
+
+def test_loras_and_denoising_are_in_the_parameters() -> None:
+    recipe = Recipe(prompt="x", loras=("a/ink.safetensors:0.5",), init="i.png", strength=0.25, adapter="none", guidance=5.0)
+    text = parameters(recipe)
+    assert "x <lora:ink:0.5>" in text
+    assert "Denoising strength: 0.25" in text
+    assert "CFG scale: 5" in text
+    assert "SUN adapter" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a.safetensors", ("a.safetensors", 1.0)), ("a:0.5", ("a", 0.5)), ("C:\\a", ("C:\\a", 1.0)), ("C:\\a:2", ("C:\\a", 2.0))],
+)
+def test_a_lora_is_a_path_with_an_optional_weight(text: str, expected: tuple[str, float]) -> None:
+    assert split_lora(text) == expected
+
+
+def test_noise_is_float32_from_the_seed_alone(model_folder: Path, adapter_file: Path) -> None:
+    recipe = Recipe(seed=4, batch=2, model=str(model_folder), adapter=str(adapter_file))
+    loaded = load(recipe)
+    start = noise(complete(recipe, loaded), loaded)
+    torch.manual_seed(5)
+    assert torch.equal(start[1:], torch.randn(1, 4, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("strength", "mode", "calls"), [(0.5, "trained", 2), (0.5, "respaced", 4), (1.0, "trained", 4), (0.29, "respaced", 4)]
+)
+def test_image_to_image_runs_the_steps_of_its_mode(
+    tiny: Run, tmp_path: Path, photo: Path, strength: float, mode: str, calls: int
+) -> None:
+    target = tmp_path / "x.png"
+    result = tiny("generate", "a cat", "--init", photo, "--strength", strength, "--denoise-mode", mode, "--seed", 1, "--out", target)
+    assert f"{calls} U-Net calls" in result.output
+    assert read_recipe(target)[0].strength == strength
+
+
+def test_image_to_image_visits_the_trained_timesteps(
+    model_folder: Path, adapter_file: Path, photo: Path, count_calls: Callable[[Any], Any]
+) -> None:
+    recipe = Recipe(prompt="a", init=str(photo), strength=0.5, model=str(model_folder), adapter=str(adapter_file))
+    loaded = load(recipe)
+    log = count_calls(loaded.pipe.unet)
+    generate(loaded, complete(recipe, loaded))
+    assert log.timesteps == [499, 249]
+
+
+def test_image_to_image_takes_the_pictures_size(tiny: Run, tmp_path: Path, photo: Path) -> None:
+    Image.open(photo).resize((90, 50)).save(photo)
+    tiny("generate", "a", "--init", photo, "--seed", 1, "--out", tmp_path / "x.png")
+    assert Image.open(tmp_path / "x.png").size == (88, 48)
+
+
+def test_under_a_mask_the_rest_of_the_picture_stays_near_the_original(tiny: Run, tmp_path: Path, photo: Path) -> None:
+    mask = tmp_path / "mask.png"
+    Image.fromarray(np.pad(np.full((64, 32), 255, np.uint8), ((0, 0), (0, 32)))).save(mask)
+    common = ("generate", "a", "--init", photo, "--mask", mask, "--seed", 1, "--strength", 1.0)
+    tiny(*common, "--out", tmp_path / "x.png")
+    tiny(*common, "--negative", "dog", "--out", tmp_path / "y.png")
+    change = np.abs(pixels(tmp_path / "x.png").astype(int) - pixels(tmp_path / "y.png")).mean((0, 2))
+    assert change[48:].max() < 0.5 * change[:24].mean()  # the tiny autoencoder smears a little across the border
+
+
+@pytest.mark.parametrize("extra", [(), ("--init",), ("--init", "--mask")])
+def test_a_controlnet_steers_text_image_and_mask_runs(
+    tiny: Run, tmp_path: Path, photo: Path, controlnet_folder: Path, extra: tuple[str, ...]
+) -> None:
+    given = [part for name in extra for part in (name, photo)]
+    for scale in (0.0, 1.0):
+        tiny("generate", "a", *given, "--controlnet", controlnet_folder, "--control", photo, "--control-scale", scale,
+             "--seed", 1, "--out", tmp_path / f"{scale}.png")  # fmt: skip
+    assert (pixels(tmp_path / "0.0.png") != pixels(tmp_path / "1.0.png")).any()
+
+
+def test_loras_are_applied_with_their_weights(
+    tiny: Run, tmp_path: Path, make_pipeline: Callable[..., Any]
+) -> None:
+    lora = tmp_path / "lora.safetensors"
+    _save_lora(make_pipeline(), lora)
+    for weight in ("0", "1", "-1"):
+        tiny("generate", "a", "--lora", f"{lora}:{weight}", "--seed", 1, "--out", tmp_path / f"{weight}.png")
+    tiny("generate", "a", "--seed", 1, "--out", tmp_path / "plain.png")
+    made = {name: pixels(tmp_path / f"{name}.png").astype(int) for name in ("0", "1", "-1", "plain")}
+    assert np.abs(made["0"] - made["plain"]).max() <= 1
+    assert (made["1"] != made["plain"]).any()
+    assert (made["1"] != made["-1"]).any()
+
+
+def _save_lora(pipe: Any, path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(0)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_q"], init_lora_weights=False))
+    StableDiffusionPipeline.save_lora_weights(
+        path.parent, unet_lora_layers=get_peft_model_state_dict(pipe.unet), weight_name=path.name
+    )
+
+
+def test_without_an_adapter_guidance_costs_two_calls_a_step(sun: Run, tmp_path: Path, model_folder: Path) -> None:
+    common = ("generate", "a", "--model", model_folder, "--adapter", "none", "--seed", 1, "--out", tmp_path / "x.png")
+    assert "8 U-Net calls" in sun(*common, "--guidance", 5).output
+    assert "4 U-Net calls" in sun(*common, "--guidance", 1).output
+
+
+def test_a_changed_or_missing_file_is_told(tiny: Run, sun: Run, tmp_path: Path, photo: Path) -> None:
+    target = tmp_path / "x.png"
+    tiny("generate", "a", "--init", photo, "--seed", 1, "--out", target)
+    Image.new("RGB", (64, 64), "red").save(photo)
+    result = sun("generate", "--from", target, "--out", tmp_path / "y.png")
+    assert "has changed since" in result.output
+    photo.unlink()
+    assert "not there" in sun("generate", "--from", target, code=2).output
+
+
+def test_all_precisions_run(tiny: Run, tmp_path: Path) -> None:
+    made = {}
+    for dtype in ("float32", "bfloat16"):
+        tiny("generate", "a cat", "--seed", 1, "--dtype", dtype, "--out", tmp_path / f"{dtype}.png")
+        made[dtype] = pixels(tmp_path / f"{dtype}.png").astype(int)
+    assert np.abs(made["float32"] - made["bfloat16"]).mean() < 8
+
+
+@pytest.mark.skipif(not (EMOJI_DIFFUSION.exists() and EMOJI_SUN.exists()), reason="the shipped model has not landed yet")
+def test_the_shipped_model_is_the_default(sun: Run, tmp_path: Path) -> None:
+    target = tmp_path / "x.png"
+    result = sun("generate", "large polar bear, yellow background", "--seed", 7, "--out", target)
+    assert "4 U-Net calls" in result.output
+    assert Image.open(target).size == (128, 128)
+    sun("generate", "--from", target, "--out", tmp_path / "y.png")
+    assert (pixels(target) == pixels(tmp_path / "y.png")).all()
+
+
+def test_an_adapter_of_another_model_is_refused_in_a_sentence(
+    sun: Run, tmp_path: Path, model_folder: Path
+) -> None:
+    from tiny import make_unet
+
+    other = tmp_path / "other.safetensors"
+    make_adapter(make_unet(text_width=24)).save(other)
+    result = sun("generate", "a", "--model", model_folder, "--adapter", other, "--out", tmp_path / "x.png", code=2)
+    assert "does not fit" in result.output
+    assert "24" in result.output
