@@ -42,10 +42,16 @@ class SunGroup(TyperGroup):
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             # Typer's own exceptions (wrong usage, exit codes) are shown by Typer.
-            if ctx.params.get("debug") or isinstance(error, (typer.Exit, typer.Abort)) or hasattr(error, "format_message"):
+            if (
+                ctx.params.get("debug")
+                or isinstance(error, (typer.Exit, typer.Abort))
+                or hasattr(error, "format_message")
+            ):
                 raise
             expected = isinstance(error, (RecipeError, SunFileError, ConfigError, OSError))
-            text = str(error) if expected else f"{type(error).__name__}: {error}\nThis is unexpected; --debug shows where."
+            text = (
+                str(error) if expected else f"{type(error).__name__}: {error}\nThis is unexpected; --debug shows where."
+            )
             err.print(f"[red]error:[/red] {escape(text)}", soft_wrap=True)
             raise typer.Exit(BAD_INPUT if expected else 1) from None
 
@@ -66,10 +72,14 @@ def _version(value: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback(epilog="Start with: [bold]sun generate \"large polar bear, yellow background\"[/bold]")
+@app.callback(epilog='Start with: [bold]sun generate "large polar bear, yellow background"[/bold]')
 def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error and the libraries' messages.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error and the libraries' messages.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """SUN (SpeedUpNet): Stable Diffusion 1.x pictures in 4 U-Net calls, negative prompts included.
 
@@ -113,24 +123,33 @@ class Layout(str, Enum):
     official = "official"
 
 
-Model = Annotated[str, typer.Option(help="Diffusers folder or single-file SD 1.5 checkpoint (.safetensors). (emoji: the shipped one)")]
-ConfigDir = Annotated[str, typer.Option("--config", help="Diffusers folder that describes an unusual single-file checkpoint.")]
+Model = Annotated[
+    str, typer.Option(help="Diffusers folder or single-file SD 1.5 checkpoint (.safetensors). (emoji: the shipped one)")
+]
+ConfigDir = Annotated[
+    str, typer.Option("--config", help="Diffusers folder that describes an unusual single-file checkpoint.")
+]
 Adapter = Annotated[str, typer.Option(help="SUN adapter file; none runs the plain model. (emoji: the shipped one)")]
 Lora = Annotated[list[str] | None, typer.Option(help="LoRA as PATH or PATH:WEIGHT; may be given several times.")]
 Size = Annotated[str, typer.Option(help="Pixels, as 512 or 512x768. (default: the model's own)")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the first picture; the next use seed + 1, ... (default: random)", min=0)]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed of the first picture; the next use seed + 1, ... (default: random)", min=0)
+]
 Strength = Annotated[float, typer.Option("--sun-strength", help="1 is the trained adapter, 0 the plain model.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")]
 Precision = Annotated[Dtype, typer.Option(help="Number format; auto is float32 on a CPU and float16 elsewhere.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="Any setting as KEY=VALUE; may be given several times.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Any setting as KEY=VALUE; may be given several times.")
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML or JSON file with settings.")]
 
 
 # --- pictures ----------------------------------------------------------------------------------------------------
 
 
-@app.command(epilog="""Examples:
+@app.command(
+    epilog="""Examples:
 
 sun generate "large polar bear, yellow background" --seed 7 --out bear.png
 
@@ -140,13 +159,19 @@ sun generate "a castle" --model dreamshaper.safetensors --adapter sun_adapter.sa
 
 sun generate "a cat in a hat" --init cat.png --strength 0.5
 
-sun generate --from bear.png --out same-bear.png""")
+sun generate --from bear.png --out same-bear.png"""
+)
 def generate(
     ctx: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What to draw.", show_default=False)] = "",
     negative: Annotated[str, typer.Option(help="What to keep out of the picture.")] = "",
-    target: Annotated[Path | None, typer.Option("--out", help="PNG to write; a batch becomes NAME-0.png, NAME-1.png, ... (default: sun-SEED.png)")] = None,
-    steps: Annotated[int, typer.Option(help="Steps, one U-Net call each; 4 is what SUN is trained for.", min=1, max=1000)] = 4,
+    target: Annotated[
+        Path | None,
+        typer.Option("--out", help="PNG to write; a batch becomes NAME-0.png, NAME-1.png, ... (default: sun-SEED.png)"),
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(help="Steps, one U-Net call each; 4 is what SUN is trained for.", min=1, max=1000)
+    ] = 4,
     seed: Seed = None,
     batch: Annotated[int, typer.Option(help="Number of pictures.", min=1)] = 1,
     size: Size = "",
@@ -154,9 +179,14 @@ def generate(
     sun_strength: Strength = 1.0,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; only with --adapter none.")] = 7.5,
     init: Annotated[str, typer.Option(help="Picture to start from.", metavar="IMAGE")] = "",
-    strength: Annotated[float | None, typer.Option(help="How much of --init to repaint, 0 to 1. (default: 0.5; 1 with --mask)", min=0.0, max=1.0)] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="How much of --init to repaint, 0 to 1. (default: 0.5; 1 with --mask)", min=0.0, max=1.0),
+    ] = None,
     mask: Annotated[str, typer.Option(help="White where --init is to be repainted.", metavar="IMAGE")] = "",
-    denoise_mode: Annotated[DenoiseMode, typer.Option(help="trained drops the first steps (fewer calls); respaced keeps the number.")] = DenoiseMode.trained,
+    denoise_mode: Annotated[
+        DenoiseMode, typer.Option(help="trained drops the first steps (fewer calls); respaced keeps the number.")
+    ] = DenoiseMode.trained,
     control: Annotated[str, typer.Option(help="Control picture for --controlnet.", metavar="IMAGE")] = "",
     control_scale: Annotated[float, typer.Option(help="How strongly the ControlNet steers.")] = 1.0,
     controlnet: Annotated[str, typer.Option(help="ControlNet in diffusers format.", metavar="FOLDER")] = "",
@@ -166,13 +196,16 @@ def generate(
     lora: Lora = None,
     dtype: Precision = Dtype.auto,
     device: Device = "auto",
-    source: Annotated[Path | None, typer.Option("--from", help="Take all settings from a PNG made by sun; other options change them.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Take all settings from a PNG made by sun; other options change them.")
+    ] = None,
     figures: Json = None,
 ) -> None:
     """Make pictures from a prompt. The PNG carries everything needed to make it again."""
     recipe, content = _recipe(ctx, source)
     if source is None and not prompt:
         raise typer.BadParameter('give a prompt, as in: sun generate "a red apple"', ctx=ctx)
+    numbered(target or Path("sun.png"), 1)  # a wrong name should not cost a run
     from . import generate as engine
 
     for change in engine.changes_since(recipe, content) if content else []:
@@ -190,26 +223,42 @@ def generate(
     for image, path, text in zip(drawn.images, paths, engine.png_texts(recipe), strict=True):
         save_png(image, path, text)
     each = " a picture" if recipe.batch > 1 else ""
-    out.print(f"{drawn.unet_calls:g} U-Net calls{each}, {drawn.seconds:.2f} s, seed {recipe.seed + (recipe.index or 0)}")
+    out.print(
+        f"{drawn.unet_calls:g} U-Net calls{each}, {drawn.seconds:.2f} s, seed {recipe.seed + (recipe.index or 0)}"
+    )
     for path in paths:
         out.print(str(path), soft_wrap=True)
-    _write_json(figures, {"unet_calls": drawn.unet_calls, "seconds": drawn.seconds, "seed": recipe.seed, "pictures": [str(p) for p in paths]})
+    _write_json(
+        figures,
+        {
+            "unet_calls": drawn.unet_calls,
+            "seconds": drawn.seconds,
+            "seed": recipe.seed,
+            "pictures": [str(p) for p in paths],
+        },
+    )
 
 
-@app.command(epilog="""Examples:
+@app.command(
+    epilog="""Examples:
 
 sun compare "large polar bear, yellow background" "ghost, orange background" --out beside.png
 
-sun compare "a castle" --negative blurry --model model-folder --adapter adapter.safetensors --also ddim-4 --json figures.json""")
+sun compare "a castle" --negative blurry --model model-folder --adapter adapter.safetensors --also ddim-4 --json figures.json"""
+)
 def compare(
     prompts: Annotated[list[str], typer.Argument(help="One picture a prompt.")],
     negative: Annotated[str, typer.Option(help="What to keep out of the pictures.")] = "",
     target: Annotated[Path, typer.Option("--out", help="PNG to write: a row a method.")] = Path("compare.png"),
     steps: Annotated[int, typer.Option(help="SUN's steps.", min=1, max=1000)] = 4,
-    also: Annotated[list[str] | None, typer.Option(help="Another method: ddim-4, dpmpp-8, unipc-4, euler-4, cond-25, sun-8.")] = None,
+    also: Annotated[
+        list[str] | None, typer.Option(help="Another method: ddim-4, dpmpp-8, unipc-4, euler-4, cond-25, sun-8.")
+    ] = None,
     seed: Seed = 0,
     size: Size = "",
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale w of the reference. (default: the adapter's own)", min=1.0)] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale w of the reference. (default: the adapter's own)", min=1.0)
+    ] = None,
     sun_strength: Strength = 1.0,
     model: Model = "emoji",
     config: ConfigDir = "",
@@ -227,6 +276,7 @@ def compare(
 
     methods = [f"sun-{steps}", *(also or [])]
     _check_methods(methods)
+    numbered(target, 1)
     width, height = _size(size)
     recipe = Recipe(
         seed=seed or 0, width=width, height=height, sun_strength=sun_strength, model=model, config=config,
@@ -240,7 +290,15 @@ def compare(
     save_png(picture(rows, pairs), target)
     out.print(figures_table({row.method: row.figures() for row in rows}, f"{len(pairs)} pictures, reference first"))
     out.print(str(target), soft_wrap=True)
-    _write_json(figures, {"reference": rows[0].method, "methods": {row.method: row.figures() for row in rows}, "seed": recipe.seed, "picture": str(target)})
+    _write_json(
+        figures,
+        {
+            "reference": rows[0].method,
+            "methods": {row.method: row.figures() for row in rows},
+            "seed": recipe.seed,
+            "picture": str(target),
+        },
+    )
 
 
 @app.command()
@@ -253,9 +311,16 @@ def demo(
 
     with _status("loading") as status:
         done = run(folder, lambda method: status(f"running {method}"))
-    out.print(figures_table({row.method: row.figures() for row in done.rows}, f"{len(done.pictures)} pictures on {done.device}, reference first"))
+    out.print(
+        figures_table(
+            {row.method: row.figures() for row in done.rows},
+            f"{len(done.pictures)} pictures on {done.device}, reference first",
+        )
+    )
     first, sun = done.rows[0], done.rows[1]
-    out.print(f"SUN made each picture with {sun.unet_calls:g} U-Net calls instead of {first.unet_calls:g}, {first.seconds / sun.seconds:.1f} times faster.")
+    out.print(
+        f"SUN made each picture with {sun.unet_calls:g} U-Net calls instead of {first.unet_calls:g}, {first.seconds / sun.seconds:.1f} times faster."
+    )
     out.print(f"side by side: {done.grid}", soft_wrap=True)
     out.print(f"single pictures: {folder}/{done.pictures[0].name} ... {done.pictures[-1].name}", soft_wrap=True)
     _write_json(figures, {"methods": {row.method: row.figures() for row in done.rows}})
@@ -284,17 +349,21 @@ def inspect(
             table.add_column(f"alpha {branch}", justify="right")
             table.add_column(f"beta {branch}", justify="right")
         for row in report["layers"]:
-            cells = [f"{row[f'{p}_{b}'][0]:+.4f} ± {row[f'{p}_{b}'][1]:.4f}" for b in branches for p in ("alpha", "beta")]
+            cells = [
+                f"{row[f'{p}_{b}'][0]:+.4f} ± {row[f'{p}_{b}'][1]:.4f}" for b in branches for p in ("alpha", "beta")
+            ]
             table.add_row(row["name"], str(row["width"]), *cells)
         out.print(table)
     _write_json(figures, report)
 
 
-@app.command(epilog="""Examples:
+@app.command(
+    epilog="""Examples:
 
 sun convert sun_adapter_sdv15_4step_addpos.safetensors adapter.safetensors
 
-sun convert adapter.safetensors for-the-authors-code.safetensors --layout official --dtype float16""")
+sun convert adapter.safetensors for-the-authors-code.safetensors --layout official --dtype float16"""
+)
 def convert(
     source: Annotated[Path, typer.Argument(help="Adapter file of either layout.")],
     target: Annotated[Path, typer.Argument(help="File to write.")],
@@ -316,23 +385,29 @@ def convert(
 # --- training and measuring --------------------------------------------------------------------------------------
 
 
-@app.command(epilog="""Examples:
+@app.command(
+    epilog="""Examples:
 
 sun train --output runs/sun --minutes 30
 
 sun train --model sd15-folder --data pictures/ --batch-size 8 --set guidance_scale=7.5
 
-accelerate launch -m sun train --config sun.toml""")
+accelerate launch -m sun train --config sun.toml"""
+)
 def train(
     config: ConfigFile = None,
-    model: Annotated[str | None, typer.Option(help="Diffusers folder of the frozen model. (emoji: the shipped one)")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Diffusers folder of the frozen model. (emoji: the shipped one)")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Folder of pictures and captions, or webdataset shards.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the run: checkpoints, samples, adapter.")] = None,
     steps: Annotated[int | None, typer.Option(help="Length in steps.", min=1)] = None,
     minutes: Annotated[float | None, typer.Option(help="Length in minutes, if that ends it sooner.", min=0.0)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Pictures a step and process.", min=1)] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    resume: Annotated[bool | None, typer.Option("--resume/--no-resume", help="Go on from the run's last checkpoint.")] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume/--no-resume", help="Go on from the run's last checkpoint.")
+    ] = None,
     settings: Settings = None,
 ) -> None:
     """Train a SUN adapter for a frozen Stable Diffusion 1.x model (Algorithm 1 of the paper)."""
@@ -351,7 +426,12 @@ Resume = Annotated[bool | None, typer.Option("--resume/--no-resume", help="Go on
 
 @emoji_app.command("vae")
 def train_emoji_vae(
-    config: ConfigFile = None, output: Output = None, steps: Steps = None, minutes: Minutes = None, resume: Resume = None, settings: Settings = None
+    config: ConfigFile = None,
+    output: Output = None,
+    steps: Steps = None,
+    minutes: Minutes = None,
+    resume: Resume = None,
+    settings: Settings = None,
 ) -> None:
     """Train its autoencoder (TAESD layout)."""
     from .emoji.vae import VaeConfig, train_vae
@@ -362,7 +442,12 @@ def train_emoji_vae(
 
 @emoji_app.command("base")
 def train_emoji_base(
-    config: ConfigFile = None, output: Output = None, steps: Steps = None, minutes: Minutes = None, resume: Resume = None, settings: Settings = None
+    config: ConfigFile = None,
+    output: Output = None,
+    steps: Steps = None,
+    minutes: Minutes = None,
+    resume: Resume = None,
+    settings: Settings = None,
 ) -> None:
     """Train its text encoder and U-Net on a trained autoencoder."""
     from .emoji.base import BaseConfig, train_base
@@ -371,11 +456,13 @@ def train_emoji_base(
     out.print(f"model: {train_base(_configured(BaseConfig(), config, {}, run, settings))}", soft_wrap=True)
 
 
-@app.command(epilog="""Examples:
+@app.command(
+    epilog="""Examples:
 
 sun evaluate --prompts 512 --json figures.json
 
-sun evaluate --prompts-file pairs.txt --model sd15-folder --adapter adapter.safetensors --set methods=sun-4,dpmpp-4""")
+sun evaluate --prompts-file pairs.txt --model sd15-folder --adapter adapter.safetensors --set methods=sun-4,dpmpp-4"""
+)
 def evaluate(
     config: ConfigFile = None,
     prompts: Annotated[int | None, typer.Option(help="Number of prompts.", min=2)] = None,
@@ -391,13 +478,22 @@ def evaluate(
     from .evaluation import EvaluateConfig
     from .evaluation import evaluate as run
 
-    given = {"prompts": prompts, "prompts_file": prompts_file, "model": model, "adapter": adapter, "batch_size": batch_size, "seed": seed}
+    given = {
+        "prompts": prompts,
+        "prompts_file": prompts_file,
+        "model": model,
+        "adapter": adapter,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
     result = run(_configured(EvaluateConfig(), config, given, {}, settings))
     rows = {result["reference"]["method"]: result["reference"], **result["methods"], "floor": result["floor"]}
     out.print(figures_table(rows, "distance to the reference; floor: the reference again with other noise"))
     for method, row in result["negative_prompt"].items():
         if isinstance(row, dict) and "cosine" in row:
-            out.print(f"changing only the negative prompt: cosine of {method} with the reference's change {row['cosine']:+.3f}")
+            out.print(
+                f"changing only the negative prompt: cosine of {method} with the reference's change {row['cosine']:+.3f}"
+            )
     _write_json(figures, result)
 
 
@@ -463,11 +559,19 @@ def _size(text: str) -> tuple[int, int]:
 def _check_methods(methods: list[str]) -> None:
     for method in methods:
         name, _, steps = method.rpartition("-")
-        if name not in ("sun", "ddim", "dpmpp", "unipc", "euler", "cond") or not steps.isdigit() or not 1 <= int(steps) <= 1000:
-            raise typer.BadParameter(f"{method!r} is no method; write for example ddim-4, dpmpp-8 or cond-25", param_hint="--also")
+        if (
+            name not in ("sun", "ddim", "dpmpp", "unipc", "euler", "cond")
+            or not steps.isdigit()
+            or not 1 <= int(steps) <= 1000
+        ):
+            raise typer.BadParameter(
+                f"{method!r} is no method; write for example ddim-4, dpmpp-8 or cond-25", param_hint="--also"
+            )
 
 
-def _configured(config: Any, file: Path | None, given: dict[str, Any], run: dict[str, Any], settings: list[str] | None) -> Any:
+def _configured(
+    config: Any, file: Path | None, given: dict[str, Any], run: dict[str, Any], settings: list[str] | None
+) -> Any:
     """Defaults, then the file, then the options, then ``--set``: the later wins."""
     from .config import apply, assign, read_config
 
@@ -483,7 +587,9 @@ def _write_json(path: Path | None, content: dict[str, Any]) -> None:
     if path:
         from .images import write_atomically
 
-        write_atomically(path, lambda handle: handle.write((json.dumps(content, indent=2, default=str) + "\n").encode()))
+        write_atomically(
+            path, lambda handle: handle.write((json.dumps(content, indent=2, default=str) + "\n").encode())
+        )
 
 
 def _plain(value: Any) -> str:

@@ -29,7 +29,12 @@ class Row:
 
     def figures(self) -> dict[str, Any]:
         """What ``--json`` writes of a row."""
-        shown = {"unet_calls": self.unet_calls, "seconds": self.seconds, "paired_mse": self.paired_mse, "psnr": self.psnr}
+        shown = {
+            "unet_calls": self.unet_calls,
+            "seconds": self.seconds,
+            "paired_mse": self.paired_mse,
+            "psnr": self.psnr,
+        }
         return {key: value for key, value in shown.items() if value is not None}
 
 

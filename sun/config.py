@@ -32,7 +32,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:  # both parsers' errors are ValueErrors
-        raise ConfigError(f"{path} is not valid {'JSON' if path.suffix.lower() == '.json' else 'TOML'}: {error}.") from error
+        raise ConfigError(
+            f"{path} is not valid {'JSON' if path.suffix.lower() == '.json' else 'TOML'}: {error}."
+        ) from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} should hold names and values, not a {type(content).__name__}.")
     return content

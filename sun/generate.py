@@ -116,7 +116,9 @@ def _pretrained(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
             path, torch_dtype=dtype, safety_checker=None, feature_extractor=None, local_files_only=True
         )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise RecipeError(f"{path} could not be loaded as a Stable Diffusion 1.x folder: {_first_line(error)}") from error
+        raise RecipeError(
+            f"{path} could not be loaded as a Stable Diffusion 1.x folder: {_first_line(error)}"
+        ) from error
 
 
 def _single_file(path: Path, dtype: torch.dtype, config: str) -> StableDiffusionPipeline:

@@ -12,7 +12,10 @@ from .recipe import fingerprint
 
 # (what it is, a text every such file has in one of its tensor names); the first match counts.
 _KINDS = (
-    ("a Stable Diffusion checkpoint (U-Net, text encoder, VAE in one file); use it as --model", "model.diffusion_model."),
+    (
+        "a Stable Diffusion checkpoint (U-Net, text encoder, VAE in one file); use it as --model",
+        "model.diffusion_model.",
+    ),
     ("a ControlNet", "zero_conv"),
     ("a ControlNet", "controlnet_cond_embedding."),
     ("a LoRA; use it as --lora", ".lora_"),

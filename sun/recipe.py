@@ -141,13 +141,19 @@ def read_recipe(path: str | Path) -> tuple[Recipe, dict[str, Any]]:
     except FileNotFoundError:
         raise RecipeError(f"{path} does not exist. Check the path.") from None
     except (OSError, SyntaxError, ValueError) as error:
-        raise RecipeError(f"{path} is not a picture that can be read ({error}). Give a PNG made by `sun generate`.") from error
+        raise RecipeError(
+            f"{path} is not a picture that can be read ({error}). Give a PNG made by `sun generate`."
+        ) from error
     if CHUNK not in text:
-        raise RecipeError(f"{path} holds no SUN recipe. Give a PNG made by `sun generate` that no other program rewrote.")
+        raise RecipeError(
+            f"{path} holds no SUN recipe. Give a PNG made by `sun generate` that no other program rewrote."
+        )
     try:
         content = json.loads(text[CHUNK])
         if content["format"] != FORMAT:
-            raise RecipeError(f"{path} has recipe format {content['format']!r}; this version reads {FORMAT}. Update SUN.")
+            raise RecipeError(
+                f"{path} has recipe format {content['format']!r}; this version reads {FORMAT}. Update SUN."
+            )
         known = {f.name for f in fields(Recipe)}
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in content["recipe"].items() if k in known}
         return Recipe(**values), content

@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
 from .schedule import alpha_sigma, ddim_step
 
-SCHEDULERS = ("ddim", "dpmpp_2m", "euler")
+SCHEDULERS = ("ddim", "dpmpp_2m", "unipc", "euler")
 
 
 class TrailingDDIMScheduler(DDIMScheduler):
@@ -54,6 +59,8 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     if name == "dpmpp_2m":
         solver = {"algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"}
         return DPMSolverMultistepScheduler.from_config(config, **common, **solver)
+    if name == "unipc":
+        return UniPCMultistepScheduler.from_config(config, **common, final_sigmas_type="zero")
     if name == "euler":
         return EulerDiscreteScheduler.from_config(config, **common, final_sigmas_type="zero")
     raise ValueError(f"scheduler {name!r} is unknown; choose one of {', '.join(SCHEDULERS)}")

@@ -44,7 +44,20 @@ def test_the_negative_prompt_and_the_strength_change_the_picture(tiny: Run, tmp_
 
 def test_a_png_makes_its_picture_again_bit_for_bit(tiny: Run, sun: Run, tmp_path: Path) -> None:
     first, again = tmp_path / "x.png", tmp_path / "y.png"
-    tiny("generate", "a cät, 猫", "--negative", "dog", "--seed", 5, "--steps", 3, "--scheduler", "dpmpp_2m", "--out", first)
+    tiny(
+        "generate",
+        "a cät, 猫",
+        "--negative",
+        "dog",
+        "--seed",
+        5,
+        "--steps",
+        3,
+        "--scheduler",
+        "dpmpp_2m",
+        "--out",
+        first,
+    )
     result = sun("generate", "--from", first, "--out", again)
     assert "note" not in result.output
     assert (pixels(first) == pixels(again)).all()
@@ -80,14 +93,23 @@ def test_the_parameters_text_is_what_web_uis_read(tiny: Run, tmp_path: Path) -> 
     lines = Image.open(tmp_path / "x-1.png").text["parameters"].splitlines()  # type: ignore[attr-defined]
     assert lines[:2] == ["a cat", "Negative prompt: dog"]
     settings = dict(pair.split(": ", 1) for pair in lines[2].split(", "))
-    expected = {"Steps": "4", "Sampler": "Euler", "Schedule type": "Simple", "CFG scale": "1", "Seed": "6", "Size": "64x64"}
+    expected = {
+        "Steps": "4",
+        "Sampler": "Euler",
+        "Schedule type": "Simple",
+        "CFG scale": "1",
+        "Seed": "6",
+        "Size": "64x64",
+    }
     assert expected.items() <= settings.items()
     assert settings["SUN adapter"] == "tiny"
     assert len(settings["SUN adapter hash"]) == 10
 
 
 def test_loras_and_denoising_are_in_the_parameters() -> None:
-    recipe = Recipe(prompt="x", loras=("a/ink.safetensors:0.5",), init="i.png", strength=0.25, adapter="none", guidance=5.0)
+    recipe = Recipe(
+        prompt="x", loras=("a/ink.safetensors:0.5",), init="i.png", strength=0.25, adapter="none", guidance=5.0
+    )
     text = parameters(recipe)
     assert "x <lora:ink:0.5>" in text
     assert "Denoising strength: 0.25" in text
@@ -97,7 +119,12 @@ def test_loras_and_denoising_are_in_the_parameters() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("a.safetensors", ("a.safetensors", 1.0)), ("a:0.5", ("a", 0.5)), ("C:\\a", ("C:\\a", 1.0)), ("C:\\a:2", ("C:\\a", 2.0))],
+    [
+        ("a.safetensors", ("a.safetensors", 1.0)),
+        ("a:0.5", ("a", 0.5)),
+        ("C:\\a", ("C:\\a", 1.0)),
+        ("C:\\a:2", ("C:\\a", 2.0)),
+    ],
 )
 def test_a_lora_is_a_path_with_an_optional_weight(text: str, expected: tuple[str, float]) -> None:
     assert split_lora(text) == expected
@@ -112,13 +139,27 @@ def test_noise_is_float32_from_the_seed_alone(model_folder: Path, adapter_file: 
 
 
 @pytest.mark.parametrize(
-    ("strength", "mode", "calls"), [(0.5, "trained", 2), (0.5, "respaced", 4), (1.0, "trained", 4), (0.29, "respaced", 4)]
+    ("strength", "mode", "calls"),
+    [(0.5, "trained", 2), (0.5, "respaced", 4), (1.0, "trained", 4), (0.29, "respaced", 4)],
 )
 def test_image_to_image_runs_the_steps_of_its_mode(
     tiny: Run, tmp_path: Path, photo: Path, strength: float, mode: str, calls: int
 ) -> None:
     target = tmp_path / "x.png"
-    result = tiny("generate", "a cat", "--init", photo, "--strength", strength, "--denoise-mode", mode, "--seed", 1, "--out", target)
+    result = tiny(
+        "generate",
+        "a cat",
+        "--init",
+        photo,
+        "--strength",
+        strength,
+        "--denoise-mode",
+        mode,
+        "--seed",
+        1,
+        "--out",
+        target,
+    )
     assert f"{calls} U-Net calls" in result.output
     assert read_recipe(target)[0].strength == strength
 
@@ -160,9 +201,7 @@ def test_a_controlnet_steers_text_image_and_mask_runs(
     assert (pixels(tmp_path / "0.0.png") != pixels(tmp_path / "1.0.png")).any()
 
 
-def test_loras_are_applied_with_their_weights(
-    tiny: Run, tmp_path: Path, make_pipeline: Callable[..., Any]
-) -> None:
+def test_loras_are_applied_with_their_weights(tiny: Run, tmp_path: Path, make_pipeline: Callable[..., Any]) -> None:
     lora = tmp_path / "lora.safetensors"
     _save_lora(make_pipeline(), lora)
     for weight in ("0", "1", "-1"):
@@ -210,7 +249,9 @@ def test_all_precisions_run(tiny: Run, tmp_path: Path) -> None:
     assert np.abs(made["float32"] - made["bfloat16"]).mean() < 8
 
 
-@pytest.mark.skipif(not (EMOJI_DIFFUSION.exists() and EMOJI_SUN.exists()), reason="the shipped model has not landed yet")
+@pytest.mark.skipif(
+    not (EMOJI_DIFFUSION.exists() and EMOJI_SUN.exists()), reason="the shipped model has not landed yet"
+)
 def test_the_shipped_model_is_the_default(sun: Run, tmp_path: Path) -> None:
     target = tmp_path / "x.png"
     result = sun("generate", "large polar bear, yellow background", "--seed", 7, "--out", target)
@@ -220,9 +261,7 @@ def test_the_shipped_model_is_the_default(sun: Run, tmp_path: Path) -> None:
     assert (pixels(target) == pixels(tmp_path / "y.png")).all()
 
 
-def test_an_adapter_of_another_model_is_refused_in_a_sentence(
-    sun: Run, tmp_path: Path, model_folder: Path
-) -> None:
+def test_an_adapter_of_another_model_is_refused_in_a_sentence(sun: Run, tmp_path: Path, model_folder: Path) -> None:
     from tiny import make_unet
 
     other = tmp_path / "other.safetensors"

@@ -1,0 +1,319 @@
+"""The other commands, errors in a sentence with the right exit code, and interruptions that leave nothing half made."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tiny import make_adapter
+from typer.testing import Result
+
+from sun import SunAdapter
+from sun.images import grid, read_png_text, save_png, write_atomically
+
+Run = Callable[..., Result]
+
+
+def test_compare_draws_both_rows_and_counts_calls(tiny: Run, tmp_path: Path) -> None:
+    target, figures = tmp_path / "c.png", tmp_path / "c.json"
+    result = tiny(
+        "compare", "a cat", "a dog", "--negative", "owl", "--also", "ddim-2", "--out", target, "--json", figures
+    )
+    content = json.loads(figures.read_text())
+    calls = {method: row["unet_calls"] for method, row in content["methods"].items()}
+    assert calls == {"dpmpp-25": 50, "sun-4": 4, "ddim-2": 4}
+    assert content["reference"] == "dpmpp-25"
+    assert all(row["seconds"] > 0 for row in content["methods"].values())
+    assert content["methods"]["sun-4"]["paired_mse"] > 0
+    assert "psnr" in content["methods"]["sun-4"]
+    assert "dpmpp-25" in result.output
+    width, height = Image.open(target).size
+    assert width > 2 * 192
+    assert height > 3 * 192
+
+
+def test_sun_pictures_of_compare_are_those_of_generate(model_folder: Path, adapter_file: Path) -> None:
+    from dataclasses import replace
+
+    from sun.compare import compare, psnr
+    from sun.generate import complete, generate, load
+    from sun.recipe import Recipe
+
+    recipe = Recipe(seed=3, model=str(model_folder), adapter=str(adapter_file))
+    loaded = load(recipe)
+    recipe = complete(recipe, loaded)
+    row = compare(loaded, recipe, [("a cat", "dog")], ["sun-4"])[1]
+    drawn = generate(loaded, replace(recipe, prompt="a cat", negative="dog"))
+    assert psnr(row.images[0], drawn.images[0]) > 50
+
+
+def test_inspect_tells_all_of_an_adapter(sun: Run, adapter_file: Path, tmp_path: Path) -> None:
+    result = sun("inspect", adapter_file, "--json", tmp_path / "i.json")
+    report = json.loads((tmp_path / "i.json").read_text())
+    assert report["kind"] == "SUN adapter"
+    assert report["branches"] == "negative+positive"
+    assert report["text_width"] == 16
+    assert report["layout"] == "sun"
+    assert report["parameters"] == sum(p.numel() for p in SunAdapter.load(adapter_file).parameters())
+    assert len(report["layers"]) == 16
+    assert report["sha256"] in result.output
+    assert "down_blocks.0.attentions.0" in result.output
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("unet.down_blocks.0.attentions.0.to_k.lora_A.weight", "a LoRA"),
+        ("lora_unet_down_blocks_0.alpha", "a LoRA"),
+        ("model.diffusion_model.input_blocks.0.0.weight", "a Stable Diffusion checkpoint"),
+        ("decoder.up_blocks.0.resnets.0.conv1.weight", "a VAE"),
+        ("down_blocks.0.resnets.0.conv1.weight", "a diffusers U-Net"),
+        ("text_model.encoder.layers.0.mlp.fc1.weight", "a text encoder"),
+        ("controlnet_cond_embedding.conv_in.weight", "a ControlNet"),
+    ],
+)
+def test_inspect_tells_when_a_file_is_something_else(sun: Run, tmp_path: Path, key: str, kind: str) -> None:
+    save_file({key: torch.zeros(2, 2)}, tmp_path / "x.safetensors")
+    assert f"not a SUN adapter: {kind}" in sun("inspect", tmp_path / "x.safetensors").output
+
+
+def test_inspect_of_a_model_folder(sun: Run, model_folder: Path) -> None:
+    assert "StableDiffusionPipeline" in sun("inspect", model_folder).output
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_inspect_of_a_useless_file_is_an_error(sun: Run, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.safetensors").write_bytes(content)
+    assert "error:" in sun("inspect", tmp_path / "x.safetensors", code=2).output
+
+
+def test_convert_there_and_back_loses_nothing(sun: Run, adapter_file: Path, tmp_path: Path) -> None:
+    official, back = tmp_path / "official.safetensors", tmp_path / "back.safetensors"
+    sun("convert", adapter_file, official, "--layout", "official")
+    sun("convert", official, back)
+    before, after = SunAdapter.load(adapter_file).state_dict(), SunAdapter.load(back).state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    sun("convert", adapter_file, tmp_path / "half.safetensors", "--dtype", "float16")
+    assert all(p.dtype == torch.float16 for p in SunAdapter.load(tmp_path / "half.safetensors").parameters())
+
+
+def test_train_hands_file_options_and_settings_to_the_configuration(
+    sun: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sun.training import sun as training
+
+    seen: list[Any] = []
+    monkeypatch.setattr(training, "train_sun", lambda config: seen.append(config) or tmp_path / "a.safetensors")
+    (tmp_path / "c.toml").write_text('substeps = 3\nmodel = "from-file"\n[run]\nsteps = 7\nlr = 1e-3\n')
+    sun("train", "--config", tmp_path / "c.toml", "--model", "m", "--lr", 0.5, "--no-resume", "--batch-size", 2,
+        "--set", "run.seed=9", "--set", "stage_length=0.5", "--set", "betas=0.8,0.9")  # fmt: skip
+    config = seen[0]
+    assert (config.model, config.substeps, config.stage_length) == ("m", 3, 0.5)
+    run = config.run
+    assert (run.steps, run.lr, run.seed, run.resume, run.batch_size, run.betas) == (7, 0.5, 9, False, 2, (0.8, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "function"), [("vae", "vae", "train_vae"), ("base", "base", "train_base")]
+)
+def test_train_emoji_runs_the_right_training(
+    sun: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, module: str, function: str
+) -> None:
+    import importlib
+
+    seen: list[Any] = []
+    target = importlib.import_module(f"sun.emoji.{module}")
+    monkeypatch.setattr(target, function, lambda config: seen.append(config) or tmp_path)
+    sun("train-emoji", command, "--steps", 3, "--set", "lr=0.1")
+    assert (seen[0].run.steps, seen[0].run.lr) == (3, 0.1)
+
+
+def test_evaluate_prints_and_writes_the_figures(sun: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sun import evaluation
+
+    row = {"unet_calls": 4.0, "seconds": 0.1, "paired_mse": 0.05, "set_distance": 1.5, "kid": 0.01}
+    made = {
+        "reference": {"method": "dpmpp-25", "unet_calls": 50.0, "seconds": 1.0},
+        "methods": {"sun-4": row},
+        "floor": row,
+        "negative_prompt": {"pairs": 2, "sun-4": {"cosine": 0.5}},
+    }
+    seen: list[Any] = []
+    monkeypatch.setattr(evaluation, "evaluate", lambda config: seen.append(config) or made)
+    result = sun("evaluate", "--prompts", 5, "--json", tmp_path / "e.json", "--set", "methods=sun-4,ddim-4")
+    assert (seen[0].prompts, seen[0].methods) == (5, ("sun-4", "ddim-4"))
+    assert json.loads((tmp_path / "e.json").read_text()) == made
+    assert "sun-4" in result.output
+    assert "+0.500" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["generate"], "give a prompt"),
+        (["generate", "a", "--size", "13"], "multiples of 8"),
+        (["generate", "a", "--size", "big"], "not a size"),
+        (["generate", "a", "--out", "x.jpg"], ".png"),
+        (["compare", "a", "--out", "x.jpg"], ".png"),
+        (["generate", "a", "--model", "missing"], "missing does not exist"),
+        (["generate", "a", "--model", "."], "no model_index.json"),
+        (["generate", "a", "--mask", "m.png"], "--init"),
+        (["generate", "a", "--control", "c.png"], "belong together"),
+        (["generate", "a", "--init", "missing.png", "--strength", "0.1"], "leaves no step"),
+        (["generate", "--from", "missing.png"], "missing.png does not exist"),
+        (["generate", "a", "--steps", "0"], "--steps"),
+        (["generate", "a", "--device", "abacus"], "abacus"),
+        (["compare", "a", "--also", "magic-4"], "magic-4"),
+        (["inspect", "missing.safetensors"], "missing.safetensors does not exist"),
+        (["convert", "missing.safetensors", "b.safetensors"], "does not exist"),
+        (["convert", "a.safetensors", "b.bin"], ".safetensors"),
+        (["train", "--set", "stepz=3"], "steps"),
+        (["train", "--set", "steps"], "key=value"),
+        (["train", "--set", "steps=many"], "whole number"),
+        (["train", "--set", "resume=perhaps"], "true or false"),
+        (["train", "--config", "missing.toml"], "missing.toml cannot be read"),
+        (["train", "--model", "missing"], "missing"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    sun: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], part: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = sun(*arguments, code=2)
+    assert part in result.output
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_png_without_a_recipe_is_an_error(sun: Run, photo: Path) -> None:
+    assert "holds no SUN recipe" in sun("generate", "--from", photo, code=2).output
+    save_png(Image.open(photo), photo, {"sun": "{broken"})
+    assert "damaged" in sun("generate", "--from", photo, code=2).output
+
+
+def test_debug_keeps_the_traceback(sun: Run) -> None:
+    result = sun("--debug", "inspect", "missing.safetensors", code=1)
+    assert "missing.safetensors" in str(result.exception)
+
+
+def test_an_unexpected_error_is_told_with_exit_code_1(
+    tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sun import generate as engine
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("boom")
+
+    monkeypatch.setattr(engine, "generate", broken)
+    result = tiny("generate", "a", "--out", tmp_path / "x.png", code=1)
+    assert "ZeroDivisionError: boom" in result.output
+    assert "--debug" in result.output
+
+
+def test_an_interrupted_run_exits_130_and_leaves_no_file(
+    tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import PngImagePlugin
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PngImagePlugin.PngInfo, "add_text", lambda *_: None)
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    result = tiny("generate", "a", "--seed", 1, "--out", tmp_path / "x.png", code=130)
+    assert "stopped" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_write_keeps_the_file_that_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_text("before")
+
+    def fail(handle: Any) -> None:
+        handle.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, fail)
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    assert path.read_text() == "before"
+
+
+def test_png_text_survives_any_script(tmp_path: Path) -> None:
+    text = {"a": "plain", "b": "猫 и café\nline two"}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "x.png", text)
+    assert text.items() <= read_png_text(tmp_path / "x.png").items()
+
+
+def test_a_grid_keeps_every_picture_whole() -> None:
+    colours = ["red", "green", "blue", "yellow"]
+    page = grid(
+        [Image.new("RGB", (32, 32), c) for c in colours], 2, ["one", "two"], ["left", "right hand side"], scale=2
+    )
+    found = {colour: count for count, colour in page.getcolors(2**24)}
+    for colour in ((255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 0)):
+        assert found[colour] == 64 * 64
+
+
+def test_help_of_every_command_shows_examples_or_options(sun: Run) -> None:
+    assert "generate" in sun("--help").output
+    for command in ("generate", "compare", "demo", "inspect", "convert", "train", "evaluate", "train-emoji"):
+        assert "--help" in sun(command, "--help").output
+    for command in ("generate", "compare", "convert", "train", "evaluate"):
+        assert f"sun {command}" in sun(command, "--help").output
+
+
+def test_python_m_sun_and_the_version() -> None:
+    root = Path(__file__).parents[2]
+    for arguments, part in ((["--help"], "generate"), (["--version"], "sun 0.")):
+        command = [sys.executable, "-m", "sun", *arguments]
+        result = subprocess.run(
+            command, cwd=root, env={**os.environ, "COLUMNS": "120"}, capture_output=True, text=True, timeout=120
+        )
+        assert result.returncode == 0, result.stderr
+        assert part in result.stdout
+
+
+def test_help_does_not_load_torch() -> None:
+    program = "import sys, sun.cli; sys.exit('diffusers' in sys.modules or 'transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=True, timeout=120)
+
+
+def test_demo_writes_pictures_and_prints_where(
+    sun: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path, adapter_file: Path
+) -> None:
+    from sun import generate as engine
+
+    monkeypatch.setattr(engine, "EMOJI_DIFFUSION", model_folder)
+    monkeypatch.setattr(engine, "EMOJI_SUN", adapter_file)
+    result = sun("demo", "--out", tmp_path / "demo", "--json", tmp_path / "d.json")
+    assert "4 U-Net calls instead of 50" in result.output
+    assert str(tmp_path / "demo" / "grid.png") in result.output
+    pictures = sorted((tmp_path / "demo").glob("*.png"))
+    assert len(pictures) == 1 + 7
+    calls = {m: row["unet_calls"] for m, row in json.loads((tmp_path / "d.json").read_text())["methods"].items()}
+    assert calls == {"dpmpp-25": 50, "sun-4": 4}
+    one = next(p for p in pictures if "rocket" in p.name)
+    shutil.copy(one, tmp_path / "one.png")
+    sun("generate", "--from", tmp_path / "one.png", "--out", tmp_path / "again.png")
+
+
+def test_an_adapter_of_the_negative_branch_alone_is_inspected(
+    sun: Run, tmp_path: Path, make_pipeline: Callable[..., Any]
+) -> None:
+    make_adapter(make_pipeline().unet, positive=False).save(tmp_path / "n.safetensors", layout="official")
+    output = sun("inspect", tmp_path / "n.safetensors").output
+    assert "branches: negative\n" in output
+    assert "layout: official" in output
