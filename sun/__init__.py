@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from .layers import AttentionLayer, layers_of_ldm, layers_of_unet
     from .pipelines import attach, detach
     from .schedule import denoise_timesteps, trailing_timesteps
-    from .schedulers import TrailingDDIMScheduler
 
 __version__ = "0.1.0"
 
@@ -35,7 +34,6 @@ _HOME_OF = {
     "detach": "pipelines",
     "denoise_timesteps": "schedule",
     "trailing_timesteps": "schedule",
-    "TrailingDDIMScheduler": "schedulers",  # by this name diffusers finds it in a saved pipeline
 }
 
 __all__ = [
@@ -44,7 +42,6 @@ __all__ = [
     "SunFileError",
     "SunInfo",
     "SunLayer",
-    "TrailingDDIMScheduler",
     "__version__",
     "attach",
     "denoise_timesteps",

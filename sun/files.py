@@ -126,7 +126,7 @@ def parse(
         )
     if extra:
         raise SunFileError(
-            f"{where} has {len(extra)} keys that do not belong to a SUN adapter: {_some(extra)}. "
+            f"{where} has {_keys(extra)} that cannot belong to a SUN adapter: {_some(extra)}. "
             "Choose a SUN adapter file, or remove them."
         )
 
@@ -136,7 +136,7 @@ def parse(
     label = parts if official else {ours: ours for ours in parts}
     missing = [f"{n}.{label[part]}" for n in expected[:1000] for part in wanted if part not in grouped.get(n, {})]
     if missing:
-        raise SunFileError(f"{where} is incomplete: {len(missing)} keys are missing: {_some(missing)}. Get it again.")
+        raise SunFileError(f"{where} is incomplete: {_keys(missing)} missing: {_some(missing)}. Get it again.")
     if official and names != expected:
         raise SunFileError(
             f"{where} numbers its layers {_some(names)}; a SUN adapter has 1, 3, 5, ... Choose a SUN adapter file."
@@ -340,6 +340,10 @@ def _metadata(content: AdapterTensors) -> dict[str, str]:
 
 def _some(keys: Sequence[str], limit: int = 3) -> str:
     return ", ".join(_short(key) for key in keys[:limit]) + (", ..." if len(keys) > limit else "")
+
+
+def _keys(keys: Sequence[str]) -> str:
+    return f"{len(keys)} key" + ("s" if len(keys) > 1 else "")
 
 
 def _short(text: str, limit: int = 80) -> str:

@@ -74,7 +74,8 @@ def attach(
     (Stable Diffusion 1.5 ends at sigma 0.029).
 
     Pipelines may share a U-Net; each is attached by itself, with the same adapter and strength. LoRAs may be loaded
-    before or after. IP-Adapter and other custom attention processors are not supported and refused.
+    before or after. ``save_pretrained`` writes the pipeline without SUN. IP-Adapter and other custom attention
+    processors are not supported and refused.
 
     Raises SunFileError if the file is unusable or made for another base model, TypeError or ValueError if the target
     is not a Stable Diffusion 1.x pipeline or U-Net.
@@ -141,11 +142,10 @@ class SunAttnProcessor:
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        temb: torch.Tensor | None = None,
         sun_negative: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if sun_negative is None or encoder_hidden_states is None or self.strength == 0.0:
-            return self.prior(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+            return self.prior(attn, hidden_states, encoder_hidden_states, attention_mask)
         mask = None
         if attention_mask is not None:
             rows, tokens = encoder_hidden_states.shape[:2]
@@ -348,6 +348,8 @@ def _sun_class(base: Any) -> Any:
     """Return the subclass of a pipeline class that samples with SUN. It keeps the name: diffusers saves by it."""
 
     class SunPipeline(base):
+        scheduler: Any
+
         @functools.wraps(base.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             state: _PipelineAttachment = self._sun
@@ -412,6 +414,15 @@ def _sun_class(base: Any) -> Any:
             if running:
                 self._sun.negative = negative
             return positive, negative
+
+        def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+            """Save the pipeline as it was before: diffusers could not load our scheduler."""
+            chosen: Any = self.scheduler
+            self.scheduler = self._sun.original_scheduler
+            try:
+                return super().save_pretrained(*args, **kwargs)
+            finally:
+                self.scheduler = chosen
 
     SunPipeline.__name__, SunPipeline.__qualname__ = base.__name__, base.__qualname__
     SunPipeline.__module__, SunPipeline.__doc__ = base.__module__, base.__doc__

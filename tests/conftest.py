@@ -35,7 +35,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_pipeline(tokenizer_folder: Path) -> Callable[..., Any]:
-    """``make_pipeline(cls=StableDiffusionPipeline, unet=None)`` -> a new pipeline, with a ControlNet if it takes one."""
+    """``make_pipeline(cls=StableDiffusionPipeline, unet=None)`` -> a new pipeline, with a ControlNet if needed."""
 
     def make(cls: Any = None, unet: Any = None, seed: int = 0) -> Any:
         from diffusers import AutoencoderTiny, ControlNetModel, PNDMScheduler, StableDiffusionPipeline
