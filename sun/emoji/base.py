@@ -197,7 +197,8 @@ def train_base(config: BaseConfig) -> Path:
     abar = scheduler.alphas_cumprod.to(run.accelerator.device)
     stage_ends = [sum(s for _, s in config.stages[: i + 1]) for i in range(len(config.stages))]
     rng = random.Random(config.run.seed + 7919 * run.progress.step + run.accelerator.process_index)
-    stage, scenes, latents = -1, [], torch.empty(0)
+    stage, latents = -1, torch.empty(0)
+    scenes: list[Scene] = []
     sampled = run.progress.seconds
     for _ in run.steps():
         now = next((i for i, end in enumerate(stage_ends) if run.fraction < end), len(stage_ends) - 1)
@@ -218,7 +219,17 @@ def train_base(config: BaseConfig) -> Path:
     return save_base(config, run, vae, tokenizer, text_encoder, unet, config.stages[-1][0])
 
 
-def _denoising_loss(config, run, tokenizer, text_encoder, unet, abar, latents, captions):  # type: ignore[no-untyped-def]
+def _denoising_loss(
+    config: BaseConfig,
+    run: TrainingRun,
+    tokenizer: CLIPTokenizer,
+    text_encoder: torch.nn.Module,
+    unet: torch.nn.Module,
+    abar: torch.Tensor,
+    latents: torch.Tensor,
+    captions: list[str],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weighted loss, plain MSE) of the noise predicted for one batch of latents [B, 4, h, w]."""
     device = run.accelerator.device
     x0 = latents.to(device)
     # A shared offset per channel hides the picture's mean at the noisiest steps; plain noise cannot, and the
@@ -237,7 +248,15 @@ def _denoising_loss(config, run, tokenizer, text_encoder, unet, abar, latents, c
 
 
 @torch.no_grad()
-def save_base(config, run, vae, tokenizer, text_encoder, unet, size) -> Path:  # type: ignore[no-untyped-def]
+def save_base(
+    config: BaseConfig,
+    run: TrainingRun,
+    vae: AutoencoderTiny,
+    tokenizer: CLIPTokenizer,
+    text_encoder: torch.nn.Module,
+    unet: torch.nn.Module,
+    size: int,
+) -> Path:
     """Write the pipeline with the averaged weights and a grid of ``SAMPLE_PROMPTS`` (25 steps with CFG)."""
     with run.averaged():
         pipe = StableDiffusionPipeline(
@@ -249,9 +268,13 @@ def save_base(config, run, vae, tokenizer, text_encoder, unet, size) -> Path:  #
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
         with torch.autocast(run.accelerator.device.type, torch.bfloat16):
             images = pipe(
-                list(SAMPLE_PROMPTS), negative_prompt=[""] * len(SAMPLE_PROMPTS), num_inference_steps=25, height=size, width=size,
-                guidance_scale=config.sample_guidance, generator=torch.Generator().manual_seed(0),
-            ).images  # fmt: skip
+                list(SAMPLE_PROMPTS),
+                num_inference_steps=25,
+                height=size,
+                width=size,
+                guidance_scale=config.sample_guidance,
+                generator=torch.Generator().manual_seed(0),
+            ).images
     save_grid(images, 8, run.folder / "samples" / f"{run.progress.step:06d}.png")
     run.say(f"step {run.progress.step}: {run.average_losses()}")
     return run.folder / "model"

@@ -80,7 +80,8 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         both = self.unet(torch.cat([x, x]), torch.cat([t, t]), torch.cat([positive, negative])).sample.float()
-        return guided_noise(*both.chunk(2), self.w)
+        e_positive, e_negative = both.chunk(2)
+        return guided_noise(e_positive, e_negative, self.w)
 
 
 def draw_timesteps(config: SunTrainConfig, count: int, total: int, generator: random.Random) -> Tensor:
