@@ -1,4 +1,4 @@
-"""SUN beside the reference of the same model: 25-step DPM-Solver++ with classifier-free guidance, from the same noise."""
+"""SUN beside the model's own reference, 25-step DPM-Solver++ with classifier-free guidance, from the same noise."""
 
 from __future__ import annotations
 
@@ -65,12 +65,13 @@ def compare(
         for kind in ("cond-1", "sun-1"):  # the first calls pay for allocation and kernel choice
             sampler(kind, prompts, negatives, start, recipe.sun_strength)
         rows: list[Row] = []
+        reference: torch.Tensor | None = None
         for method in dict.fromkeys((REFERENCE, *methods)):
             if on_method:
                 on_method(method)
             sample = sampler(method, prompts, negatives, start, recipe.sun_strength)
             row = Row(method, sampler.decode(sample.latents), sample.unet_calls, sample.seconds)
-            if rows:
+            if reference is not None:
                 row.paired_mse = float((sample.latents - reference).square().mean())
                 row.psnr = sum(map(psnr, row.images, rows[0].images)) / len(row.images)
             else:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib
 import json
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,10 +27,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        if path.suffix.lower() == ".json":
-            content = json.loads(text)
-        else:
-            content = _toml().loads(text)
+        content = json.loads(text) if path.suffix.lower() == ".json" else _toml().loads(text)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:  # both parsers' errors are ValueErrors
@@ -104,8 +103,10 @@ def convert(value: Any, kind: Any, where: str) -> Any:
         return value
     if origin in (tuple, list):
         return _sequence(value, origin, arguments, where)
-    if kind is Any or kind is str or kind is Path:
-        return value if kind is Any else kind(value)
+    if kind is Any:
+        return value
+    if kind is str or kind is Path:
+        return kind(value)
     try:
         if kind is bool:
             return _WORDS[str(value).strip().lower()]
@@ -151,8 +152,5 @@ def _suggest(key: str, known: list[str]) -> str:
 
 
 def _toml() -> Any:
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib
-    return tomllib
+    # tomllib is new in Python 3.11; before, it is the package tomli.
+    return importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")

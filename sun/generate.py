@@ -40,9 +40,9 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 class Loaded:
     """A model ready to draw; ``pipe`` carries no adapter between runs."""
 
-    pipe: StableDiffusionPipeline
+    pipe: Any  # a StableDiffusionPipeline; diffusers' classes have no usable types
     adapter: SunAdapter | None = None
-    controlnet: ControlNetModel | None = None
+    controlnet: Any = None
 
     @property
     def size(self) -> int:
@@ -87,7 +87,7 @@ def load_adapter(name: str) -> SunAdapter:
     return SunAdapter.load(EMOJI_SUN if name == "emoji" else name)
 
 
-def load_base(model: str, dtype: torch.dtype = torch.float32, config: str = "") -> StableDiffusionPipeline:
+def load_base(model: str, dtype: torch.dtype = torch.float32, config: str = "") -> Any:
     """The shipped model for ``emoji``, a diffusers folder, or a single-file SD 1.x checkpoint. Raises RecipeError.
 
     ``config``: diffusers folder that describes a single file which is not laid out like SD 1.5; weights in it are not
@@ -110,7 +110,7 @@ def load_base(model: str, dtype: torch.dtype = torch.float32, config: str = "") 
     return pipe
 
 
-def _pretrained(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
+def _pretrained(path: Path, dtype: torch.dtype) -> Any:
     try:
         return StableDiffusionPipeline.from_pretrained(
             path, torch_dtype=dtype, safety_checker=None, feature_extractor=None, local_files_only=True
@@ -121,7 +121,7 @@ def _pretrained(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
         ) from error
 
 
-def _single_file(path: Path, dtype: torch.dtype, config: str) -> StableDiffusionPipeline:
+def _single_file(path: Path, dtype: torch.dtype, config: str) -> Any:
     if path.suffix.lower() != ".safetensors":
         raise RecipeError(f"{path} is not a .safetensors file. Pickled checkpoints can run code; convert it first.")
     try:
@@ -150,7 +150,7 @@ def _single_file(path: Path, dtype: torch.dtype, config: str) -> StableDiffusion
         ) from error
 
 
-def _load_lora(pipe: StableDiffusionPipeline, lora: str, name: str) -> None:
+def _load_lora(pipe: Any, lora: str, name: str) -> None:
     path, _ = split_lora(lora)
     if not Path(path).exists():
         raise RecipeError(f"the LoRA {path} does not exist. Check the path.")

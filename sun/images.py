@@ -6,10 +6,12 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+if TYPE_CHECKING:
+    import torch
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> Path:

@@ -155,7 +155,9 @@ def read_recipe(path: str | Path) -> tuple[Recipe, dict[str, Any]]:
                 f"{path} has recipe format {content['format']!r}; this version reads {FORMAT}. Update SUN."
             )
         known = {f.name for f in fields(Recipe)}
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in content["recipe"].items() if k in known}
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in content["recipe"].items() if k in known
+        }
         return Recipe(**values), content
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise RecipeError(f"{path}: its SUN recipe is damaged ({error!r}). Get the original picture.") from error

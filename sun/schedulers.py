@@ -22,13 +22,14 @@ SCHEDULERS = ("ddim", "dpmpp_2m", "unipc", "euler")
 class TrailingDDIMScheduler(DDIMScheduler):
     """DDIM, eta 0, that steps to the next timestep of its own list (Eq. 9).
 
-    diffusers' DDIM assumes every step is ``T // steps`` long, which misses the trailing timesteps for 3, 6, 7, ... steps.
+    diffusers' DDIM assumes every step is ``T // steps`` long, which misses the trailing timesteps for
+    3, 6, 7, ... steps.
     """
 
     def step(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
     ) -> DDIMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """Take ``sample`` [B, C, H, W] at ``timestep`` one step further. Raises ValueError for an odd prediction type."""
+        """Take ``sample`` [B, C, H, W] at ``timestep`` one step on. Raises ValueError for an odd prediction type."""
         t = int(timestep)
         later = [s for s in self.timesteps.tolist() if s < t]
         a_t, s_t = (v.to(sample.device) for v in alpha_sigma(self.alphas_cumprod, t))

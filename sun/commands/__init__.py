@@ -1,0 +1,1 @@
+"""The commands of ``sun``, one module a subject; they import the heavy parts when they run."""

@@ -1,0 +1,131 @@
+"""``sun train``, ``sun train-emoji``, ``sun evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..config import apply, assign, read_config
+from .app import app, emoji_app
+from .options import ConfigFile, Json, Minutes, Output, Resume, Settings, Steps
+from .show import figures_table, out, write_json
+
+
+@app.command(
+    epilog="""Examples:
+
+sun train --output runs/sun --minutes 30
+
+sun train --model sd15-folder --data pictures/ --batch-size 8 --set guidance_scale=7.5
+
+accelerate launch -m sun train --config sun.toml"""
+)
+def train(
+    config: ConfigFile = None,
+    model: Annotated[
+        str | None, typer.Option(help="Diffusers folder of the frozen model. (emoji: the shipped one)")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Folder of pictures and captions, or webdataset shards.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the run: checkpoints, samples, adapter.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Length in steps.", min=1)] = None,
+    minutes: Annotated[float | None, typer.Option(help="Length in minutes, if that ends it sooner.", min=0.0)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures a step and process.", min=1)] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume/--no-resume", help="Go on from the run's last checkpoint.")
+    ] = None,
+    settings: Settings = None,
+) -> None:
+    """Train a SUN adapter for a frozen Stable Diffusion 1.x model (Algorithm 1 of the paper)."""
+    from ..training.sun import SunTrainConfig, train_sun
+
+    given = {"model": model, "data": data}
+    run = {"output": output, "steps": steps, "minutes": minutes, "batch_size": batch_size, "lr": lr, "resume": resume}
+    out.print(f"adapter: {train_sun(_configured(SunTrainConfig(), config, given, run, settings))}", soft_wrap=True)
+
+
+@emoji_app.command("vae")
+def train_emoji_vae(
+    config: ConfigFile = None,
+    output: Output = None,
+    steps: Steps = None,
+    minutes: Minutes = None,
+    resume: Resume = None,
+    settings: Settings = None,
+) -> None:
+    """Train its autoencoder (TAESD layout)."""
+    from ..emoji.vae import VaeConfig, train_vae
+
+    run = {"output": output, "steps": steps, "minutes": minutes, "resume": resume}
+    out.print(f"autoencoder: {train_vae(_configured(VaeConfig(), config, {}, run, settings))}", soft_wrap=True)
+
+
+@emoji_app.command("base")
+def train_emoji_base(
+    config: ConfigFile = None,
+    output: Output = None,
+    steps: Steps = None,
+    minutes: Minutes = None,
+    resume: Resume = None,
+    settings: Settings = None,
+) -> None:
+    """Train its text encoder and U-Net on a trained autoencoder."""
+    from ..emoji.base import BaseConfig, train_base
+
+    run = {"output": output, "steps": steps, "minutes": minutes, "resume": resume}
+    out.print(f"model: {train_base(_configured(BaseConfig(), config, {}, run, settings))}", soft_wrap=True)
+
+
+@app.command(
+    epilog="""Examples:
+
+sun evaluate --prompts 512 --json figures.json
+
+sun evaluate --prompts-file pairs.txt --model sd15-folder --adapter adapter.safetensors --set methods=sun-4,dpmpp-4"""
+)
+def evaluate(
+    config: ConfigFile = None,
+    prompts: Annotated[int | None, typer.Option(help="Number of prompts.", min=2)] = None,
+    prompts_file: Annotated[str | None, typer.Option(help="File with one 'prompt | negative' a line.")] = None,
+    model: Annotated[str | None, typer.Option(help="Diffusers folder. (emoji: the shipped one)")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Adapter file. (default: the shipped one)")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures at a time.", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the prompts and the noise.", min=0)] = None,
+    settings: Settings = None,
+    figures: Json = None,
+) -> None:
+    """Measure SUN and its rivals against the 25-step reference: U-Net calls, seconds, distances."""
+    from ..evaluation import EvaluateConfig
+    from ..evaluation import evaluate as run
+
+    given = {
+        "prompts": prompts,
+        "prompts_file": prompts_file,
+        "model": model,
+        "adapter": adapter,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    result = run(_configured(EvaluateConfig(), config, given, {}, settings))
+    rows = {result["reference"]["method"]: result["reference"], **result["methods"], "floor": result["floor"]}
+    out.print(figures_table(rows, "distance to the reference; floor: the reference again with other noise"))
+    for method, row in result["negative_prompt"].items():
+        if isinstance(row, dict) and "cosine" in row:
+            out.print(
+                f"negative prompt alone changed: cosine of {method}'s change and the reference's {row['cosine']:+.3f}"
+            )
+    write_json(figures, result)
+
+
+def _configured(
+    config: Any, file: Path | None, given: dict[str, Any], run: dict[str, Any], settings: list[str] | None
+) -> Any:
+    """Defaults, then the file, then the options, then ``--set``: the later wins."""
+    if file:
+        apply(config, read_config(file), str(file))
+    apply(config, {k: v for k, v in given.items() if v is not None}, "options")
+    if run:
+        apply(config.run, {k: v for k, v in run.items() if v is not None}, "options")
+    return assign(config, settings or [])
