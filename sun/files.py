@@ -226,7 +226,8 @@ def _read_tensors(path: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
 
 def _read_pickle(path: Path) -> Mapping[str, Any]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # given a path, torch.load judges by the name
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises anything on hostile or damaged input
         raise SunFileError(
             f"{path} is a pickle that holds more than tensors or is damaged, and was not loaded, because pickles can "

@@ -137,6 +137,14 @@ def test_normalization_gives_the_negative_branch_the_positive_norm():
         z_p.flatten(1).norm(dim=1)[:, None, None])) / g.norm())  # fmt: skip
 
 
+@pytest.mark.parametrize(("n", "p"), [(2e3, 1.0), (1.0, 2e3), (2e3, 2e3)])
+def test_norms_beyond_float16_are_exact(n, p):
+    z_n, z_p = (torch.randn(1, 64, 40).mul(scale).half() for scale in (n, p))  # norms near 100,000
+    g = attention_normalization(z_n, z_p, torch.ones(40), torch.zeros(40))
+    expected = z_n.double() * (z_p.double().norm() / z_n.double().norm())
+    torch.testing.assert_close(g, expected.float(), rtol=1e-5, atol=0)
+
+
 def test_attention_mask_hides_text_from_the_positive_branch_only():
     layer, inputs = random_layer(), random_inputs()
     mask = torch.zeros(2, 1, 1, 7)

@@ -147,7 +147,7 @@ def test_names_of_deep_transformers_keep_their_order(tmp_path):
 
 def test_a_pickle_of_tensors_loads(tmp_path):
     tensors = official_tensors()
-    for name, content in {"a.pt": tensors, "b.bin": {"state_dict": tensors}}.items():
+    for name, content in {"a.pt": tensors, "b.bin": {"state_dict": tensors}, "misnamed.safetensors": tensors}.items():
         torch.save(content, tmp_path / name)
         SunAdapter.load(tmp_path / name).save(tmp_path / "c.safetensors", layout="official")
         assert_same(load_file(tmp_path / "c.safetensors"), tensors)
@@ -161,15 +161,16 @@ class Exploit:
         return Path.touch, (self.target,)
 
 
-@pytest.mark.parametrize("legacy", [True, False])
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, legacy):
-    target, file = tmp_path / "pwned", tmp_path / "adapter.safetensors"
+@pytest.mark.parametrize("name", ["adapter.safetensors", "adapter.pt"])
+@pytest.mark.parametrize("kind", ["pickle", "legacy", "zip"])
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, kind, name):
+    target, file = tmp_path / "pwned", tmp_path / name
     content = {**official_tensors(), "x": Exploit(target)}
-    if legacy:
+    if kind == "pickle":
         file.write_bytes(pickle.dumps(content))
     else:
-        torch.save(content, file)
-    with pytest.raises(SunFileError, match=r"adapter\.safetensors is a pickle .*safetensors"):
+        torch.save(content, file, _use_new_zipfile_serialization=kind == "zip")
+    with pytest.raises(SunFileError, match=r"adapter\.\w+ is a pickle .*safetensors"):
         SunAdapter.load(file)
     assert not target.exists()
 
