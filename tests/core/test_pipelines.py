@@ -363,6 +363,13 @@ def test_pipelines_may_share_a_unet(pipe, count_calls):
     assert calls.timesteps == [499, 249]
     sun.detach(other)
     assert torch.equal(sample(pipe), expected)
+    for changed in ({"strength": 0.5}, {}):
+        sun.attach(other, adapter, **changed)
+        sun.attach(pipe, adapter)
+        if changed:
+            with pytest.raises(RuntimeError, match="another adapter"):
+                sample(other, **extra_inputs("img2img", 0.5))
+    assert torch.equal(sample(pipe), expected)
     sun.attach(other, make_adapter(pipe.unet, seed=8))
     with pytest.raises(RuntimeError, match=r"another adapter.*sun\.attach\(pipe, adapter\) again"):
         sample(pipe)
