@@ -91,7 +91,7 @@ def generate(
     if source is None and not prompt:
         raise typer.BadParameter('give a prompt, as in: sun generate "a red apple"', ctx=ctx)
     numbered(target or Path("sun.png"), 1)  # a wrong name should not cost a run
-    from .. import generate as engine
+    engine = _engine()
 
     for change in engine.changes_since(recipe, content) if content else []:
         err.print(f"[yellow]note:[/yellow] {escape(change)}; the picture may differ")
@@ -152,7 +152,7 @@ def compare(
     figures: Json = None,
 ) -> None:
     """Put SUN beside the model's own 25-step pictures: same noise, same prompts, calls counted, distances measured."""
-    from .. import generate as engine
+    engine = _engine()
     from ..compare import compare as run
     from ..compare import picture
 
@@ -189,6 +189,7 @@ def demo(
     figures: Json = None,
 ) -> None:
     """Four-step pictures of the shipped model beside its 25-step reference."""
+    _engine()
     from ..demo import run
 
     with spinner("loading") as status:
@@ -205,6 +206,16 @@ def demo(
     out.print(f"side by side: {done.grid}", soft_wrap=True)
     out.print(f"single pictures: {folder}/{done.pictures[0].name} ... {done.pictures[-1].name}", soft_wrap=True)
     write_json(figures, {"methods": {row.method: row.figures() for row in done.rows}})
+
+
+def _engine() -> Any:
+    """The module that draws, imported now; diffusers' own progress bars would disturb ours."""
+    from diffusers.utils import logging
+
+    from .. import generate
+
+    logging.disable_progress_bar()
+    return generate
 
 
 def numbered(path: Path, count: int) -> list[Path]:

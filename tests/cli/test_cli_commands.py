@@ -295,6 +295,7 @@ def test_demo_writes_pictures_and_prints_where(
     sun: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path, adapter_file: Path
 ) -> None:
     from sun import generate as engine
+    from sun.compare import psnr
 
     monkeypatch.setattr(engine, "EMOJI_DIFFUSION", model_folder)
     monkeypatch.setattr(engine, "EMOJI_SUN", adapter_file)
@@ -308,6 +309,7 @@ def test_demo_writes_pictures_and_prints_where(
     one = next(p for p in pictures if "rocket" in p.name)
     shutil.copy(one, tmp_path / "one.png")
     sun("generate", "--from", tmp_path / "one.png", "--out", tmp_path / "again.png")
+    assert psnr(Image.open(tmp_path / "one.png"), Image.open(tmp_path / "again.png")) > 50
 
 
 def test_an_adapter_of_the_negative_branch_alone_is_inspected(
