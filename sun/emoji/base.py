@@ -72,6 +72,7 @@ class BaseConfig:
         )
     )  # fmt: skip
     vae: str = "runs/emoji-vae/vae"
+    init_model: str = ""  # a diffusers folder to go on from: its text encoder, tokenizer and U-Net
     style: str = "twemoji"
     stages: tuple[tuple[int, float], ...] = ((64, 0.35), (128, 0.65))
     scenes: int = 16000
@@ -146,6 +147,21 @@ def build_unet(config: BaseConfig) -> UNet2DConditionModel:
     )  # fmt: skip
 
 
+def build_models(
+    config: BaseConfig, emojis: list[Emoji], folder: Path
+) -> tuple[CLIPTokenizer, CLIPTextModel, UNet2DConditionModel]:
+    """New models of the configured size, or those of ``config.init_model`` in fp32."""
+    if config.init_model:
+        source = Path(config.init_model)
+        return (
+            CLIPTokenizer.from_pretrained(source / "tokenizer"),
+            CLIPTextModel.from_pretrained(source / "text_encoder").float(),
+            UNet2DConditionModel.from_pretrained(source / "unet").float(),
+        )
+    tokenizer = build_tokenizer(emojis, config.vocabulary, folder / "tokenizer")
+    return tokenizer, build_text_encoder(config, tokenizer), build_unet(config)
+
+
 def sd15_scheduler() -> DDIMScheduler:
     """SD 1.5's noise schedule and scheduler settings."""
     return DDIMScheduler(
@@ -188,9 +204,8 @@ def train_base(config: BaseConfig) -> Path:
     emojis = load_metadata()
     folder = Path(config.run.output)
     vae = AutoencoderTiny.from_pretrained(config.vae).requires_grad_(False)
-    tokenizer = build_tokenizer(emojis, config.vocabulary, folder / "tokenizer")
     torch.manual_seed(config.run.seed)
-    text_encoder, unet = build_text_encoder(config, tokenizer), build_unet(config)
+    tokenizer, text_encoder, unet = build_models(config, emojis, folder)
     run = TrainingRun(config.run, {"text_encoder": text_encoder, "unet": unet})
     vae.to(run.accelerator.device)
     scheduler = sd15_scheduler()
@@ -215,8 +230,8 @@ def train_base(config: BaseConfig) -> Path:
         run.update(loss, mse=plain)
         if run.progress.seconds - sampled > 60 * config.run.sample_minutes:
             sampled = run.progress.seconds
-            save_base(config, run, vae, tokenizer, text_encoder, unet, config.stages[stage][0])
-    return save_base(config, run, vae, tokenizer, text_encoder, unet, config.stages[-1][0])
+            save_base(config, run, vae, tokenizer, config.stages[stage][0])
+    return save_base(config, run, vae, tokenizer, config.stages[-1][0])
 
 
 def _denoising_loss(
@@ -248,15 +263,7 @@ def _denoising_loss(
 
 
 @torch.no_grad()
-def save_base(
-    config: BaseConfig,
-    run: TrainingRun,
-    vae: AutoencoderTiny,
-    tokenizer: CLIPTokenizer,
-    text_encoder: torch.nn.Module,
-    unet: torch.nn.Module,
-    size: int,
-) -> Path:
+def save_base(config: BaseConfig, run: TrainingRun, vae: AutoencoderTiny, tokenizer: CLIPTokenizer, size: int) -> Path:
     """Write the pipeline with the averaged weights and a grid of ``SAMPLE_PROMPTS`` (25 steps with CFG)."""
     with run.averaged():
         pipe = StableDiffusionPipeline(

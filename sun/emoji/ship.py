@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,12 @@ def sample_images(pipe: StableDiffusionPipeline, guidance_scale: float, seed: in
         pipe.scheduler = plain
 
 
+def _edit_json(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    settings = json.loads(path.read_text())
+    edit(settings)
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
 def describe_machine() -> str:
     """Device, threads and versions, for a card."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
@@ -66,6 +73,10 @@ def ship_base(run_folder: str, destination: str, guidance_scale: float, notes: s
     if out.exists():
         shutil.rmtree(out)
     pipe.save_pretrained(out, safe_serialization=True)
+    # AutoencoderTiny writes a setting into its own configuration that it warns about when reading it back.
+    _edit_json(out / "vae" / "config.json", lambda settings: settings.pop("block_out_channels", None))
+    # transformers loads in the dtype named here and diffusers in fp32: name the same one.
+    _edit_json(out / "text_encoder" / "config.json", lambda settings: settings.update(dtype="float32"))
     # What lands in the file is fp16: the grid is made from these very weights.
     pipe = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32, safety_checker=None)
     images = sample_images(pipe, guidance_scale)

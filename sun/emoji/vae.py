@@ -30,6 +30,8 @@ class VaeConfig:
     )  # fmt: skip
     style: str = "twemoji"
     extra_styles: tuple[str, ...] = ()
+    init_vae: str = ""  # a diffusers folder to go on from
+    freeze_encoder: bool = False  # train the decoder alone: latents, and whatever was trained on them, stay valid
     size: int = 128
     crop: int = 64
     edge_weight: float = 0.5
@@ -56,17 +58,19 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, edge_weight:
 def train_vae(config: VaeConfig) -> Path:
     """Train, write ``<output>/vae`` (diffusers folder) and sample grids; returns the folder."""
     emojis = load_metadata()
-    styles = [load_pictures(s, emojis, config.size) for s in (config.style, *config.extra_styles)]
-    vae = AutoencoderTiny().to(memory_format=torch.channels_last)
+    pictures = [load_pictures(s, emojis, config.size) for s in (config.style, *config.extra_styles)]
+    styles = [(p, [e for e in emojis if e.code in p]) for p in pictures]
+    vae = AutoencoderTiny.from_pretrained(config.init_vae).float() if config.init_vae else AutoencoderTiny()
+    vae.to(memory_format=torch.channels_last)
+    vae.encoder.requires_grad_(not config.freeze_encoder)
     run = TrainingRun(config.run, {"vae": vae})
     rng = random.Random(config.run.seed + run.progress.step)
 
     def draw(count: int, crop: int) -> torch.Tensor:
         images = []
         for _ in range(count):
-            pictures = rng.choice(styles)
-            scene = random_scene([e for e in rng.sample(emojis, 8) if e.code in pictures], rng)
-            image = render_scene(scene, pictures, config.size)
+            drawings, known = rng.choice(styles)
+            image = render_scene(random_scene(known, rng), drawings, config.size)
             x, y = (rng.randint(0, config.size - crop) for _ in range(2))
             images.append(image.crop((x, y, x + crop, y + crop)))
         return to_tensor(images).to(run.accelerator.device, memory_format=torch.channels_last)

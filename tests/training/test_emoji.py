@@ -1,0 +1,186 @@
+"""Emoji Diffusion's data and training, on small packages made here in the published packages' layout."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from PIL import Image
+from transformers import CLIPTokenizer
+
+from sun.emoji import scenes, sources
+from sun.emoji.base import BaseConfig, build_tokenizer, caption_of, train_base
+from sun.emoji.scenes import BACKGROUNDS, Scene, random_scene, render_scene
+from sun.emoji.ship import captioned_grid, ship_base
+from sun.emoji.vae import VaeConfig, reconstruction_loss, to_tensor, train_vae
+from sun.training.run import RunConfig
+
+from .conftest import EMOJIS
+
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 36 36"><rect width="36" height="36" fill="#{}"/></svg>'
+COLOURS = ("ff0000", "00ff00", "0000ff", "ffff00", "ff00ff", "00ffff")
+
+
+def write_package(folder: Path, spec: str, files: dict[str, bytes]) -> None:
+    name, _, version = spec.rpartition("@")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / f"{name.lstrip('@').replace('/', '-')}-{version}.tgz", "w:gz") as tar:
+        for path, data in files.items():
+            member = tarfile.TarInfo(path)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache that holds the metadata and the Twemoji packages, with six coloured squares for pictures."""
+    monkeypatch.setenv("SUN_CACHE", str(tmp_path / "cache"))
+    rows = [
+        {"unified": e.code.upper(), "name": e.name.upper(), "short_name": e.aliases[0], "short_names": list(e.aliases),
+         "category": e.category, "subcategory": e.subcategory, "sort_order": i}
+        for i, e in enumerate(EMOJIS)
+    ]  # fmt: skip
+    rows.append({**rows[0], "unified": "1F1E6", "category": "Flags", "subcategory": "country-flag", "sort_order": 99})
+    folder = tmp_path / "cache" / "packages"
+    write_package(folder, sources.METADATA_PACKAGE, {"package/emoji.json": json.dumps(rows).encode()})
+    pictures = {f"package/{e.code}.svg": SVG.format(c).encode() for e, c in zip(EMOJIS, COLOURS, strict=True)}
+    write_package(folder, sources.STYLES["twemoji"].package, pictures)
+    return folder
+
+
+def test_metadata_leaves_flags_out(packages: Path) -> None:
+    assert [e.name for e in sources.load_metadata()] == [e.name for e in EMOJIS]
+
+
+def test_pictures_are_rendered_at_the_asked_size(packages: Path) -> None:
+    pictures = sources.load_pictures("twemoji", sources.load_metadata(), 48)
+    assert set(pictures) == {e.code for e in EMOJIS}
+    assert pictures[EMOJIS[0].code].size == (48, 48)
+    assert pictures[EMOJIS[0].code].getpixel((24, 24)) == (255, 0, 0, 255)
+
+
+def test_without_npm_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUN_CACHE", str(tmp_path))
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with pytest.raises(RuntimeError, match=r"install Node\.js"):
+        sources.load_metadata()
+
+
+@pytest.mark.parametrize("style", sorted(sources.STYLES))
+def test_every_style_states_its_licence(style: str) -> None:
+    assert sources.STYLES[style].licence
+    assert sources.STYLES[style].attribution
+
+
+def test_a_scene_shows_what_it_says() -> None:
+    red = {e.code: Image.new("RGBA", (64, 64), (255, 0, 0, 255)) for e in EMOJIS}
+    scene = Scene((EMOJIS[0],), "blue", "small", "left", False, "")
+    image = render_scene(scene, red, 64)
+    assert image.getpixel((60, 60)) == BACKGROUNDS["blue"]
+    assert image.getpixel((10, 32)) == (255, 0, 0)
+    assert image.getpixel((50, 32)) == BACKGROUNDS["blue"]
+    large = render_scene(replace(scene, size="large", place=""), red, 64)
+    assert large.getpixel((50, 32)) == (255, 0, 0)
+    pair = render_scene(replace(scene, emojis=(EMOJIS[0], EMOJIS[1]), size="", place=""), red, 64)
+    assert pair.getpixel((16, 32)) == pair.getpixel((48, 32)) == (255, 0, 0)
+    assert pair.getpixel((32, 2)) == BACKGROUNDS["blue"]
+
+
+def test_mirroring_mirrors() -> None:
+    half = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    half.paste((255, 0, 0, 255), (0, 0, 32, 64))
+    scene = Scene((EMOJIS[0],), "white", "large", "", False, "")
+    assert render_scene(scene, {EMOJIS[0].code: half}, 64).getpixel((16, 32)) == (255, 0, 0)
+    mirrored = render_scene(replace(scene, mirrored=True), {EMOJIS[0].code: half}, 64)
+    assert mirrored.getpixel((16, 32)) == BACKGROUNDS["white"]
+    assert mirrored.getpixel((48, 32)) == (255, 0, 0)
+
+
+def test_captions_name_the_emoji_and_only_true_attributes() -> None:
+    rng = random.Random(0)
+    for _ in range(500):
+        scene = random_scene(EMOJIS, rng)
+        words = caption_of(scene, rng).replace(",", "").split()
+        for emoji in scene.emojis:
+            assert any(name.split()[0] in words for name in (emoji.name, *emoji.aliases))
+        for size in filter(None, scenes.SIZES):
+            assert (size in words) <= (scene.size == size)
+        assert ("mirrored" in words) <= scene.mirrored
+        if "background" in words:
+            assert words[words.index("background") - 1] == scene.background
+
+
+def test_tokenizer_spells_anything_and_pads_as_clip(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(EMOJIS, 700, tmp_path)
+    assert 514 < len(tokenizer) <= 700
+    again = CLIPTokenizer.from_pretrained(tmp_path)
+    for text in ("large polar bear, yellow background", "", "ünicorn 3 !?"):
+        ids = again(text, padding="max_length", truncation=True, max_length=77).input_ids
+        assert ids == tokenizer(text, padding="max_length", truncation=True, max_length=77).input_ids
+        assert len(ids) == 77
+        assert ids[0] == tokenizer.bos_token_id
+        assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.tokenize("polar bear") == ["polar</w>", "bear</w>"]
+
+
+def test_reconstruction_loss_vanishes_on_equal_pictures_and_sees_edges() -> None:
+    flat = torch.zeros(1, 3, 8, 8)
+    striped = torch.tensor([1.0, -1.0]).repeat(4).expand(1, 3, 8, 8)
+    assert reconstruction_loss(flat, flat, 0.5) == 0
+    assert reconstruction_loss(flat, striped, 1.0) > reconstruction_loss(flat, striped, 0.0)
+
+
+def test_to_tensor_spans_minus_one_to_one() -> None:
+    tensor = to_tensor([Image.new("RGB", (2, 2), "white"), Image.new("RGB", (2, 2), "black")])
+    assert tensor.shape == (2, 3, 2, 2)
+    assert (tensor[0] == 1).all()
+    assert (tensor[1] == -1).all()
+
+
+def test_captioned_grid_has_room_for_every_picture() -> None:
+    page = captioned_grid([Image.new("RGB", (32, 32), "red")] * 5, ["a red square"] * 5, 2)
+    assert page.height > 3 * 32
+    assert page.width >= 2 * 32
+
+
+def run(folder: Path, name: str, **settings: object) -> RunConfig:
+    defaults = {"steps": 2, "batch_size": 2, "ema_decay": 0.5, "precision": "fp32"}
+    return RunConfig(output=str(folder / name), **{**defaults, **settings})
+
+
+def test_the_whole_chain_from_pictures_to_a_shipped_folder(packages: Path, tmp_path: Path) -> None:
+    vae = train_vae(VaeConfig(run=run(tmp_path, "vae"), size=32, crop=16))
+    config = BaseConfig(
+        run=run(tmp_path, "base"), vae=str(vae), stages=((16, 0.5), (32, 0.5)), scenes=8, channels=(32, 32, 32, 32),
+        heads=2, text_width=32, text_layers=1, vocabulary=700,
+    )  # fmt: skip
+    train_base(config)
+    out = ship_base(str(tmp_path / "base"), str(tmp_path / "shipped"), 3.0, vae_run=str(tmp_path / "vae"))
+    pipe = StableDiffusionPipeline.from_pretrained(out, safety_checker=None)
+    assert pipe("polar bear", num_inference_steps=2).images[0].size == (32, 32)
+    card = (out / "README.md").read_text()
+    for fact in ("CC-BY 4.0", sources.STYLES["twemoji"].package, "Seed 0", "| text encoder and U-Net | 2 |"):
+        assert fact in card
+    assert (out / "samples.png").exists()
+    # A later run goes on from the shipped folder.
+    again = replace(config, run=run(tmp_path, "more", steps=1, lr=0.0), init_model=str(out))
+    unet = StableDiffusionPipeline.from_pretrained(train_base(again), safety_checker=None).unet
+    for name, weight in pipe.unet.state_dict().items():
+        assert torch.allclose(unet.state_dict()[name].float(), weight.float(), atol=1e-3)
+
+
+def test_a_frozen_encoder_keeps_latents_valid(packages: Path, tmp_path: Path) -> None:
+    first = train_vae(VaeConfig(run=run(tmp_path, "vae"), size=32, crop=16))
+    config = VaeConfig(run=run(tmp_path, "more"), size=32, crop=16, init_vae=str(first), freeze_encoder=True)
+    before, after = (AutoencoderTiny.from_pretrained(f) for f in (first, train_vae(config)))
+    assert all(torch.equal(a, b) for a, b in zip(before.encoder.parameters(), after.encoder.parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(before.decoder.parameters(), after.decoder.parameters(), strict=True)
+    )
