@@ -225,6 +225,8 @@ def generate(loaded: Loaded, recipe: Recipe, on_step: OnStep | None = None) -> D
     finally:
         if loaded.adapter:
             detach(pipe)
+    if recipe.mask:
+        images = [_keep_unmasked(image, recipe) for image in images]
     picked = slice(None) if recipe.index is None else slice(recipe.index, recipe.index + 1)
     return Drawn(images[picked], latents["last"].float().cpu()[picked], counter.rows / recipe.batch, seconds)
 
@@ -332,6 +334,11 @@ def _pipeline(pipe_class: Any, loaded: Loaded) -> Any:
 
 def _generators(recipe: Recipe) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(recipe.seed + i) for i in range(recipe.batch)]
+
+
+def _keep_unmasked(image: Image.Image, recipe: Recipe) -> Image.Image:
+    """``image`` with the unmasked pixels as they were: the autoencoder alone would change them a little."""
+    return Image.composite(image, _resized(recipe.init, image.size), _resized(recipe.mask, image.size).convert("L"))
 
 
 def _resized(path: str, size: tuple[int, int]) -> Image.Image:

@@ -42,6 +42,12 @@ def test_compare_draws_both_rows_and_counts_calls(tiny: Run, tmp_path: Path) -> 
     assert height > 3 * 192
 
 
+def test_compare_runs_in_half_precision(tiny: Run, tmp_path: Path) -> None:
+    tiny("compare", "a cat", "--dtype", "bfloat16", "--out", tmp_path / "c.png", "--json", tmp_path / "c.json")
+    row = json.loads((tmp_path / "c.json").read_text())["methods"]["sun-4"]
+    assert 0 < row["paired_mse"] < 100
+
+
 def test_sun_pictures_of_compare_are_those_of_generate(model_folder: Path, adapter_file: Path) -> None:
     from dataclasses import replace
 
