@@ -325,3 +325,33 @@ def test_an_adapter_of_the_negative_branch_alone_is_inspected(
     output = sun("inspect", tmp_path / "n.safetensors").output
     assert "branches: negative\n" in output
     assert "layout: official" in output
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "kind"),
+    [
+        ("emoji-vae", "emoji.vae", "VaeConfig"),
+        ("emoji-base", "emoji.base", "BaseConfig"),
+        ("emoji-sun", "training.sun", "SunTrainConfig"),
+    ],
+)
+def test_the_settings_of_the_shipped_models_are_valid(name: str, module: str, kind: str) -> None:
+    import importlib
+
+    from sun.config import apply, read_config
+
+    path = Path(__file__).parents[2] / "configs" / f"{name}.toml"
+    config = getattr(importlib.import_module(f"sun.{module}"), kind)()
+    apply(config, read_config(path), path.name)
+    assert config.style == "twemoji" if hasattr(config, "style") else config.data == "emoji:twemoji"
+
+
+def test_a_wrong_key_in_a_file_names_the_file_and_the_nearest_setting(sun: Run, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("[run]\nstepz = 3\n")
+    output = sun("train", "--config", tmp_path / "c.toml", code=2).output
+    assert "c.toml" in output
+    assert "Did you mean steps" in output
+    (tmp_path / "c.toml").write_text("run = 3\n")
+    assert "group of settings" in sun("train", "--config", tmp_path / "c.toml", code=2).output
+    (tmp_path / "c.toml").write_text("= 3\n")
+    assert "not valid TOML" in sun("train", "--config", tmp_path / "c.toml", code=2).output
