@@ -7,7 +7,6 @@ U-Net as rows per picture, so a CFG step counts two however it is batched.
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from contextlib import nullcontext
@@ -384,12 +383,3 @@ def _save_comparison(sampler: Sampler, latents: dict[str, Tensor], path: Path) -
 
     rows = [sampler.decode(x) for x in latents.values()]
     save_grid([image for r in rows for image in r], len(rows[0]), path, row_labels=list(latents))
-
-
-def write_json(result: dict[str, Any], path: str | Path) -> None:
-    """Write figures atomically."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(target.suffix + ".part")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.replace(target)

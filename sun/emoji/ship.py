@@ -66,7 +66,13 @@ def _history(run: Path) -> dict[str, Any]:
     return json.loads(lines[-1])
 
 
-def ship_base(run_folder: str, destination: str, guidance_scale: float, notes: str = "", vae_run: str = "") -> Path:
+def ship_base(
+    run_folder: str | Path,
+    destination: str | Path,
+    guidance_scale: float,
+    notes: str = "",
+    vae_run: str | Path | None = None,
+) -> Path:
     """Write the model of ``run_folder`` as fp16 into ``destination`` with its card and its grid of 24 prompts."""
     run, out = Path(run_folder), Path(destination)
     pipe = StableDiffusionPipeline.from_pretrained(run / "model", torch_dtype=torch.float16, safety_checker=None)
@@ -142,7 +148,7 @@ Seed {RunConfig().seed}, bf16 autocast, EMA, on: {describe_machine()}.
     return out
 
 
-def ship_adapter(run_folder: str, destination: str, notes: str = "") -> Path:
+def ship_adapter(run_folder: str | Path, destination: str | Path, notes: str = "") -> Path:
     """Copy the adapter of a SUN run into the package and write its card from the header's figures."""
     source, target = Path(run_folder) / "adapter.safetensors", Path(destination)
     shutil.copyfile(source, target)

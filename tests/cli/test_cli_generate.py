@@ -16,7 +16,6 @@ from typer.testing import Result
 
 from sun.generate import complete, generate, load, noise
 from sun.recipe import Recipe, parameters, read_recipe, split_lora
-from sun.shipped import EMOJI_DIFFUSION, EMOJI_SUN
 
 Run = Callable[..., Result]
 
@@ -251,9 +250,6 @@ def test_all_precisions_run(tiny: Run, tmp_path: Path) -> None:
     assert np.abs(made["float32"] - made["bfloat16"]).mean() < 8
 
 
-@pytest.mark.skipif(
-    not (EMOJI_DIFFUSION.exists() and EMOJI_SUN.exists()), reason="the shipped model has not landed yet"
-)
 def test_the_shipped_model_is_the_default(sun: Run, tmp_path: Path) -> None:
     target = tmp_path / "x.png"
     result = sun("generate", "large polar bear, yellow background", "--seed", 7, "--out", target)
