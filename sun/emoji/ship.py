@@ -155,7 +155,7 @@ def ship_adapter(run_folder: str | Path, destination: str | Path, notes: str = "
     info = SunAdapter.load(target).info
     training = info.training
     run = training["run"]
-    settings = {k: v for k, v in training.items() if k not in ("run", "losses", "step", "seconds")}
+    settings = {k: v for k, v in training.items() if k not in ("run", "losses", "step", "seconds", "processes")}
     target.with_suffix(".md").write_text(
         f"""# SUN adapter for {info.base_model}
 
@@ -165,7 +165,7 @@ Data: the same as Emoji Diffusion's (see its card); licence CC-BY 4.0 with attri
 
 Command: `sun train --config configs/emoji-sun.toml`
 
-{training["step"]} steps of batch {run["batch_size"]}, {training["seconds"] / 60:.0f} minutes, seed {run["seed"]}, on
+{training["step"]} steps of batch {training.get("processes", 1)} x {run["batch_size"]}, {training["seconds"] / 60:.0f} minutes, seed {run["seed"]}, on
 {describe_machine()}. Losses at the end: {", ".join(f"{k} {v:.4f}" for k, v in training["losses"].items())}.
 
 | setting | value |

@@ -145,7 +145,7 @@ class TrainingRun:
 
     def save(self) -> None:
         """Write the checkpoint atomically enough: the marker file is removed first and written last."""
-        self.progress.losses = self.average_losses()
+        self.progress.losses = self.average_losses() or self.progress.losses
         folder = self.folder / "checkpoint"
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:

@@ -216,7 +216,7 @@ def save_adapter(config: SunTrainConfig, run: TrainingRun, adapter: SunAdapter) 
     adapter.info.base_model = "Emoji Diffusion" if config.model == "emoji" else str(config.model)
     adapter.info.guidance_scale = config.guidance_scale
     adapter.info.stage_length = config.stage_length
-    adapter.info.training = {**asdict(config), **run.progress.state_dict(), "losses": run.average_losses()}
+    adapter.info.training = {**asdict(config), **run.progress.state_dict(), "processes": run.accelerator.num_processes}
     path = run.folder / "adapter.safetensors"
     if run.accelerator.is_main_process:
         with run.averaged():

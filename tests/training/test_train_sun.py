@@ -82,6 +82,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert calls == [0, 1, 2, 2]
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 3
+    train_sun(settings)  # finished: nothing is trained, and what is known of the run stays known
+    assert calls == [0, 1, 2, 2]
+    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 3
+    assert last["losses"] == rows[-1]["losses"] != {}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_advice(
