@@ -81,6 +81,9 @@ def ship_base(
     pipe.save_pretrained(out, safe_serialization=True)
     # AutoencoderTiny writes a setting into its own configuration that it warns about when reading it back.
     _edit_json(out / "vae" / "config.json", lambda settings: settings.pop("block_out_channels", None))
+    for config in out.rglob("*.json"):  # where the run was on this machine is nobody's business
+        if config.parent.name != "tokenizer":
+            _edit_json(config, lambda settings: settings.pop("_name_or_path", None))
     # transformers loads in the dtype named here and diffusers in fp32: name the same one.
     _edit_json(out / "text_encoder" / "config.json", lambda settings: settings.update(dtype="float32"))
     # What lands in the file is fp16: the grid is made from these very weights.

@@ -213,10 +213,15 @@ def make_adapter(config: SunTrainConfig, unet: Any) -> SunAdapter:
 
 def save_adapter(config: SunTrainConfig, run: TrainingRun, adapter: SunAdapter) -> Path:
     """Write the averaged adapter in fp16 with what a reader needs to know of its training."""
-    adapter.info.base_model = "Emoji Diffusion" if config.model == "emoji" else str(config.model)
+    settings = asdict(config)
+    settings["run"].pop("output")
+    for name in ("model", "data", "negatives", "init_adapter"):
+        settings[name] = Path(settings[name]).name  # a file that travels names no folders of this machine
+    adapter.info.base_model = "Emoji Diffusion" if config.model == "emoji" else settings["model"]
     adapter.info.guidance_scale = config.guidance_scale
     adapter.info.stage_length = config.stage_length
-    adapter.info.training = {**asdict(config), **run.progress.state_dict(), "processes": run.accelerator.num_processes}
+    progress = {**run.progress.state_dict(), "processes": run.accelerator.num_processes}
+    adapter.info.training = {**settings, **progress}
     path = run.folder / "adapter.safetensors"
     if run.accelerator.is_main_process:
         with run.averaged():

@@ -169,6 +169,7 @@ def test_the_whole_chain_from_pictures_to_a_shipped_folder(packages: Path, tmp_p
     for fact in ("CC-BY 4.0", sources.STYLES["twemoji"].package, "Seed 0", "| text encoder and U-Net | 2 |"):
         assert fact in card
     assert (out / "samples.png").exists()
+    assert not [f for f in out.rglob("*.json") if str(tmp_path) in f.read_text()]
     # A later run goes on from the shipped folder.
     again = replace(config, run=run(tmp_path, "more", steps=1, lr=0.0), init_model=str(out))
     unet = StableDiffusionPipeline.from_pretrained(train_base(again), safety_checker=None).unet

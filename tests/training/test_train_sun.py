@@ -51,6 +51,8 @@ def test_a_run_changes_only_the_adapter_and_writes_a_loadable_file(
     assert adapter.info.stage_length == 0.25
     assert adapter.info.training["substeps"] == 2
     assert adapter.info.training["step"] == 3
+    assert str(tmp_path) not in path.read_bytes()[:20000].decode("latin-1")
+    assert adapter.info.training["data"] == pictures.name
     start = make_adapter(settings, before)
     moved = [
         (a.float() - b).abs().max()
