@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from .adapter import SunAdapter
 from .pipelines import attach, detach
 from .schedulers import make_scheduler
+from .text import encode_texts
 
 REFERENCE = "dpmpp-25"
 
@@ -101,14 +102,7 @@ class Sampler:
     @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:
         """Text states [B, 77, D]."""
-        ids = self.tokenizer(
-            texts,
-            padding="max_length",
-            truncation=True,
-            max_length=self.tokenizer.model_max_length,
-            return_tensors="pt",
-        )
-        return self.text_encoder(ids.input_ids.to(self.device))[0]
+        return encode_texts(self.tokenizer, self.text_encoder, texts)
 
     def noise(self, count: int, seed: int) -> Tensor:
         """[count, 4, h, w]; entry i depends on seed + i alone, so batches do not change pictures."""
@@ -264,18 +258,21 @@ def build_prompts(config: EvaluateConfig) -> PromptSet:
 
 
 def negative_direction(
-    sampler: Sampler, prompts: PromptSet, config: EvaluateConfig, methods: list[str]
+    sampler: Sampler, prompts: PromptSet, config: EvaluateConfig, runs: dict[str, Sample]
 ) -> dict[str, Any]:
-    """Change only the negative prompt: cosine between each method's change of latents and the reference's."""
+    """Change only the negative prompt: cosine between each method's change of latents and the reference's.
+
+    ``runs`` hold the reference and the methods with the prompts' own negatives, from the noise of ``config.seed``.
+    """
     count = min(config.negative_pairs, len(prompts.positives))
-    positives, noise = prompts.positives[:count], sampler.noise(count, config.seed)
-    changes: dict[str, Tensor] = {}
-    for method in [REFERENCE, *methods]:
-        first = run_batched(sampler, method, positives, prompts.negatives[:count], noise, config.batch_size).latents
-        second = run_batched(
-            sampler, method, positives, prompts.other_negatives[:count], noise, config.batch_size
-        ).latents
-        changes[method] = (second - first).flatten(1)
+    positives, others = prompts.positives[:count], prompts.other_negatives[:count]
+    noise = sampler.noise(count, config.seed)
+    changes = {
+        method: (
+            run_batched(sampler, method, positives, others, noise, config.batch_size).latents - run.latents[:count]
+        ).flatten(1)
+        for method, run in runs.items()
+    }
     reference = changes.pop(REFERENCE)
     shuffled = reference.roll(1, 0)
     out: dict[str, Any] = {"pairs": count}
@@ -343,7 +340,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         features = {
             m: _batched_features(sampler, r.latents, config.batch_size) for m, r in {**runs, "floor": floor}.items()
         }
-        direction = negative_direction(sampler, prompts, config, [m for m in config.methods if m.startswith("sun")])
+        steered = {m: r for m, r in runs.items() if m == REFERENCE or m.startswith("sun")}
+        direction = negative_direction(sampler, prompts, config, steered)
     reference = runs[REFERENCE].latents
 
     def row(name: str, run: Sample) -> dict[str, Any]:

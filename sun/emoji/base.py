@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
-    DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -25,6 +24,8 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..images import save_grid
+from ..schedulers import make_scheduler
+from ..text import encode_texts
 from ..training.run import RunConfig, TrainingRun
 from .scenes import Scene, random_scene, render_scene, write_caption
 from .sources import Emoji, load_metadata, load_pictures
@@ -252,9 +253,8 @@ def _denoising_loss(
     noise = torch.randn_like(x0) + config.offset_noise * torch.randn(*x0.shape[:2], 1, 1, device=device)
     t = torch.randint(0, 1000, (len(x0),), device=device)
     a = abar[t].view(-1, 1, 1, 1)
-    ids = tokenizer(captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
     with run.accelerator.autocast():
-        context = text_encoder(ids.to(device)).last_hidden_state
+        context = encode_texts(tokenizer, text_encoder, captions)
         predicted = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, context).sample.float()
     per_image = F.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))
     snr = a.flatten() / (1 - a.flatten())
@@ -272,7 +272,7 @@ def save_base(config: BaseConfig, run: TrainingRun, vae: AutoencoderTiny, tokeni
         )  # fmt: skip
         pipe.save_pretrained(run.folder / "model")
         pipe.set_progress_bar_config(disable=True)
-        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+        pipe.scheduler = make_scheduler("dpmpp_2m", pipe.scheduler.config)
         with torch.autocast(run.accelerator.device.type, torch.bfloat16):
             images = pipe(
                 list(SAMPLE_PROMPTS),

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from ..adapter import SunAdapter
 from ..images import grid, save_png
+from ..schedulers import make_scheduler
 from ..training.run import RunConfig
 from .base import SAMPLE_PROMPTS
 from .sources import METADATA_PACKAGE, STYLES
@@ -38,7 +39,7 @@ def captioned_grid(images: list[Image.Image], captions: list[str], columns: int)
 def sample_images(pipe: StableDiffusionPipeline, guidance_scale: float, seed: int = 0) -> list[Image.Image]:
     """25-step DPM-Solver++ pictures of ``SAMPLE_PROMPTS``; picture i from seed + i."""
     plain = pipe.scheduler
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(plain.config, timestep_spacing="trailing")
+    pipe.scheduler = make_scheduler("dpmpp_2m", plain.config)
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(SAMPLE_PROMPTS))]
     try:

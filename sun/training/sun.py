@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..adapter import SunAdapter
 from ..pipelines import attach, detach
+from ..text import encode_texts
 from .algorithm import NoiseSchedule, StageTargets, add_noise, guided_noise, stage_targets
 from .data import build_source
 from .negatives import NegativePrompts
@@ -142,10 +143,7 @@ def train_sun(config: SunTrainConfig) -> Path:
 
     @torch.no_grad()
     def encode(texts: list[str]) -> Tensor:
-        ids = tokenizer(
-            texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
-        )
-        return text_encoder(ids.input_ids.to(device))[0]
+        return encode_texts(tokenizer, text_encoder, texts)
 
     @torch.no_grad()
     def new_targets() -> tuple[StageTargets, Tensor, Tensor]:
