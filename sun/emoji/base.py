@@ -6,6 +6,7 @@ Training goes from small pictures to full size (``BaseConfig.stages``), as Stabl
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from ..schedulers import make_scheduler
 from ..text import encode_texts
 from ..training.run import RunConfig, TrainingRun
 from .scenes import Scene, random_scene, render_scene, write_caption
-from .sources import Emoji, load_metadata, load_pictures
+from .sources import Emoji, cache_dir, load_metadata, load_pictures
 from .vae import to_tensor
 
 CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -75,8 +76,9 @@ class BaseConfig:
     vae: str = "runs/emoji-vae/vae"
     init_model: str = ""  # a diffusers folder to go on from: its text encoder, tokenizer and U-Net
     style: str = "twemoji"
+    emojis: str = "everyday"  # or "all": see sources.load_metadata
     stages: tuple[tuple[int, float], ...] = ((64, 0.35), (128, 0.65))
-    scenes: int = 16000
+    scenes: int = 12000
     channels: tuple[int, ...] = (64, 128, 128, 64)
     heads: int = 4
     text_width: int = 128
@@ -173,15 +175,22 @@ def sd15_scheduler() -> DDIMScheduler:
 
 @torch.no_grad()
 def encode_scenes(
-    vae: AutoencoderTiny, emojis: list[Emoji], style: str, size: int, count: int, seed: int, cache: Path
+    vae: AutoencoderTiny, emojis: list[Emoji], style: str, size: int, count: int, seed: int
 ) -> tuple[list[Scene], torch.Tensor]:
-    """``count`` scenes and their latents [N, 4, size/8, size/8], times the VAE's scaling factor (kept in ``cache``)."""
+    """``count`` scenes and their latents [N, 4, size/8, size/8], times the VAE's scaling factor.
+
+    Latents are kept under :func:`cache_dir`, named after everything they depend on.
+    """
     pictures = load_pictures(style, emojis, 128)
     emojis = [e for e in emojis if e.code in pictures]
     rng = random.Random(seed)
     scenes = [random_scene(emojis, rng) for _ in range(count)]
+    cache = cache_dir() / "latents"
     cache.mkdir(parents=True, exist_ok=True)
-    file = cache / f"latents-{style}-{size}-{count}-{seed}.pt"
+    made_from = hashlib.sha256(repr([s.caption for s in scenes]).encode())
+    for weight in vae.encoder.state_dict().values():
+        made_from.update(weight.half().cpu().numpy().tobytes())  # a model shipped in fp16 is the same model
+    file = cache / f"{style}-{size}-{count}-{made_from.hexdigest()[:16]}.pt"
     if file.exists():
         return scenes, torch.load(file, weights_only=True)
     encoder = vae.encoder.to(memory_format=torch.channels_last)
@@ -202,7 +211,7 @@ def caption_of(scene: Scene, rng: random.Random) -> str:
 
 def train_base(config: BaseConfig) -> Path:
     """Train, and write ``<output>/model`` (a StableDiffusionPipeline folder); returns that folder."""
-    emojis = load_metadata()
+    emojis = load_metadata(config.emojis)
     folder = Path(config.run.output)
     vae = AutoencoderTiny.from_pretrained(config.vae).requires_grad_(False)
     torch.manual_seed(config.run.seed)
@@ -221,9 +230,8 @@ def train_base(config: BaseConfig) -> Path:
         if now != stage:
             stage = now
             size = config.stages[stage][0]
-            scenes, latents = encode_scenes(
-                vae, emojis, config.style, size, config.scenes, config.run.seed, folder / "latents"
-            )
+            with run.accelerator.main_process_first():  # the others then read what it wrote
+                scenes, latents = encode_scenes(vae, emojis, config.style, size, config.scenes, config.run.seed)
             run.say(f"stage {stage}: {size} px, {len(scenes)} scenes, latent std {latents.std((0, 2, 3)).tolist()}")
         picked = [rng.randrange(len(scenes)) for _ in range(config.run.batch_size)]
         captions = ["" if rng.random() < config.empty_captions else caption_of(scenes[i], rng) for i in picked]

@@ -13,7 +13,8 @@ import re
 import shutil
 import subprocess
 import tarfile
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -102,22 +103,46 @@ def _keys(code: str) -> list[str]:
     return [code, bare, *stripped]
 
 
-def load_metadata(all_people: bool = False) -> list[Emoji]:
-    """The emoji this project trains on, in Unicode order (about 1,200; flags, letters and duplicates left out)."""
+def _everyday_names() -> dict[str, str]:
+    """Unicode name -> caption name of ``vocabulary.txt``."""
+    lines = (Path(__file__).parent / "vocabulary.txt").read_text().splitlines()
+    pairs = (line.partition("=") for line in lines if line.strip() and not line.startswith("#"))
+    return {name.strip(): (caption or name).strip() for name, _, caption in pairs}
+
+
+def _unambiguous(emojis: list[Emoji]) -> list[Emoji]:
+    """Without aliases that are also another emoji's name or alias."""
+    uses = Counter(n for e in emojis for n in {e.name, *e.aliases})
+    return [replace(e, aliases=tuple(a for a in e.aliases if uses[a] == 1 and a != e.name)) for e in emojis]
+
+
+def load_metadata(vocabulary: str = "everyday") -> list[Emoji]:
+    """The emoji this project trains on, in Unicode order.
+
+    ``vocabulary``: ``everyday`` for the emoji of ``vocabulary.txt`` (about 270 things recognised at a glance), or
+    ``all`` (about 1,300; flags, letters and persons that differ by gender or skin alone left out).
+    """
+    if vocabulary not in ("everyday", "all"):
+        raise ValueError(f"vocabulary must be everyday or all, not {vocabulary!r}")
     with tarfile.open(fetch_package(METADATA_PACKAGE)) as tar:
         member = tar.extractfile("package/emoji.json")
         assert member is not None
         rows = json.load(member)
+    everyday = _everyday_names()
     found = []
     for row in sorted(rows, key=lambda r: r["sort_order"]):
         if row["category"] in _SKIPPED_CATEGORIES or row["subcategory"] in _SKIPPED_SUBCATEGORIES:
             continue
-        aliases = tuple(dict.fromkeys(_clean(a) for a in row["short_names"]))
-        if not all_people and row["category"] == "People & Body" and _GENDERED.match(row["short_name"]):
+        if row["category"] == "People & Body" and _GENDERED.match(row["short_name"]):
             continue
         name = _clean(row["name"])
-        found.append(Emoji(row["unified"].lower(), name, aliases, row["category"], row["subcategory"]))
-    return found
+        if vocabulary == "everyday" and name not in everyday:
+            continue
+        aliases = tuple(dict.fromkeys(_clean(a) for a in row["short_names"]))
+        found.append(
+            Emoji(row["unified"].lower(), everyday.get(name, name), aliases, row["category"], row["subcategory"])
+        )
+    return _unambiguous(found)
 
 
 def load_pictures(style: str, emojis: list[Emoji], size: int = 128) -> dict[str, Image.Image]:

@@ -20,14 +20,14 @@ _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def build_source(
-    data: str, vae: Any, resolution: int, rng: random.Random, device: torch.device, model: str = ""
+    data: str, vae: Any, resolution: int, rng: random.Random, device: torch.device
 ) -> Source:
     """A :data:`Source` for ``emoji:STYLE``, a folder of pictures with captions, or webdataset shards (``*.tar``).
 
     A folder holds ``x.png`` beside ``x.txt``, or a ``metadata.jsonl`` with ``file_name`` and ``text``.
     """
     if data.startswith("emoji"):
-        return _emoji_source(data.partition(":")[2] or "twemoji", vae, resolution, rng, device, model)
+        return _emoji_source(data.partition(":")[2] or "twemoji", vae, resolution, rng, device)
     pairs = _webdataset_pairs(data, rng) if data.endswith(".tar") or "{" in data else _folder_pairs(Path(data), rng)
 
     @torch.no_grad()
@@ -41,14 +41,11 @@ def build_source(
     return draw
 
 
-def _emoji_source(
-    style: str, vae: Any, resolution: int, rng: random.Random, device: torch.device, model: str
-) -> Source:
-    from ..emoji.base import caption_of, encode_scenes
-    from ..emoji.sources import cache_dir, load_metadata
+def _emoji_source(style: str, vae: Any, resolution: int, rng: random.Random, device: torch.device) -> Source:
+    from ..emoji.base import BaseConfig, caption_of, encode_scenes
+    from ..emoji.sources import load_metadata
 
-    folder = cache_dir() / "latents" / (Path(model).name or "model")
-    scenes, latents = encode_scenes(vae, load_metadata(), style, resolution, 12000, 0, folder)
+    scenes, latents = encode_scenes(vae, load_metadata(), style, resolution, BaseConfig.scenes, 0)
 
     def draw(count: int) -> tuple[Tensor, list[str]]:
         picked = [rng.randrange(len(scenes)) for _ in range(count)]

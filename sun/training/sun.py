@@ -133,7 +133,7 @@ def train_sun(config: SunTrainConfig) -> Path:
     resolution = config.resolution or unet.config.sample_size * 2 ** (
         len(vae.config.get("decoder_block_out_channels") or vae.config.block_out_channels) - 1
     )
-    source = build_source(config.data, vae, resolution, rng, device, config.model)
+    source = build_source(config.data, vae, resolution, rng, device)
     negatives = NegativePrompts.load(
         config.negatives, config.data, config.max_negative_phrases, config.empty_negative_probability
     )

@@ -56,7 +56,23 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_metadata_leaves_flags_out(packages: Path) -> None:
-    assert [e.name for e in sources.load_metadata()] == [e.name for e in EMOJIS]
+    assert [e.name for e in sources.load_metadata("all")] == [e.name for e in EMOJIS]
+
+
+def test_the_everyday_vocabulary_is_a_renamed_selection(packages: Path) -> None:
+    known = sources._everyday_names()
+    found = sources.load_metadata()
+    assert [e.name for e in found] == [known[e.name] for e in EMOJIS if e.name in known]
+    assert known["aubergine"] == "eggplant"
+    assert len(set(known.values())) == len(known) > 250
+    with pytest.raises(ValueError, match="everyday or all"):
+        sources.load_metadata("some")
+
+
+def test_an_alias_that_two_emoji_share_is_nobodys() -> None:
+    cloud = replace(EMOJIS[0], name="cloud with lightning", aliases=("lightning", "storm"))
+    flash = replace(EMOJIS[1], name="lightning", aliases=("lightning", "zap"))
+    assert [e.aliases for e in sources._unambiguous([cloud, flash])] == [("storm",), ("zap",)]
 
 
 def test_pictures_are_rendered_at_the_asked_size(packages: Path) -> None:
