@@ -28,6 +28,7 @@ from ..images import save_grid
 from ..schedulers import make_scheduler
 from ..text import encode_texts
 from ..training.run import RunConfig, TrainingRun
+from ..training.speed import use_fast_attention
 from .scenes import Scene, random_scene, render_scene, write_caption
 from .sources import Emoji, cache_dir, load_metadata, load_pictures
 from .vae import to_tensor
@@ -218,6 +219,7 @@ def train_base(config: BaseConfig) -> Path:
     tokenizer, text_encoder, unet = build_models(config, emojis, folder)
     run = TrainingRun(config.run, {"text_encoder": text_encoder, "unet": unet})
     vae.to(run.accelerator.device)
+    use_fast_attention(unet, run.accelerator.device)
     scheduler = sd15_scheduler()
     abar = scheduler.alphas_cumprod.to(run.accelerator.device)
     stage_ends = [sum(s for _, s in config.stages[: i + 1]) for i in range(len(config.stages))]

@@ -23,6 +23,7 @@ from .algorithm import NoiseSchedule, StageTargets, add_noise, guided_noise, sta
 from .data import build_source
 from .negatives import NegativePrompts
 from .run import RunConfig, TrainingRun
+from .speed import use_fast_attention
 
 
 @dataclass
@@ -125,6 +126,7 @@ def train_sun(config: SunTrainConfig) -> Path:
     device = run.accelerator.device
     for module in (unet, vae, text_encoder):
         module.to(device)
+    use_fast_attention(unet, device)
     attach(unet, adapter)
     schedule = NoiseSchedule(pipe.scheduler.alphas_cumprod).to(device)
     total = schedule.num_train_timesteps

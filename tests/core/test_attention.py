@@ -178,3 +178,17 @@ def test_hosts_may_bring_their_own_linear_and_attention():
     layer(**random_inputs(), heads=4, attend=host_attend)
     assert built == [False] * 4
     assert attended == [4, 4]
+
+
+def test_attention_that_is_trained_is_the_attention_that_is_used() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 32) for n in (9, 7, 7))
+    used = attend(q, k, v, 4)
+    trained = attend(q.requires_grad_(), k, v, 4)
+    torch.testing.assert_close(trained, used)
+    (gradient,) = torch.autograd.grad(trained.square().sum(), q)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        heads = [x.unflatten(-1, (4, -1)).transpose(1, 2) for x in (q, k, v)]
+        kernel = torch.nn.functional.scaled_dot_product_attention(*heads)
+    (expected,) = torch.autograd.grad(kernel.square().sum(), q)
+    torch.testing.assert_close(gradient, expected)
