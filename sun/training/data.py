@@ -19,9 +19,7 @@ Source = Callable[[int], tuple[Tensor, list[str]]]
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
-def build_source(
-    data: str, vae: Any, resolution: int, rng: random.Random, device: torch.device
-) -> Source:
+def build_source(data: str, vae: Any, resolution: int, rng: random.Random, device: torch.device) -> Source:
     """A :data:`Source` for ``emoji:STYLE``, a folder of pictures with captions, or webdataset shards (``*.tar``).
 
     A folder holds ``x.png`` beside ``x.txt``, or a ``metadata.jsonl`` with ``file_name`` and ``text``.

@@ -20,10 +20,11 @@ from ..adapter import SunAdapter
 from ..pipelines import attach, detach
 from ..text import encode_texts
 from .algorithm import NoiseSchedule, StageTargets, add_noise, guided_noise, stage_targets
-from .data import build_source
+from .data import Source, build_source
 from .negatives import NegativePrompts
 from .run import RunConfig, TrainingRun
 from .speed import use_fast_attention
+from .trajectories import TrajectoryBank, run_teacher
 
 
 @dataclass
@@ -57,6 +58,11 @@ class SunTrainConfig:
     pure_noise_at_start: bool = False  # x_999 is pure noise, as at inference, instead of noised data
     target_reuse: int = 1  # student updates per teacher batch, drawn from a short replay buffer
     gradient_checkpointing: bool = False
+    trajectories: bool = False  # inputs are states of the teacher's guided trajectory from pure noise, not noised data
+    teacher_solver: str = "dpmpp_2m"  # of trajectories: dpmpp_2m | ddim; Algorithm 1 steps with DDIM
+    bank_size: int = 4096  # trajectories kept; every `target_reuse`-th step adds a batch of them
+    replace_depth: int = 1  # how many stages earlier the student may start whose state replaces the input
+    rollout_probability: float = 0.0  # share of steps trained through all stages, on the distance of the last state
 
 
 class Student(nn.Module):
@@ -111,6 +117,116 @@ def sun_losses(predicted: Tensor, targets: StageTargets) -> tuple[Tensor, Tensor
     return F.mse_loss(predicted, targets.e_cfg), F.mse_loss(predicted, targets.e_step)
 
 
+@dataclass
+class PromptSource:
+    """Captions of the data with random negatives, and their text states [B, 77, D]."""
+
+    tokenizer: Any
+    text_encoder: Any
+    source: Source
+    negatives: NegativePrompts
+    rng: random.Random
+    empty_captions: float
+    batch_size: int
+
+    def draw(self) -> tuple[Tensor, list[str], list[str]]:
+        """(latents [B, 4, h, w], captions, negatives)."""
+        x0, captions = self.source(self.batch_size)
+        captions = ["" if self.rng.random() < self.empty_captions else c for c in captions]
+        return x0, captions, [self.negatives.draw(self.rng) for _ in captions]
+
+    @torch.no_grad()
+    def encode(self, texts: list[str]) -> Tensor:
+        return encode_texts(self.tokenizer, self.text_encoder, texts)
+
+
+class _NoisedDataTargets:
+    """The paper's Algorithm 1: inputs are noised data."""
+
+    def __init__(
+        self, config: SunTrainConfig, prompts: PromptSource, teacher: Teacher, student: Any,
+        schedule: NoiseSchedule, rng: random.Random,
+    ):  # fmt: skip
+        self.config, self.prompts, self.teacher, self.student = config, prompts, teacher, student
+        self.schedule, self.rng = schedule, rng
+        self.recent: deque[tuple[StageTargets, Tensor, Tensor]] = deque(maxlen=16)
+
+    @torch.no_grad()
+    def _new(self) -> tuple[StageTargets, Tensor, Tensor]:
+        config, total = self.config, self.schedule.num_train_timesteps
+        x0, captions, negatives = self.prompts.draw()
+        positive, negative = self.prompts.encode(captions), self.prompts.encode(negatives)
+        t = draw_timesteps(config, len(x0), total, self.rng)
+        start = start_timesteps(config, t, total, self.rng).to(x0.device)
+        t = t.to(x0.device)
+        noise = torch.randn_like(x0)
+        x_start = add_noise(x0, noise, start, self.schedule)
+        if config.pure_noise_at_start:
+            x_start = torch.where((start == total - 1).view(-1, 1, 1, 1), noise, x_start)
+        targets = stage_targets(
+            x_start, start, t, round(config.stage_length * total), config.substeps,
+            lambda x, k, rows: self.teacher(x, k, positive[rows], negative[rows]),
+            lambda x, k, rows: self.student(x, k, positive[rows], negative[rows]), self.schedule,
+        )  # fmt: skip
+        return targets, positive, negative
+
+    def losses(self, step: int) -> dict[str, Tensor]:
+        if not self.recent or step % self.config.target_reuse == 0:
+            self.recent.append(self._new())
+            picked = self.recent[-1]
+        else:
+            picked = self.recent[self.rng.randrange(len(self.recent))]
+        return _weighted(self.config, self.student, *picked)
+
+
+class _TrajectoryTargets:
+    """Inputs are states of the teacher's guided trajectories; see ``trajectories.py``."""
+
+    def __init__(
+        self, config: SunTrainConfig, prompts: PromptSource, teacher: Teacher, student: Any, schedule: NoiseSchedule,
+        scheduler_config: Any, shape: tuple[int, int, int], rng: random.Random,
+    ):  # fmt: skip
+        self.config, self.prompts, self.teacher, self.student, self.rng = config, prompts, teacher, student, rng
+        self.scheduler_config, self.shape = scheduler_config, shape
+        stages = round(1 / config.stage_length)
+        self.bank = TrajectoryBank(
+            config.bank_size, stages, schedule, rng, torch.device(schedule.alphas_cumprod.device)
+        )
+
+    def _grow(self) -> None:
+        _, positives, negatives = self.prompts.draw()
+        noise = torch.randn(len(positives), *self.shape, device=self.bank.device)
+        states, guided = run_teacher(
+            self.teacher, noise, self.prompts.encode(positives), self.prompts.encode(negatives), self.bank.stages,
+            self.config.substeps, self.config.teacher_solver, self.scheduler_config,
+        )  # fmt: skip
+        self.bank.add(states, guided, positives, negatives)
+
+    def losses(self, step: int) -> dict[str, Tensor]:
+        config = self.config
+        if not self.bank.rows or step % config.target_reuse == 0:
+            self._grow()
+        rows = self.bank.pick(config.run.batch_size)
+        positive = self.prompts.encode([r.positive for r in rows])
+        negative = self.prompts.encode([r.negative for r in rows])
+        if self.rng.random() < config.rollout_probability:
+            distance = self.bank.rollout(rows, self.student, positive, negative)
+            return {"total": distance, "rollout": distance.detach()}
+        targets = self.bank.stage_batch(
+            rows, self.student, self.teacher, positive, negative, config.replace_probability, config.replace_depth,
+            need_guided=config.cfg_weight > 0,
+        )  # fmt: skip
+        return _weighted(config, self.student, targets, positive, negative)
+
+
+def _weighted(
+    config: SunTrainConfig, student: Any, targets: StageTargets, positive: Tensor, negative: Tensor
+) -> dict[str, Tensor]:
+    """``total`` = cfg_weight L_cfg + msc_weight L_msc, and both."""
+    cfg, msc = sun_losses(student(targets.x_t, targets.t, positive, negative), targets)
+    return {"total": config.cfg_weight * cfg + config.msc_weight * msc, "cfg": cfg.detach(), "msc": msc.detach()}
+
+
 def train_sun(config: SunTrainConfig) -> Path:
     """Train and write ``<output>/adapter.safetensors`` with its settings in the header; returns the file."""
     pipe = load_base(config.model)
@@ -129,7 +245,6 @@ def train_sun(config: SunTrainConfig) -> Path:
     use_fast_attention(unet, device)
     attach(unet, adapter)
     schedule = NoiseSchedule(pipe.scheduler.alphas_cumprod).to(device)
-    total = schedule.num_train_timesteps
     teacher = Teacher(unet, config.guidance_scale)
     rng = random.Random(config.run.seed + 7919 * run.progress.step + run.accelerator.process_index)
     resolution = config.resolution or unet.config.sample_size * 2 ** (
@@ -140,42 +255,20 @@ def train_sun(config: SunTrainConfig) -> Path:
         config.negatives, config.data, config.max_negative_phrases, config.empty_negative_probability
     )
     (run.folder / "config.json").write_text(json.dumps(asdict(config), indent=2))
-    buffer: deque[tuple[StageTargets, Tensor, Tensor]] = deque(maxlen=16)
+    prompts = PromptSource(
+        tokenizer, text_encoder, source, negatives, rng, config.empty_captions, config.run.batch_size
+    )
+    shape = (unet.config.in_channels, resolution // 8, resolution // 8)
+    targets = (
+        _TrajectoryTargets(config, prompts, teacher, student_module, schedule, pipe.scheduler.config, shape, rng)
+        if config.trajectories
+        else _NoisedDataTargets(config, prompts, teacher, student_module, schedule, rng)
+    )
     sampled = run.progress.seconds
-
-    @torch.no_grad()
-    def encode(texts: list[str]) -> Tensor:
-        return encode_texts(tokenizer, text_encoder, texts)
-
-    @torch.no_grad()
-    def new_targets() -> tuple[StageTargets, Tensor, Tensor]:
-        x0, captions = source(config.run.batch_size)
-        captions = ["" if rng.random() < config.empty_captions else c for c in captions]
-        positive, negative = encode(captions), encode([negatives.draw(rng) for _ in captions])
-        t = draw_timesteps(config, len(x0), total, rng).to(device)
-        start = start_timesteps(config, t.cpu(), total, rng).to(device)
-        noise = torch.randn_like(x0)
-        x_start = add_noise(x0, noise, start, schedule)
-        if config.pure_noise_at_start:
-            x_start = torch.where((start == total - 1).view(-1, 1, 1, 1), noise, x_start)
-        targets = stage_targets(
-            x_start, start, t, round(config.stage_length * total), config.substeps,
-            lambda x, k, rows: teacher(x, k, positive[rows], negative[rows]),
-            lambda x, k, rows: student_module(x, k, positive[rows], negative[rows]), schedule,
-        )  # fmt: skip
-        return targets, positive, negative
-
     for step in run.steps():
         with run.accelerator.autocast():
-            if not buffer or step % config.target_reuse == 0:
-                buffer.append(new_targets())
-                picked = buffer[-1]
-            else:
-                picked = buffer[rng.randrange(len(buffer))]
-            targets, positive, negative = picked
-            predicted = student_module(targets.x_t, targets.t, positive, negative)
-        cfg, msc = sun_losses(predicted, targets)
-        run.update(config.cfg_weight * cfg + config.msc_weight * msc, cfg=cfg, msc=msc)
+            losses = targets.losses(step)
+        run.update(losses.pop("total"), **losses)
         if run.progress.seconds - sampled > 60 * config.run.sample_minutes:
             sampled = run.progress.seconds
             save_adapter(config, run, adapter)

@@ -1,0 +1,112 @@
+"""Stage targets on the teacher's own guided trajectories: the inputs that sampling really visits.
+
+Algorithm 1 noises data; at inference the student starts from pure noise and follows the *guided* trajectory, which
+leaves the data distribution. Here the teacher runs from pure noise to the end once, its states at the stage
+boundaries are kept in a bank, and each of them serves as input and target many times. The teacher may be stepped
+with DPM-Solver++, which is the reference that SUN is measured against.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..schedule import trailing_timesteps
+from ..schedulers import make_scheduler
+from .algorithm import NoiseSchedule, StageTargets, ddim_update, step_noise
+
+Guided = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(x [B, 4, h, w], t [B], positive, negative [B, 77, D]) -> predicted noise."""
+
+
+@dataclass
+class Trajectory:
+    """One picture's path: ``states`` [S + 1, 4, h, w] at the stage boundaries, ``guided`` [S, 4, h, w] the teacher's
+    prediction at each boundary but the last, and the two prompts."""
+
+    states: Tensor
+    guided: Tensor
+    positive: str
+    negative: str
+
+
+@torch.no_grad()
+def run_teacher(
+    teacher: Guided, noise: Tensor, positive: Tensor, negative: Tensor, stages: int, substeps: int, solver: str,
+    scheduler_config: Mapping[str, Any],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(states [B, S + 1, ...], guided [B, S, ...]) of ``stages`` x ``substeps`` steps of ``solver`` from ``noise``."""
+    scheduler = make_scheduler(solver, scheduler_config)
+    scheduler.set_timesteps(stages * substeps, device=noise.device)
+    x, states, guided = noise, [noise], []
+    for i, t in enumerate(scheduler.timesteps):
+        predicted = teacher(x, t.expand(len(x)), positive, negative).float()
+        if i % substeps == 0:
+            guided.append(predicted)
+        x = scheduler.step(predicted, t, x, return_dict=False)[0]
+        if (i + 1) % substeps == 0:
+            states.append(x)
+    return torch.stack(states, 1), torch.stack(guided, 1)
+
+
+class TrajectoryBank:
+    """The latest ``size`` trajectories; draws batches of (boundary, next boundary) from them."""
+
+    def __init__(self, size: int, stages: int, schedule: NoiseSchedule, rng: random.Random, device: torch.device):
+        self.rows: deque[Trajectory] = deque(maxlen=size)
+        self.schedule, self.rng, self.device = schedule, rng, device
+        total = schedule.num_train_timesteps
+        self.times = torch.tensor([*trailing_timesteps(stages, total), -1], device=device)
+        self.stages = stages
+
+    def add(self, states: Tensor, guided: Tensor, positives: list[str], negatives: list[str]) -> None:
+        self.rows.extend(map(Trajectory, states.cpu(), guided.cpu(), positives, negatives))
+
+    def pick(self, count: int) -> list[Trajectory]:
+        return [self.rows[self.rng.randrange(len(self.rows))] for _ in range(count)]
+
+    @torch.no_grad()
+    def stage_batch(
+        self, rows: list[Trajectory], student: Guided, teacher: Guided, positive: Tensor, negative: Tensor,
+        replace_probability: float, replace_depth: int, need_guided: bool,
+    ) -> StageTargets:  # fmt: skip
+        """A random stage of every row. With ``replace_probability`` its input is where the student itself arrives
+        from up to ``replace_depth`` stages earlier; the target stays the teacher's next state (Eq. 12-13)."""
+        stage = torch.tensor([self.rng.randrange(self.stages) for _ in rows])
+        depth = torch.tensor(
+            [
+                self.rng.randint(1, replace_depth) if self.rng.random() < replace_probability else 0
+                for _ in range(len(rows))
+            ]
+        )
+        begin = (stage - depth).clamp_min(0)
+        x = torch.stack([r.states[k] for r, k in zip(rows, begin.tolist(), strict=True)]).to(self.device)
+        for k in range(self.stages - 1):
+            moving = ((begin <= k) & (k < stage)).nonzero().flatten().to(self.device)
+            if len(moving):
+                now, then = (self.times[i].expand(len(moving)) for i in (k, k + 1))
+                noise = student(x[moving], now, positive[moving], negative[moving])
+                x[moving] = ddim_update(x[moving], noise, now, then, self.schedule)
+        goal = torch.stack([r.states[k + 1] for r, k in zip(rows, stage.tolist(), strict=True)]).to(self.device)
+        guided = torch.stack([r.guided[k] for r, k in zip(rows, stage.tolist(), strict=True)]).to(self.device)
+        t, s = self.times[stage.to(self.device)], self.times[stage.to(self.device) + 1]
+        replaced = (begin < stage).to(self.device)
+        if need_guided and replaced.any():
+            again = replaced.nonzero().flatten()
+            guided[again] = teacher(x[again], t[again], positive[again], negative[again])
+        return StageTargets(x, t, step_noise(goal, x, t, s, self.schedule), guided, replaced)
+
+    def rollout(self, rows: list[Trajectory], student: Guided, positive: Tensor, negative: Tensor) -> Tensor:
+        """Mean squared distance of the student's last state to the teacher's, through all stages from pure noise."""
+        x = torch.stack([r.states[0] for r in rows]).to(self.device)
+        for k in range(self.stages):
+            now, then = (self.times[i].expand(len(x)) for i in (k, k + 1))
+            x = ddim_update(x, student(x, now, positive, negative), now, then, self.schedule)
+        goal = torch.stack([r.states[-1] for r in rows]).to(self.device)
+        return (x - goal).square().mean()

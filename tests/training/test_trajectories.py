@@ -1,0 +1,101 @@
+"""Guided trajectories as training inputs: states, targets and roll-outs against what they must be."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import sun
+from sun.emoji.base import sd15_scheduler
+from sun.training.algorithm import NoiseSchedule, ddim_update
+from sun.training.run import RunConfig
+from sun.training.sun import SunTrainConfig, train_sun
+from sun.training.trajectories import TrajectoryBank, run_teacher
+
+SCHEDULE = NoiseSchedule(sd15_scheduler().alphas_cumprod)
+SHAPE = (4, 2, 2)
+
+
+def bend(x: Tensor, t: Tensor, _p: Tensor, _n: Tensor) -> Tensor:
+    """A teacher whose prediction depends on the state and the time."""
+    return 0.5 * x + (t / 1000).view(-1, 1, 1, 1)
+
+
+def bank(count: int = 6, teacher=bend, solver: str = "ddim") -> TrajectoryBank:
+    torch.manual_seed(0)
+    text = torch.zeros(count, 77, 8)
+    noise = torch.randn(count, *SHAPE)
+    states, guided = run_teacher(teacher, noise, text, text, 4, 3, solver, sd15_scheduler().config)
+    filled = TrajectoryBank(count, 4, SCHEDULE, random.Random(0), torch.device("cpu"))
+    filled.add(states, guided, [f"p{i}" for i in range(count)], [f"n{i}" for i in range(count)])
+    return filled
+
+
+def test_states_lie_on_the_teachers_path() -> None:
+    row = bank().rows[0]
+    assert row.states.shape == (5, *SHAPE)
+    x = row.states[0][None]
+    path = [999, 916, 832, 749, 666, 582, 499, 416, 332, 249, 166, 82, -1]
+    for i, (now, then) in enumerate(pairwise(path)):
+        now, then = torch.tensor([now]), torch.tensor([then])
+        if i % 3 == 0:
+            torch.testing.assert_close(row.states[i // 3], x[0], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(row.guided[i // 3], bend(x, now, x, x)[0], rtol=1e-4, atol=1e-4)
+        x = ddim_update(x, bend(x, now, x, x), now, then, SCHEDULE)
+    torch.testing.assert_close(row.states[4], x[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("replace", "depth"), [(0.0, 1), (1.0, 1), (1.0, 3)])
+def test_every_target_leads_to_the_teachers_next_state(replace: float, depth: int) -> None:
+    filled = bank(24)
+    rows, text = list(filled.rows), torch.zeros(24, 77, 8)
+
+    def student(x: Tensor, t: Tensor, p: Tensor, n: Tensor) -> Tensor:
+        return 0.9 * bend(x, t, p, n)
+
+    targets = filled.stage_batch(rows, student, bend, text, text, replace, depth, need_guided=True)
+    s = (targets.t - 250).clamp_min(-1)
+    arrived = ddim_update(targets.x_t, targets.e_step, targets.t, s, SCHEDULE)
+    stage = [(999 - t) // 250 for t in targets.t.tolist()]
+    goal = torch.stack([r.states[k + 1] for r, k in zip(rows, stage, strict=True)])
+    torch.testing.assert_close(arrived, goal, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(targets.e_cfg, bend(targets.x_t, targets.t, text, text), rtol=1e-4, atol=1e-4)
+    on_path = torch.stack([r.states[k] for r, k in zip(rows, stage, strict=True)])
+    moved = (targets.x_t - on_path).abs().amax((1, 2, 3)) > 1e-6
+    assert torch.equal(moved, targets.replaced)
+    assert len(set(stage)) == 4
+    if replace:
+        assert targets.replaced.sum() == sum(k > 0 for k in stage)
+
+
+def test_a_student_that_equals_a_straight_teacher_has_no_distance() -> None:
+    def straight(x: Tensor, *_: Tensor) -> Tensor:
+        return torch.full_like(x, 0.3)
+
+    filled = bank(4, straight)
+    rows, text = list(filled.rows), torch.zeros(4, 77, 8)
+    assert filled.rollout(rows, straight, text, text) < 1e-6
+    assert filled.rollout(rows, bend, text, text) > 1e-2
+
+
+def test_the_bank_keeps_the_latest_trajectories() -> None:
+    filled = bank(6)
+    filled.rows = type(filled.rows)(filled.rows, maxlen=4)
+    assert [r.positive for r in filled.rows] == ["p2", "p3", "p4", "p5"]
+
+
+@pytest.mark.parametrize("rollout", [0.0, 1.0])
+def test_training_on_trajectories(tiny_model: Path, pictures: Path, tmp_path: Path, rollout: float) -> None:
+    run = RunConfig(output=str(tmp_path / "run"), steps=3, batch_size=3, precision="fp32", ema_decay=0.5, lr=1e-3)
+    config = SunTrainConfig(
+        run=run, model=str(tiny_model), data=str(pictures), substeps=2, guidance_scale=3.0, trajectories=True, resolution=128,
+        replace_probability=0.5, replace_depth=3, target_reuse=2, rollout_probability=rollout,
+    )  # fmt: skip
+    adapter = sun.SunAdapter.load(train_sun(config))
+    assert adapter.info.training["trajectories"] is True
+    assert adapter.info.training["losses"].get("rollout" if rollout else "msc", 0) > 0
