@@ -55,6 +55,20 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, edge_weight:
     return F.l1_loss(output, target) + 2 * F.mse_loss(output, target) + edge_weight * edges
 
 
+class Autoencoding(torch.nn.Module):
+    """One training pass through the autoencoder as one module, so that several processes average its gradients."""
+
+    def __init__(self, vae: AutoencoderTiny):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels [B, 3, H, W], noise [B, 4, H/8, W/8] added to the latents -> (latents, restored pixels), fp32."""
+        latents = self.vae.encoder(pixels).float()
+        restored = self.vae.decoder((latents + noise).contiguous(memory_format=torch.channels_last))
+        return latents, restored.float()
+
+
 def train_vae(config: VaeConfig) -> Path:
     """Train, write ``<output>/vae`` (diffusers folder) and sample grids; returns the folder."""
     emojis = load_metadata()
@@ -63,8 +77,8 @@ def train_vae(config: VaeConfig) -> Path:
     vae = AutoencoderTiny.from_pretrained(config.init_vae).float() if config.init_vae else AutoencoderTiny()
     vae.to(memory_format=torch.channels_last)
     vae.encoder.requires_grad_(not config.freeze_encoder)
-    run = TrainingRun(config.run, {"vae": vae})
-    rng = random.Random(config.run.seed + run.progress.step)
+    run = TrainingRun(config.run, {"autoencoding": Autoencoding(vae)})
+    rng = random.Random(config.run.seed + 7919 * run.progress.step + run.accelerator.process_index)
 
     def draw(count: int, crop: int) -> torch.Tensor:
         images = []
@@ -79,10 +93,10 @@ def train_vae(config: VaeConfig) -> Path:
     sampled = 0.0
     for _ in run.steps():
         pixels = draw(config.run.batch_size, config.crop)
+        noise = torch.randn(len(pixels), 4, config.crop // 8, config.crop // 8, device=pixels.device)
+        noise *= config.latent_noise * torch.rand(1).item()
         with run.accelerator.autocast():
-            latents = vae.encoder(pixels).float()
-            noisy = latents + config.latent_noise * torch.rand(1).item() * torch.randn_like(latents)
-            output = vae.decoder(noisy.contiguous(memory_format=torch.channels_last)).float()
+            latents, output = run.modules["autoencoding"](pixels, noise)
         pull = latents.mean((0, 2, 3)).square().mean() + (latents.std((0, 2, 3)) - 1).square().mean()
         restored = reconstruction_loss(output, pixels, config.edge_weight)
         run.update(restored + config.latent_weight * pull, restored=restored, pull=pull)
@@ -91,12 +105,15 @@ def train_vae(config: VaeConfig) -> Path:
             _sample(run, vae, held)
     _sample(run, vae, held)
     with run.averaged():
-        vae.to(memory_format=torch.contiguous_format).save_pretrained(run.folder / "vae")
+        if run.accelerator.is_main_process:
+            vae.to(memory_format=torch.contiguous_format).save_pretrained(run.folder / "vae")
     return run.folder / "vae"
 
 
 @torch.no_grad()
 def _sample(run: TrainingRun, vae: AutoencoderTiny, pixels: torch.Tensor) -> None:
+    if not run.accelerator.is_main_process:
+        return
     with run.averaged():
         latents = vae.encoder(pixels)
         output = vae.decoder(latents)

@@ -16,7 +16,14 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from sun.emoji import scenes, sources
-from sun.emoji.base import BaseConfig, build_tokenizer, caption_of, train_base
+from sun.emoji.base import (
+    BaseConfig,
+    build_text_encoder,
+    build_tokenizer,
+    caption_of,
+    pretrain_text,
+    train_base,
+)
 from sun.emoji.scenes import BACKGROUNDS, Scene, random_scene, render_scene
 from sun.emoji.ship import captioned_grid, ship_base
 from sun.emoji.vae import VaeConfig, reconstruction_loss, to_tensor, train_vae
@@ -175,7 +182,7 @@ def test_the_whole_chain_from_pictures_to_a_shipped_folder(packages: Path, tmp_p
     vae = train_vae(VaeConfig(run=run(tmp_path, "vae"), size=32, crop=16))
     config = BaseConfig(
         run=run(tmp_path, "base"), vae=str(vae), stages=((16, 0.5), (32, 0.5)), scenes=8, channels=(32, 32, 32, 32),
-        heads=2, text_width=32, text_layers=1, vocabulary=700,
+        heads=2, text_width=32, text_layers=1, vocabulary=700, text_steps=2, text_batch=4,
     )  # fmt: skip
     train_base(config)
     out = ship_base(str(tmp_path / "base"), str(tmp_path / "shipped"), 3.0, vae_run=str(tmp_path / "vae"))
@@ -201,3 +208,17 @@ def test_a_frozen_encoder_keeps_latents_valid(packages: Path, tmp_path: Path) ->
     assert any(
         not torch.equal(a, b) for a, b in zip(before.decoder.parameters(), after.decoder.parameters(), strict=True)
     )
+
+
+def test_the_text_encoder_learns_what_captions_look_like(tmp_path: Path) -> None:
+    """Latents that say nothing but the background: the end token's state must come to tell them apart."""
+    rng = random.Random(0)
+    drawn = [random_scene(EMOJIS, rng) for _ in range(64)]
+    shades = {name: i for i, name in enumerate(BACKGROUNDS)}
+    latents = torch.stack([torch.full((4, 2, 2), float(shades[s.background])) for s in drawn])
+    latents = (latents - latents.mean()) / latents.std()
+    tokenizer = build_tokenizer(EMOJIS, 700, tmp_path)
+    torch.manual_seed(0)
+    config = BaseConfig(text_width=32, text_layers=1, text_steps=60, text_batch=32, run=RunConfig(precision="fp32"))
+    encoder = build_text_encoder(config, tokenizer)
+    assert pretrain_text(config, tokenizer, encoder, drawn, latents) < 0.7

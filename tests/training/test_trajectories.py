@@ -93,8 +93,8 @@ def test_the_bank_keeps_the_latest_trajectories() -> None:
 def test_training_on_trajectories(tiny_model: Path, pictures: Path, tmp_path: Path, rollout: float) -> None:
     run = RunConfig(output=str(tmp_path / "run"), steps=3, batch_size=3, precision="fp32", ema_decay=0.5, lr=1e-3)
     config = SunTrainConfig(
-        run=run, model=str(tiny_model), data=str(pictures), substeps=2, guidance_scale=3.0, trajectories=True, resolution=128,
-        replace_probability=0.5, replace_depth=3, target_reuse=2, rollout_probability=rollout,
+        run=run, model=str(tiny_model), data=str(pictures), substeps=2, guidance_scale=3.0, trajectories=True,
+        resolution=128, replace_probability=0.5, replace_depth=3, target_reuse=2, rollout_probability=rollout,
     )  # fmt: skip
     adapter = sun.SunAdapter.load(train_sun(config))
     assert adapter.info.training["trajectories"] is True
