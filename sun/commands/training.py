@@ -83,18 +83,24 @@ def train_emoji_ship(
     base: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji base` run.")] = None,
     vae: Annotated[Path | None, typer.Option(help="Folder of its `train-emoji vae` run, for the card.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Folder of a finished `sun train` run.")] = None,
+    contrast: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji contrast` run.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji lora` run.")] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale of the card's pictures.")] = 4.0,
     notes: Annotated[Path | None, typer.Option(help="Markdown to put at the end of the card.")] = None,
 ) -> None:
     """Write finished runs into the package, as fp16 with a model card."""
-    from ..emoji.ship import ship_adapter, ship_base
-    from ..shipped import EMOJI_DIFFUSION, EMOJI_SUN
+    from ..emoji.ship import ship_adapter, ship_base, ship_folder
+    from ..shipped import EMOJI_CONTRAST, EMOJI_DIFFUSION, EMOJI_SUN, MODELS_DIR
 
     text = notes.read_text() if notes else ""
     if base:
         out.print(f"model: {ship_base(base, EMOJI_DIFFUSION, guidance, text, vae)}", soft_wrap=True)
     if adapter:
         out.print(f"adapter: {ship_adapter(adapter, EMOJI_SUN, text)}", soft_wrap=True)
+    if contrast:
+        out.print(f"image-text model: {ship_folder(contrast / 'contrast', EMOJI_CONTRAST, text)}", soft_wrap=True)
+    if lora:
+        out.print(f"LoRA: {ship_folder(lora / 'lora', MODELS_DIR / lora.name, text)}", soft_wrap=True)
 
 
 @app.command(
