@@ -86,7 +86,7 @@ def train_contrast(config: ContrastConfig) -> Path:
     pool = ScenePool(config.styles, load_metadata(config.emojis), config.held_out)
     torch.manual_seed(config.run.seed)
     tokenizer = CLIPTokenizer.from_pretrained(config.tokenizer or EMOJI_DIFFUSION / "tokenizer")
-    model = EmojiContrast(config.shape, tokenizer).to(memory_format=torch.channels_last)
+    model = EmojiContrast(config.shape, tokenizer)
     run = TrainingRun(config.run, {"contrast": model})
     device = run.accelerator.device
     sampled = run.progress.seconds
