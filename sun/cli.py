@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .commands import adapters, emoji_styles, pictures, training  # importing a module registers its commands
+from .commands import adapters, emoji_styles, evaluation, pictures, training  # importing a module registers its commands
 from .commands.app import app
 
-__all__ = ["adapters", "app", "emoji_styles", "main", "pictures", "training"]
+__all__ = ["adapters", "app", "emoji_styles", "evaluation", "main", "pictures", "training"]
 
 
 def main() -> None:
