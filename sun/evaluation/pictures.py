@@ -59,8 +59,12 @@ def save_plots(name: str, model: dict[str, Any], folder: Path) -> list[Path]:
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=120, format="png")
         path = folder / f"distance-vs-{'calls' if cost == 'unet_calls' else 'seconds'}.png"
-        paths.append(write_atomically(path, lambda handle, data=buffer.getvalue(): handle.write(data)))
+        paths.append(_write(path, buffer.getvalue()))
     return paths
+
+
+def _write(path: Path, data: bytes) -> Path:
+    return write_atomically(path, lambda handle: handle.write(data))
 
 
 def _panel(axes: Any, model: dict[str, Any], cost: str, key: str) -> None:
