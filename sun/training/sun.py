@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections import deque
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter import SunAdapter
+from ..config import ConfigError
 from ..pipelines import attach, detach
 from ..text import encode_texts
 from .algorithm import NoiseSchedule, StageTargets, add_noise, guided_noise, stage_targets
 from .data import build_source
 from .negatives import NegativePrompts
+from .replay import Batch, ReplayBuffer
 from .run import RunConfig, TrainingRun
 
 
@@ -38,6 +39,8 @@ class SunTrainConfig:
     run: RunConfig = field(default_factory=lambda: RunConfig(output="runs/sun", steps=5000, batch_size=32, lr=1e-4))
     model: str = "emoji"
     data: str = "emoji:twemoji"
+    cache: str = ""  # latents | latents+text: encode a folder's pictures (and captions) once, on disk
+    workers: int = 0  # processes that decode webdataset shards, for each training process
     resolution: int = 0  # 0: the model's own
     negatives: str = "auto"  # auto | a text file, one phrase a line
     max_negative_phrases: int = 100
@@ -121,32 +124,46 @@ def train_sun(config: SunTrainConfig) -> Path:
         unet.train()
     adapter = make_adapter(config, unet)
     run = TrainingRun(config.run, {"student": Student(unet, adapter)})
+    if run.sharded:
+        raise ConfigError(
+            "SUN trains 38 million parameters: FSDP has nothing to share out, and its U-Net calls differ between "
+            "processes. Launch without FSDP (DDP)."
+        )
     student_module = run.modules["student"]
     device = run.accelerator.device
-    for module in (unet, vae, text_encoder):
-        module.to(device)
+    vae.to(device)
+    run.place(unet, text_encoder)
     attach(unet, adapter)
     schedule = NoiseSchedule(pipe.scheduler.alphas_cumprod).to(device)
     total = schedule.num_train_timesteps
     teacher = Teacher(unet, config.guidance_scale)
-    rng = random.Random(config.run.seed + 7919 * run.progress.step + run.accelerator.process_index)
+    rng = run.rng
     resolution = config.resolution or unet.config.sample_size * 2 ** (
         len(vae.config.get("decoder_block_out_channels") or vae.config.block_out_channels) - 1
     )
-    source = build_source(config.data, vae, resolution, rng, device)
+
+    @torch.no_grad()
+    def encode_anew(texts: list[str]) -> Tensor:
+        return encode_texts(tokenizer, text_encoder, texts)
+
+    source = run.track(
+        "data",
+        build_source(
+            config.data, vae, resolution, rng, device,
+            seed=config.run.seed, workers=config.workers, cache=config.cache, encode=encode_anew,
+        ),
+    )  # fmt: skip
+    encode = source.encoder(encode_anew)
     negatives = NegativePrompts.load(
         config.negatives, config.data, config.max_negative_phrases, config.empty_negative_probability
     )
-    (run.folder / "config.json").write_text(json.dumps(asdict(config), indent=2))
-    buffer: deque[tuple[StageTargets, Tensor, Tensor]] = deque(maxlen=16)
+    if run.accelerator.is_main_process:
+        (run.folder / "config.json").write_text(json.dumps(asdict(config), indent=2))
+    buffer = run.track("replay", ReplayBuffer(16 if config.target_reuse > 1 else 1, device))
     sampled = run.progress.seconds
 
     @torch.no_grad()
-    def encode(texts: list[str]) -> Tensor:
-        return encode_texts(tokenizer, text_encoder, texts)
-
-    @torch.no_grad()
-    def new_targets() -> tuple[StageTargets, Tensor, Tensor]:
+    def new_targets() -> Batch:
         x0, captions = source(config.run.batch_size)
         captions = ["" if rng.random() < config.empty_captions else c for c in captions]
         positive, negative = encode(captions), encode([negatives.draw(rng) for _ in captions])
@@ -165,12 +182,8 @@ def train_sun(config: SunTrainConfig) -> Path:
 
     for step in run.steps():
         with run.accelerator.autocast():
-            if not buffer or step % config.target_reuse == 0:
-                buffer.append(new_targets())
-                picked = buffer[-1]
-            else:
-                picked = buffer[rng.randrange(len(buffer))]
-            targets, positive, negative = picked
+            fresh = not buffer or step % config.target_reuse == 0
+            targets, positive, negative = buffer.add(new_targets()) if fresh else buffer.draw(rng)
             predicted = student_module(targets.x_t, targets.t, positive, negative)
         cfg, msc = sun_losses(predicted, targets)
         run.update(config.cfg_weight * cfg + config.msc_weight * msc, cfg=cfg, msc=msc)

@@ -22,6 +22,7 @@ def config(model: Path, data: Path, output: Path, **run: object) -> SunTrainConf
     return SunTrainConfig(
         run=RunConfig(output=str(output), **settings), model=str(model), data=str(data), substeps=2,
         replace_probability=0.5, max_negative_phrases=5, guidance_scale=3.0,
+        resolution=128,  # a single row of 4 x 4 latents leaves GroupNorm one value a group
     )  # fmt: skip
 
 
