@@ -76,11 +76,6 @@ class CellStore:
             self._memory[name] = self._make(label, name, count, size, compute) if whole is None else whole
         return self._memory[name]
 
-    def forget(self) -> None:
-        """Free the memory of the cells, which a folder keeps."""
-        if self.folder:
-            self._memory.clear()
-
     def _make(self, label: str, name: str, count: int, size: int, compute: Callable[[slice], Tensors]) -> Tensors:
         state = processes()
         ranges = [(begin, min(begin + size, count)) for begin in range(0, count, size)]

@@ -38,6 +38,11 @@ def markdown(figures: dict[str, Any]) -> str:
     for key in ("set_distance", "paired_mse"):
         if any(key in row for model in models.values() for row in model["methods"].values()):
             parts.append(f"## {COLUMNS[key][0].capitalize()} to the reference\n\n{_overview(models, key)}")
+    if beside := _beside_sun(models):
+        parts.append(
+            "## Beside SUN\n\nDistance of a method over SUN's with the same number of steps, set and paired: above 1 "
+            f"SUN is nearer to the reference.\n\n{beside}"
+        )
     parts += [_model(name, model) for name, model in models.items()]
     return "\n\n".join(parts) + "\n"
 
@@ -80,6 +85,22 @@ def _overview(models: dict[str, Any], key: str) -> str:
     floors = [models[name].get("floor", {}).get(key) for name, _ in columns]
     rows.append(["floor", *(_cell(v, COLUMNS[key][1]) for v in floors)])
     return table(["method", *(f"{name}, {steps} steps" for name, steps in columns)], rows)
+
+
+def _beside_sun(models: dict[str, Any]) -> str:
+    """Ratios of every method that shares its number of steps with SUN, a row a model and method."""
+    rows = []
+    for name, model in models.items():
+        methods = model["methods"]
+        for method, row in methods.items():
+            ours = methods.get(f"sun-{_steps(method)}", {})
+            if method.startswith("sun-") or not ours.get("set_distance") or "set_distance" not in row:
+                continue
+            ratios = [row[key] / ours[key] for key in ("set_distance", "paired_mse")]
+            rows.append(
+                [name, method, f"{row['unet_calls']:g} : {ours['unet_calls']:g}", *(f"{r:.2f}" for r in ratios)]
+            )
+    return table(["model", "method", "calls, theirs : SUN's", "set distance", "paired MSE"], rows) if rows else ""
 
 
 def _model(name: str, model: dict[str, Any]) -> str:

@@ -246,4 +246,5 @@ def test_tables_put_methods_down_and_models_across() -> None:
     assert "| method | base, 4 steps | base, 8 steps | other, 4 steps | other, 8 steps |" in text
     assert "| sun | **1.000** | **0.500** | **3.000** | **1.500** |" in text
     assert "| ddim | 2.000 |  | 6.000 |  |" in text
+    assert "| base | ddim-4 | 8 : 4 | 2.00 | 2.00 |" in text
     assert "| sun-4 | 4 | 0.100 | **1.000** | **0.1000** (0.0500–0.2000) |" in text
