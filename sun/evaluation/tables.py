@@ -37,7 +37,8 @@ def markdown(figures: dict[str, Any]) -> str:
     parts = ["# Evaluation", _preface(figures)]
     for key in ("set_distance", "paired_mse"):
         if any(key in row for model in models.values() for row in model["methods"].values()):
-            parts.append(f"## {COLUMNS[key][0].capitalize()} to the reference\n\n{_overview(models, key)}")
+            head = COLUMNS[key][0]
+            parts.append(f"## {head[0].upper()}{head[1:]} to the reference\n\n{_overview(models, key)}")
     if beside := _beside_sun(models):
         parts.append(
             "## Beside SUN\n\nDistance of a method over SUN's with the same number of steps, set and paired: above 1 "
