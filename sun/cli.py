@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from .commands import adapters, pictures, training  # importing a module registers its commands
+from .commands import (  # importing a module registers its commands
+    adapters,
+    emoji_styles,
+    evaluation,
+    pictures,
+    training,
+)
 from .commands.app import app
 
-__all__ = ["adapters", "app", "main", "pictures", "training"]
+__all__ = ["adapters", "app", "emoji_styles", "evaluation", "main", "pictures", "training"]
 
 
 def main() -> None:

@@ -103,6 +103,10 @@ def convert(value: Any, kind: Any, where: str) -> Any:
         return value
     if origin in (tuple, list):
         return _sequence(value, origin, arguments, where)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} is a table of names and values, not {value!r}. Put it into the --config file.")
+        return {str(name): convert(item, arguments[1], f"{where}.{name}") for name, item in value.items()}
     if kind is Any:
         return value
     if kind is str or kind is Path:

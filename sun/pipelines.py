@@ -236,26 +236,24 @@ def _check_negative(
     return (), {**kwargs, "cross_attention_kwargs": {**options, NEGATIVE: negative}}
 
 
-def fit_negative(negative: Any, positive: torch.Tensor, text_width: int) -> torch.Tensor:
+def fit_negative(negative: Any, positive: torch.Tensor, text_width: int, name: str = NEGATIVE) -> torch.Tensor:
     """Return negative embeddings with the rows, device and dtype of the positive ones [B, L, text_width].
 
     One row serves the whole batch; n rows serve B / n neighbouring images each, the order in which diffusers lays out
-    several images a prompt. Raises TypeError or ValueError, saying what to pass.
+    several images a prompt. Raises TypeError or ValueError, saying what to pass as ``name``.
     """
     if not isinstance(negative, torch.Tensor) or not negative.is_floating_point():
         kind = str(negative.dtype) if isinstance(negative, torch.Tensor) else type(negative).__name__
-        raise TypeError(
-            f"sun_negative must be text embeddings, a floating-point tensor [B, L, {text_width}], not {kind}."
-        )
+        raise TypeError(f"{name} must be text embeddings, a floating-point tensor [B, L, {text_width}], not {kind}.")
     if negative.ndim != 3 or negative.shape[-1] != text_width:
         raise ValueError(
-            f"sun_negative has shape {list(negative.shape)}; the adapter needs text embeddings [B, L, {text_width}]. "
+            f"{name} has shape {list(negative.shape)}; the U-Net needs text embeddings [B, L, {text_width}]. "
             "Encode the negative prompt with the text encoder of this model."
         )
     rows, batch = negative.shape[0], positive.shape[0]
     if rows == 0 or batch % rows:
         raise ValueError(
-            f"sun_negative has {rows} rows for a batch of {batch}. Pass 1, {batch}, or a number that divides {batch}."
+            f"{name} has {rows} rows for a batch of {batch}. Pass 1, {batch}, or a number that divides {batch}."
         )
     negative = negative.to(device=positive.device, dtype=positive.dtype)
     return negative if rows == batch else negative.repeat_interleave(batch // rows, dim=0)

@@ -7,4 +7,5 @@ from pathlib import Path
 MODELS_DIR = Path(__file__).resolve().parent / "models"
 EMOJI_DIFFUSION = MODELS_DIR / "emoji-diffusion"
 EMOJI_SUN = MODELS_DIR / "emoji-sun.safetensors"
+EMOJI_CONTRAST = MODELS_DIR / "emoji-contrast"
 SINGLE_FILE_CONFIG = MODELS_DIR / "stable-diffusion-v1"

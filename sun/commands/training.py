@@ -1,4 +1,4 @@
-"""``sun train``, ``sun train-emoji``, ``sun evaluate``."""
+"""``sun train``, ``sun train-emoji``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import typer
 
 from ..config import apply, assign, read_config
 from .app import app, emoji_app
-from .options import ConfigFile, Json, Minutes, Output, Resume, Settings, Steps
-from .show import figures_table, out, write_json
+from .options import ConfigFile, Minutes, Output, Resume, Settings, Steps
+from .show import out
 
 
 @app.command(
@@ -83,59 +83,24 @@ def train_emoji_ship(
     base: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji base` run.")] = None,
     vae: Annotated[Path | None, typer.Option(help="Folder of its `train-emoji vae` run, for the card.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Folder of a finished `sun train` run.")] = None,
+    contrast: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji contrast` run.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji lora` run.")] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale of the card's pictures.")] = 4.0,
     notes: Annotated[Path | None, typer.Option(help="Markdown to put at the end of the card.")] = None,
 ) -> None:
     """Write finished runs into the package, as fp16 with a model card."""
-    from ..emoji.ship import ship_adapter, ship_base
-    from ..shipped import EMOJI_DIFFUSION, EMOJI_SUN
+    from ..emoji.ship import ship_adapter, ship_base, ship_folder
+    from ..shipped import EMOJI_CONTRAST, EMOJI_DIFFUSION, EMOJI_SUN, MODELS_DIR
 
     text = notes.read_text() if notes else ""
     if base:
         out.print(f"model: {ship_base(base, EMOJI_DIFFUSION, guidance, text, vae)}", soft_wrap=True)
     if adapter:
         out.print(f"adapter: {ship_adapter(adapter, EMOJI_SUN, text)}", soft_wrap=True)
-
-
-@app.command(
-    epilog="""Examples:
-
-sun evaluate --prompts 512 --json figures.json
-
-sun evaluate --prompts-file pairs.txt --model sd15-folder --adapter adapter.safetensors --set methods=sun-4,dpmpp-4"""
-)
-def evaluate(
-    config: ConfigFile = None,
-    prompts: Annotated[int | None, typer.Option(help="Number of prompts.", min=2)] = None,
-    prompts_file: Annotated[str | None, typer.Option(help="File with one 'prompt | negative' a line.")] = None,
-    model: Annotated[str | None, typer.Option(help="Diffusers folder. (emoji: the shipped one)")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Adapter file. (default: the shipped one)")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pictures at a time.", min=1)] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the prompts and the noise.", min=0)] = None,
-    settings: Settings = None,
-    figures: Json = None,
-) -> None:
-    """Measure SUN and its rivals against the 25-step reference: U-Net calls, seconds, distances."""
-    from ..evaluation import EvaluateConfig
-    from ..evaluation import evaluate as run
-
-    given = {
-        "prompts": prompts,
-        "prompts_file": prompts_file,
-        "model": model,
-        "adapter": adapter,
-        "batch_size": batch_size,
-        "seed": seed,
-    }
-    result = run(_configured(EvaluateConfig(), config, given, {}, settings))
-    rows = {result["reference"]["method"]: result["reference"], **result["methods"], "floor": result["floor"]}
-    out.print(figures_table(rows, "distance to the reference; floor: the reference again with other noise"))
-    for method, row in result["negative_prompt"].items():
-        if isinstance(row, dict) and "cosine" in row:
-            out.print(
-                f"negative prompt alone changed: cosine of {method}'s change and the reference's {row['cosine']:+.3f}"
-            )
-    write_json(figures, result)
+    if contrast:
+        out.print(f"image-text model: {ship_folder(contrast / 'contrast', EMOJI_CONTRAST, text)}", soft_wrap=True)
+    if lora:
+        out.print(f"LoRA: {ship_folder(lora / 'lora', MODELS_DIR / lora.name, text)}", soft_wrap=True)
 
 
 def _configured(

@@ -7,8 +7,8 @@ Training goes from small pictures to full size (``BaseConfig.stages``), as Stabl
 from __future__ import annotations
 
 import hashlib
-import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -30,11 +30,11 @@ from ..schedulers import make_scheduler
 from ..text import encode_texts
 from ..training.run import RunConfig, TrainingRun
 from ..training.speed import use_fast_attention
-from .scenes import Scene, random_scene, render_scene, write_caption
+from .scenes import Scene, caption_of, random_scene, render_scene
 from .sources import Emoji, cache_dir, load_metadata, load_pictures
+from .text_pretraining import pretrain_text
+from .tokenizer import build_tokenizer
 from .vae import to_tensor
-
-CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 # Combinations of emoji and attributes that the training scenes are very unlikely to contain.
 SAMPLE_PROMPTS = (
@@ -66,8 +66,27 @@ SAMPLE_PROMPTS = (
 
 
 @dataclass
-class BaseConfig:
-    """``stages`` are (picture size, share of the run) in order; ``scenes`` are rendered for each stage."""
+class SceneConfig:
+    """Denoising of rendered scenes: what the base model, its fine-tunes and its LoRAs have in common.
+
+    ``stages`` are (picture size, share of the run) in order; ``scenes`` are rendered for each stage.
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    style: str = "twemoji"
+    emojis: str = "everyday"  # or "all": see sources.load_metadata
+    stages: tuple[tuple[int, float], ...] = ((128, 1.0),)
+    scenes: int = 12000
+    empty_captions: float = 0.1
+    snr_gamma: float = 5.0
+    clean_weight: float = 0.25  # weight of the clean picture's error at every noise level, on top of min-SNR
+    offset_noise: float = 0.1
+    sample_guidance: float = 5.0
+
+
+@dataclass
+class BaseConfig(SceneConfig):
+    """New models of the sizes below, or those of ``init_model``."""
 
     run: RunConfig = field(
         default_factory=lambda: RunConfig(
@@ -75,65 +94,16 @@ class BaseConfig:
             weight_decay=0.01, betas=(0.9, 0.99), ema_decay=0.999,
         )
     )  # fmt: skip
+    stages: tuple[tuple[int, float], ...] = ((64, 0.35), (128, 0.65))
     vae: str = "runs/emoji-vae/vae"
     init_model: str = ""  # a diffusers folder to go on from: its text encoder, tokenizer and U-Net
-    style: str = "twemoji"
-    emojis: str = "everyday"  # or "all": see sources.load_metadata
-    stages: tuple[tuple[int, float], ...] = ((64, 0.35), (128, 0.65))
-    scenes: int = 12000
     channels: tuple[int, ...] = (64, 128, 128, 64)
     heads: int = 4
     text_width: int = 128
     text_layers: int = 4
     vocabulary: int = 2048
-    empty_captions: float = 0.1
-    text_steps: int = 400  # of pretraining the text encoder, before the first step of the run
-    text_batch: int = 192
-    snr_gamma: float = 5.0
-    clean_weight: float = 0.25  # weight of the clean picture's error at every noise level, on top of min-SNR
-    offset_noise: float = 0.1
-    sample_guidance: float = 5.0
-
-
-def build_tokenizer(emojis: list[Emoji], size: int, folder: Path) -> CLIPTokenizer:
-    """Train a byte-level BPE vocabulary in CLIP's format on captions of every emoji and save it."""
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-    bpe.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(CLIP_PATTERN), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    rng = random.Random(0)
-    captions = [random_scene(emojis, rng).caption for _ in range(20000)] + [
-        n for e in emojis for n in (e.name, *e.aliases)
-    ]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=size - 2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False, min_frequency=1
-    )
-    bpe.train_from_iterator(captions, trainer)
-    state = json.loads(bpe.to_str())["model"]
-    # Every byte must exist alone and word-final, as in CLIP, so that any text can be spelled.
-    base = [*alphabet, *(a + "</w>" for a in alphabet)]
-    merged = [left + right for left, right in state["merges"]]
-    kept = size - len(base) - 2
-    tokens = [*base, *dict.fromkeys(m for m in merged if m not in base)][: len(base) + kept]
-    known = set(tokens)
-    merges = [(a, b) for a, b in state["merges"] if a in known and b in known and a + b in known]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(f"{a} {b}" for a, b in merges) + "\n")
-    tokenizer = CLIPTokenizer(
-        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=77,
-        bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>", pad_token="<|endoftext|>",
-    )  # fmt: skip
-    tokenizer.save_pretrained(folder)
-    return tokenizer
+    text_steps: int = 800  # of pretraining the text encoder, before the first step of the run
+    text_batch: int = 128
 
 
 def build_text_encoder(config: BaseConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -210,71 +180,40 @@ def encode_scenes(
     return scenes, latents
 
 
-def caption_of(scene: Scene, rng: random.Random) -> str:
-    return write_caption(scene.emojis, scene.background, scene.size, scene.place, scene.mirrored, rng)
-
-
-def pretrain_text(
-    config: BaseConfig,
-    tokenizer: CLIPTokenizer,
-    text_encoder: CLIPTextModel,
-    scenes: list[Scene],
-    latents: torch.Tensor,
-) -> float:
-    """Teach ``text_encoder`` what captions look like: regress each scene's latents from its caption's end token.
-
-    Stable Diffusion's text encoder comes trained from CLIP; here this takes CLIP's place, at a fraction of the cost
-    of learning words through the U-Net. Returns the last mean squared error.
-    """
-    width = text_encoder.config.hidden_size
-    head = torch.nn.Sequential(
-        torch.nn.Linear(width, 4 * width), torch.nn.GELU(), torch.nn.Linear(4 * width, latents[0].numel())
-    ).to(text_encoder.device)
-    parameters = [*text_encoder.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=config.text_steps, pct_start=0.1)
-    rng = random.Random(config.run.seed)
-    errors: list[float] = []
-    bar = tqdm(range(config.text_steps), desc="text encoder")
-    for _ in bar:
-        picked = [rng.randrange(len(scenes)) for _ in range(config.text_batch)]
-        tokens = tokenizer(
-            [caption_of(scenes[i], rng) for i in picked], padding="longest", truncation=True, return_tensors="pt"
-        ).to(text_encoder.device)
-        with torch.autocast(text_encoder.device.type, torch.bfloat16, enabled=config.run.precision == "bf16"):
-            states = text_encoder(tokens.input_ids).last_hidden_state
-        ends = tokens.attention_mask.sum(1) - 1
-        predicted = head(states[torch.arange(len(picked)), ends].float())
-        error = F.mse_loss(predicted, latents[picked].flatten(1).to(predicted.device))
-        error.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        errors = [*errors[-19:], error.item()]
-        bar.set_postfix(mse=f"{sum(errors) / len(errors):.4f}")
-    return sum(errors) / len(errors)
-
-
 def train_base(config: BaseConfig) -> Path:
     """Train, and write ``<output>/model`` (a StableDiffusionPipeline folder); returns that folder."""
-    emojis = load_metadata(config.emojis)
-    folder = Path(config.run.output)
     vae = AutoencoderTiny.from_pretrained(config.vae).requires_grad_(False)
     torch.manual_seed(config.run.seed)
+    emojis, folder = load_metadata(config.emojis), Path(config.run.output)
     tokenizer, text_encoder, unet = build_models(config, emojis, folder)
-    begun = config.run.resume and (folder / "checkpoint" / "done").exists()
+    begun = config.run.resume and (folder / "checkpoint").exists()
     if config.text_steps and not config.init_model and not begun and PartialState().is_main_process:
         scenes, latents = encode_scenes(vae, emojis, config.style, config.stages[0][0], config.scenes, config.run.seed)
-        pretrain_text(config, tokenizer, text_encoder, scenes, latents)  # the other processes get its weights below
+        pretrain_text(
+            tokenizer, text_encoder, scenes, latents, config.text_steps, config.text_batch, config.run.seed
+        )  # the other processes get its weights below
+    pipe = StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=sd15_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
     run = TrainingRun(config.run, {"text_encoder": text_encoder, "unet": unet})
-    vae.to(run.accelerator.device)
-    use_fast_attention(unet, run.accelerator.device)
-    text_encoder, unet = run.modules["text_encoder"], run.modules["unet"]  # these average gradients over processes
-    scheduler = sd15_scheduler()
-    abar = scheduler.alphas_cumprod.to(run.accelerator.device)
+    train_on_scenes(config, run, pipe, lambda size: save_base(config, run, pipe, size))
+    return run.folder / "model"
+
+
+def train_on_scenes(
+    config: SceneConfig, run: TrainingRun, pipe: StableDiffusionPipeline, save: Callable[[int], object]
+) -> None:
+    """Denoise scenes of ``config.style`` until ``run`` ends: the U-Net, and the text encoder if ``run`` trains it.
+
+    ``save(size)``, with the picture size of the moment in pixels, is called at intervals and at the end.
+    """
+    emojis = load_metadata(config.emojis)
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+        part.to(run.accelerator.device)
+    use_fast_attention(pipe.unet, run.accelerator.device)
     stage_ends = [sum(s for _, s in config.stages[: i + 1]) for i in range(len(config.stages))]
-    rng = random.Random(config.run.seed + 7919 * run.progress.step + run.accelerator.process_index)
+    rng = run.rng
     stage, latents = -1, torch.empty(0)
     scenes: list[Scene] = []
     sampled = run.progress.seconds
@@ -284,38 +223,35 @@ def train_base(config: BaseConfig) -> Path:
             stage = now
             size = config.stages[stage][0]
             with run.accelerator.main_process_first():  # the others then read what it wrote
-                scenes, latents = encode_scenes(vae, emojis, config.style, size, config.scenes, config.run.seed)
+                scenes, latents = encode_scenes(pipe.vae, emojis, config.style, size, config.scenes, config.run.seed)
             run.say(f"stage {stage}: {size} px, {len(scenes)} scenes, latent std {latents.std((0, 2, 3)).tolist()}")
         picked = [rng.randrange(len(scenes)) for _ in range(config.run.batch_size)]
         captions = ["" if rng.random() < config.empty_captions else caption_of(scenes[i], rng) for i in picked]
-        loss, plain = _denoising_loss(config, run, tokenizer, text_encoder, unet, abar, latents[picked], captions)
+        loss, plain = _denoising_loss(config, run, pipe, latents[picked], captions)
         run.update(loss, mse=plain)
         if run.progress.seconds - sampled > 60 * config.run.sample_minutes:
             sampled = run.progress.seconds
-            save_base(config, run, vae, tokenizer, config.stages[stage][0])
-    return save_base(config, run, vae, tokenizer, config.stages[-1][0])
+            save(config.stages[stage][0])
+    save(config.stages[-1][0])
 
 
 def _denoising_loss(
-    config: BaseConfig,
-    run: TrainingRun,
-    tokenizer: CLIPTokenizer,
-    text_encoder: torch.nn.Module,
-    unet: torch.nn.Module,
-    abar: torch.Tensor,
-    latents: torch.Tensor,
-    captions: list[str],
+    config: SceneConfig, run: TrainingRun, pipe: StableDiffusionPipeline, latents: torch.Tensor, captions: list[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(weighted loss, plain MSE) of the noise predicted for one batch of latents [B, 4, h, w]."""
     device = run.accelerator.device
+    # The run's modules, where it trains them: with several processes those average the gradients.
+    unet = run.modules["unet"]
+    text_encoder = run.modules.get("text_encoder", pipe.text_encoder)
     x0 = latents.to(device)
     # A shared offset per channel hides the picture's mean at the noisiest steps; plain noise cannot, and the
     # model would then read the background colour from x_T instead of from the caption.
     noise = torch.randn_like(x0) + config.offset_noise * torch.randn(*x0.shape[:2], 1, 1, device=device)
-    t = torch.randint(0, 1000, (len(x0),), device=device)
+    abar = pipe.scheduler.alphas_cumprod.to(device)
+    t = torch.randint(0, len(abar), (len(x0),), device=device)
     a = abar[t].view(-1, 1, 1, 1)
     with run.accelerator.autocast():
-        context = encode_texts(tokenizer, text_encoder, captions)
+        context = encode_texts(pipe.tokenizer, text_encoder, captions)
         predicted = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, context).sample.float()
     per_image = F.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))
     snr = a.flatten() / (1 - a.flatten())
@@ -324,26 +260,36 @@ def _denoising_loss(
     return (weight * per_image).mean(), per_image.mean().detach()
 
 
-@torch.no_grad()
-def save_base(config: BaseConfig, run: TrainingRun, vae: AutoencoderTiny, tokenizer: CLIPTokenizer, size: int) -> Path:
-    """Write the pipeline with the averaged weights and a grid of ``SAMPLE_PROMPTS`` (25 steps with CFG)."""
+def save_base(config: SceneConfig, run: TrainingRun, pipe: StableDiffusionPipeline, size: int) -> Path:
+    """Write the pipeline with the averaged weights, and a grid of ``SAMPLE_PROMPTS`` in ``size`` pixels."""
     with run.averaged():
-        pipe = StableDiffusionPipeline(
-            vae=vae, text_encoder=run.unwrapped("text_encoder"), tokenizer=tokenizer, unet=run.unwrapped("unet"),
-            scheduler=sd15_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        )  # fmt: skip
-        pipe.save_pretrained(run.folder / "model")
-        pipe.set_progress_bar_config(disable=True)
-        pipe.scheduler = make_scheduler("dpmpp_2m", pipe.scheduler.config)
-        with torch.autocast(run.accelerator.device.type, torch.bfloat16):
-            images = pipe(
-                list(SAMPLE_PROMPTS),
-                num_inference_steps=25,
-                height=size,
-                width=size,
-                guidance_scale=config.sample_guidance,
-                generator=torch.Generator().manual_seed(0),
-            ).images
-    save_grid(images, 8, run.folder / "samples" / f"{run.progress.step:06d}.png")
+        if run.accelerator.is_main_process:
+            pipe.save_pretrained(run.folder / "model")
+            save_samples(config, run, pipe, size)
     run.say(f"step {run.progress.step}: {run.average_losses()}")
     return run.folder / "model"
+
+
+def save_samples(config: SceneConfig, run: TrainingRun, pipe: StableDiffusionPipeline, size: int) -> None:
+    """Write a grid of ``SAMPLE_PROMPTS`` drawn with the weights of the moment."""
+    with torch.autocast(run.accelerator.device.type, torch.bfloat16):
+        images = sample_images(pipe, config.sample_guidance, size=size)
+    save_grid(images, 8, run.folder / "samples" / f"{run.progress.step:06d}.png")
+
+
+@torch.no_grad()
+def sample_images(
+    pipe: StableDiffusionPipeline, guidance_scale: float, seed: int = 0, size: int | None = None
+) -> list[Image.Image]:
+    """25-step DPM-Solver++ pictures of ``SAMPLE_PROMPTS``; picture i from seed + i, the model's size by default."""
+    plain = pipe.scheduler
+    pipe.scheduler = make_scheduler("dpmpp_2m", plain.config)
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(SAMPLE_PROMPTS))]
+    try:
+        return pipe(
+            list(SAMPLE_PROMPTS), num_inference_steps=25, guidance_scale=guidance_scale, generator=generators,
+            height=size, width=size,
+        ).images  # fmt: skip
+    finally:
+        pipe.scheduler = plain

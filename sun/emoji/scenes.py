@@ -21,10 +21,10 @@ BACKGROUNDS = {
 SIZES = {"small": 0.48, "": 0.72, "large": 0.94}
 PLACES = {"": (0.5, 0.5), "left": (0.0, 0.5), "right": (1.0, 0.5), "top": (0.5, 0.0), "bottom": (0.5, 1.0)}
 
-_PLACE_PHRASES = {
+PLACE_PHRASES = {
     "left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom",
 }  # fmt: skip
-_CATEGORY_WORDS = {
+CATEGORY_WORDS = {
     "Smileys & Emotion": "smiley", "People & Body": "person", "Animals & Nature": "nature",
     "Food & Drink": "food", "Travel & Places": "travel", "Activities": "activity", "Objects": "object",
     "Symbols": "symbol",
@@ -72,16 +72,21 @@ def write_caption(
         subject = rng.choice(("{}", "a {}", "{} emoji")).format(subject)
     parts = []
     if place and rng.random() < 0.9:
-        parts.append(_PLACE_PHRASES[place])
+        parts.append(PLACE_PHRASES[place])
     if mirrored and rng.random() < 0.9:
         parts.append("mirrored")
     if len(emojis) == 1 and rng.random() < 0.15:
-        parts.append(_CATEGORY_WORDS.get(emojis[0].category, "emoji"))
+        parts.append(CATEGORY_WORDS.get(emojis[0].category, "emoji"))
     if rng.random() < (0.6 if background == "white" else 0.85):
         wording = rng.choice(("{} background", "on a {} background", "{} background"))
         parts.append(wording.format(background))
     rng.shuffle(parts)
     return ", ".join([subject, *parts])
+
+
+def caption_of(scene: Scene, rng: random.Random) -> str:
+    """Another caption of the same scene."""
+    return write_caption(scene.emojis, scene.background, scene.size, scene.place, scene.mirrored, rng)
 
 
 def render_scene(scene: Scene, pictures: dict[str, Image.Image], size: int) -> Image.Image:

@@ -15,9 +15,8 @@ from PIL import Image
 
 from ..adapter import SunAdapter
 from ..images import grid, save_png
-from ..schedulers import make_scheduler
 from ..training.run import RunConfig
-from .base import SAMPLE_PROMPTS
+from .base import SAMPLE_PROMPTS, sample_images
 from .sources import METADATA_PACKAGE, STYLES
 
 
@@ -35,25 +34,22 @@ def captioned_grid(images: list[Image.Image], captions: list[str], columns: int)
     return page
 
 
-@torch.no_grad()
-def sample_images(pipe: StableDiffusionPipeline, guidance_scale: float, seed: int = 0) -> list[Image.Image]:
-    """25-step DPM-Solver++ pictures of ``SAMPLE_PROMPTS``; picture i from seed + i."""
-    plain = pipe.scheduler
-    pipe.scheduler = make_scheduler("dpmpp_2m", plain.config)
-    pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(SAMPLE_PROMPTS))]
-    try:
-        return pipe(
-            list(SAMPLE_PROMPTS), num_inference_steps=25, guidance_scale=guidance_scale, generator=generators
-        ).images
-    finally:
-        pipe.scheduler = plain
-
-
 def _edit_json(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     settings = json.loads(path.read_text())
     edit(settings)
     path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def make_portable(model: Path) -> None:
+    """Rid the configurations of a saved diffusers folder of what only holds on this machine, or warns elsewhere."""
+    # AutoencoderTiny writes a setting into its own configuration that it warns about when reading it back.
+    if json.loads((model / "vae" / "config.json").read_text())["_class_name"] == "AutoencoderTiny":
+        _edit_json(model / "vae" / "config.json", lambda settings: settings.pop("block_out_channels", None))
+    for config in model.rglob("*.json"):  # where the run was on this machine is nobody's business
+        if config.parent.name != "tokenizer":
+            _edit_json(config, lambda settings: settings.pop("_name_or_path", None))
+    # transformers loads in the dtype named here and diffusers in fp32: name the same one.
+    _edit_json(model / "text_encoder" / "config.json", lambda settings: settings.update(dtype="float32"))
 
 
 def describe_machine() -> str:
@@ -80,13 +76,7 @@ def ship_base(
     if out.exists():
         shutil.rmtree(out)
     pipe.save_pretrained(out, safe_serialization=True)
-    # AutoencoderTiny writes a setting into its own configuration that it warns about when reading it back.
-    _edit_json(out / "vae" / "config.json", lambda settings: settings.pop("block_out_channels", None))
-    for config in out.rglob("*.json"):  # where the run was on this machine is nobody's business
-        if config.parent.name != "tokenizer":
-            _edit_json(config, lambda settings: settings.pop("_name_or_path", None))
-    # transformers loads in the dtype named here and diffusers in fp32: name the same one.
-    _edit_json(out / "text_encoder" / "config.json", lambda settings: settings.update(dtype="float32"))
+    make_portable(out)
     # What lands in the file is fp16: the grid is made from these very weights.
     pipe = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32, safety_checker=None)
     images = sample_images(pipe, guidance_scale)
@@ -179,3 +169,19 @@ Command: `sun train --config configs/emoji-sun.toml`
         + f"| lr | {run['lr']} ({run['lr_schedule']}) |\n\n{notes}\n"
     )
     return target
+
+
+def ship_folder(source: str | Path, destination: str | Path, notes: str = "") -> Path:
+    """Copy a folder that a run wrote ready to be shipped (weights and card) and add ``notes`` to its card.
+
+    Raises FileNotFoundError when there is no card: the run is not finished.
+    """
+    source, out = Path(source), Path(destination)
+    if not (source / "README.md").exists():
+        raise FileNotFoundError(f"{source} has no README.md: give the folder of a run that has ended.")
+    if out.exists():
+        shutil.rmtree(out)
+    shutil.copytree(source, out)
+    if notes:
+        (out / "README.md").write_text(f"{(source / 'README.md').read_text()}\n{notes}\n")
+    return out

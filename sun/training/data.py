@@ -4,86 +4,173 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-Source = Callable[[int], tuple[Tensor, list[str]]]
-"""count -> (latents [B, 4, h, w] in model units, captions)."""
+from ..config import ConfigError
+from .samples import UNREADABLE, DataError, Encode, Lanes, Order, Skipped, crop, encode_pixels, to_tensor
 
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+CACHES = ("", "latents", "latents+text")
 
 
-def build_source(data: str, vae: Any, resolution: int, rng: random.Random, device: torch.device) -> Source:
-    """A :data:`Source` for ``emoji:STYLE``, a folder of pictures with captions, or webdataset shards (``*.tar``).
+class Source(Protocol):
+    """``source(count)`` gives (latents [count, 4, h, w] in model units, captions), without end.
 
-    A folder holds ``x.png`` beside ``x.txt``, or a ``metadata.jsonl`` with ``file_name`` and ``text``.
+    Its state is its position in the data; ``skipped`` counts what was left out.
     """
+
+    @property
+    def skipped(self) -> Skipped: ...
+
+    def __call__(self, count: int) -> tuple[Tensor, list[str]]: ...
+
+    def encoder(self, encode: Encode) -> Encode:
+        """``encode``, or one that takes the text states kept for this source's captions instead."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def build_source(
+    data: str,
+    vae: Any,
+    resolution: int,
+    rng: random.Random,
+    device: torch.device,
+    *,
+    seed: int = 0,
+    workers: int = 0,
+    cache: str = "",
+    encode: Encode | None = None,
+) -> Source:
+    """A :class:`Source` for ``emoji:STYLE``, a folder of pictures with captions, or webdataset shards.
+
+    A folder holds ``x.png`` beside ``x.txt``, or a ``metadata.jsonl`` with ``file_name`` and ``text``. Shards are
+    ``*.tar`` files, given as one name, as ``{000000..000127}.tar``, as several joined by ``::``, or as a folder.
+    rng: draws the emoji scenes (``run.rng``). seed: order of the pictures. workers: processes that decode shards.
+    cache: ``latents`` encodes a folder's pictures once and keeps them on disk, ``latents+text`` also the states of
+    its captions (``encode`` makes them). Raises DataError, FileNotFoundError or ConfigError.
+    """
+    if cache not in CACHES:
+        raise ConfigError(f"cache takes latents, latents+text or nothing, not {cache!r}.")
     if data.startswith("emoji"):
-        return _emoji_source(data.partition(":")[2] or "twemoji", vae, resolution, rng, device)
-    pairs = _webdataset_pairs(data, rng) if data.endswith(".tar") or "{" in data else _folder_pairs(Path(data), rng)
+        return EmojiSource(data.partition(":")[2] or "twemoji", vae, resolution, rng, device)
+    folder = Path(data)
+    if data.endswith(".tar") or "{" in data or "::" in data or next(folder.glob("*.tar"), None):
+        if cache:
+            raise ConfigError("cache works with a folder of pictures; shards are streamed. Leave cache empty.")
+        try:
+            from .shards import ShardSource, list_shards
+        except ImportError as error:
+            raise ConfigError(f'shards need webdataset: pip install "speedupnet-sun[train]" ({error}).') from error
+        return ShardSource(list_shards(data), vae, resolution, device, seed, workers, Lanes.current())
+    pairs = list_folder(folder)
+    skipped = Skipped()
+    check_pairs(folder, pairs)
+    without = _without_caption(folder, pairs)
+    if without:
+        skipped.add("pictures without a caption", f"{without[0]} has no .txt beside it", len(without))
+    if cache:
+        from .cache import CachedFolder
 
-    @torch.no_grad()
-    def draw(count: int) -> tuple[Tensor, list[str]]:
-        images, captions = zip(*(next(pairs) for _ in range(count)), strict=True)
-        pixels = torch.stack([_to_tensor(_crop(i, resolution)) for i in images]).to(device)
-        encoded = vae.encode(pixels)
-        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.sample()
-        return latents.float() * vae.config.scaling_factor, list(captions)
-
-    return draw
-
-
-def _emoji_source(style: str, vae: Any, resolution: int, rng: random.Random, device: torch.device) -> Source:
-    from ..emoji.base import BaseConfig, caption_of, encode_scenes
-    from ..emoji.sources import load_metadata
-
-    scenes, latents = encode_scenes(vae, load_metadata(), style, resolution, BaseConfig.scenes, 0)
-
-    def draw(count: int) -> tuple[Tensor, list[str]]:
-        picked = [rng.randrange(len(scenes)) for _ in range(count)]
-        return latents[picked].to(device), [caption_of(scenes[i], rng) for i in picked]
-
-    return draw
+        return CachedFolder(pairs, vae, resolution, device, seed, Lanes.current(), skipped,
+                            encode if cache == "latents+text" else None)  # fmt: skip
+    return FolderSource(pairs, vae, resolution, device, seed, Lanes.current(), skipped)
 
 
-def _crop(image: Image.Image, size: int) -> Image.Image:
-    """Scale the shorter side to ``size`` and cut the centre square."""
-    image = image.convert("RGB")
-    scale = size / min(image.size)
-    image = image.resize(
-        (max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.LANCZOS
-    )
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+class EmojiSource:
+    """Random scenes of one emoji style; everything random comes from ``rng``."""
+
+    def __init__(self, style: str, vae: Any, resolution: int, rng: random.Random, device: torch.device):
+        from ..emoji.base import BaseConfig, encode_scenes
+        from ..emoji.sources import load_metadata
+
+        self.rng, self.device, self.skipped = rng, device, Skipped()
+        self.scenes, self.latents = encode_scenes(vae, load_metadata(), style, resolution, BaseConfig.scenes, 0)
+
+    def __call__(self, count: int) -> tuple[Tensor, list[str]]:
+        from ..emoji.scenes import caption_of
+
+        picked = [self.rng.randrange(len(self.scenes)) for _ in range(count)]
+        return self.latents[picked].to(self.device), [caption_of(self.scenes[i], self.rng) for i in picked]
+
+    def encoder(self, encode: Encode) -> Encode:
+        return encode
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
 
 
-def _to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1.0).permute(2, 0, 1)
+class FolderSource:
+    """A folder's pictures, read, cropped and encoded when they are drawn; each once a pass, in a new order."""
 
+    def __init__(
+        self, pairs: list[tuple[Path, str]], vae: Any, resolution: int, device: torch.device, seed: int, lanes: Lanes,
+        skipped: Skipped,
+    ):  # fmt: skip
+        self.pairs, self.vae, self.resolution, self.device = pairs, vae, resolution, device
+        self.order, self.lanes, self.skipped = Order(len(pairs), seed), lanes, skipped
+        self.calls = 0
+        self.broken: set[int] = set()
 
-def _folder_pairs(folder: Path, rng: random.Random) -> Iterator[tuple[Image.Image, str]]:
-    items = list_folder(folder)
-    while True:
-        rng.shuffle(items)
-        for path, caption in items:
-            yield Image.open(path), caption
+    def __call__(self, count: int) -> tuple[Tensor, list[str]]:
+        first = self.lanes.batch_number(self.calls) * count
+        self.calls += 1
+        drawn = [self._read(self.order[first + i]) for i in range(count)]
+        pixels = torch.stack([picture for picture, _ in drawn]).to(self.device)
+        return encode_pixels(self.vae, pixels), [caption for _, caption in drawn]
+
+    def _read(self, index: int) -> tuple[Tensor, str]:
+        """The picture, or the next one in the list that can be read."""
+        for number in range(index, index + len(self.pairs)):
+            index = number % len(self.pairs)
+            if index in self.broken:
+                continue
+            path, caption = self.pairs[index]
+            try:
+                with Image.open(path) as image:
+                    return to_tensor(crop(image, self.resolution)), caption
+            except UNREADABLE as error:
+                self.broken.add(index)
+                self.skipped.add("unreadable pictures", f"{path} ({error})")
+        raise DataError(f"none of the {len(self.pairs)} pictures can be read; the first is {self.pairs[0][0]}.")
+
+    def encoder(self, encode: Encode) -> Encode:
+        return encode
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"calls": self.calls, "broken": sorted(self.broken), "skipped": dict(self.skipped)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.calls, self.broken = state["calls"], set(state["broken"])
+        self.skipped.clear()
+        self.skipped.update(state["skipped"])
 
 
 def list_folder(folder: Path) -> list[tuple[Path, str]]:
-    """(picture, caption) pairs of a folder. Raises ``FileNotFoundError`` when there are none."""
+    """(picture, caption) pairs of a folder. Raises FileNotFoundError or DataError when there are none."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}: give data a folder of pictures, or shards (x.tar).")
     metadata = folder / "metadata.jsonl"
     if metadata.exists():
-        rows = [json.loads(line) for line in metadata.read_text().splitlines() if line.strip()]
-        found = [(folder / r["file_name"], r["text"]) for r in rows]
+        found = _read_metadata(metadata)
     else:
-        pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _IMAGE_SUFFIXES)
-        found = [(p, p.with_suffix(".txt").read_text().strip()) for p in pictures if p.with_suffix(".txt").exists()]
+        pictures = _pictures(folder)
+        found = [
+            (p, p.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip())
+            for p in pictures
+            if p.with_suffix(".txt").exists()
+        ]
     if not found:
         raise FileNotFoundError(
             f"no captioned pictures in {folder}: put x.txt beside every x.png, "
@@ -92,9 +179,48 @@ def list_folder(folder: Path) -> list[tuple[Path, str]]:
     return found
 
 
-def _webdataset_pairs(urls: str, rng: random.Random) -> Iterator[tuple[Image.Image, str]]:
-    import webdataset as wds
+def check_pairs(folder: Path, pairs: list[tuple[Path, str]]) -> None:
+    """Raise DataError for pictures that are not there and captions that are empty: mistakes to mend before training.
 
-    shards = wds.WebDataset(urls, shardshuffle=100, seed=rng.randrange(2**31), empty_check=False).shuffle(1000)
-    stream = shards.decode("pil").to_tuple("png;jpg;jpeg;webp", "txt").repeat()
-    yield from stream
+    (Pictures that are there but cannot be read are found while training, and skipped and counted.)
+    """
+    missing = [str(path) for path, _ in pairs if not path.exists()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of the {len(pairs)} pictures listed in {folder / 'metadata.jsonl'} do not exist, the "
+            f"first: {', '.join(missing[:3])}. Their file_name is relative to {folder}."
+        )
+    empty = [str(path) for path, caption in pairs if not caption.strip()]
+    if empty:
+        raise DataError(
+            f"{len(empty)} of the {len(pairs)} captions in {folder} are empty, the first: {', '.join(empty[:3])}. "
+            "Write them or remove these pictures. (Training without a caption now and then is the setting "
+            "empty_captions.)"
+        )
+
+
+def _read_metadata(file: Path) -> list[tuple[Path, str]]:
+    pairs = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            pairs.append((file.parent / row["file_name"], str(row["text"] or "")))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f'line {number} of {file} is not like {{"file_name": "x.png", "text": "a caption"}}: '
+                f"{type(error).__name__} {error}."
+            ) from error
+    return pairs
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in _IMAGE_SUFFIXES)
+
+
+def _without_caption(folder: Path, pairs: list[tuple[Path, str]]) -> list[Path]:
+    if (folder / "metadata.jsonl").exists():
+        return []  # it chooses the pictures
+    captioned = {path for path, _ in pairs}
+    return [p for p in _pictures(folder) if p not in captioned]

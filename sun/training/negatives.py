@@ -6,6 +6,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from .samples import DataError
+
 _LISTS = Path(__file__).parent / "negatives"
 
 
@@ -19,13 +21,22 @@ class NegativePrompts:
 
     @classmethod
     def load(cls, source: str, data: str, max_phrases: int, empty_probability: float) -> NegativePrompts:
-        """``source`` is a text file with a phrase a line, or ``auto``: the list that fits the data."""
+        """``source`` is a text file with a phrase a line, or ``auto``: the list that fits the data.
+
+        Raises FileNotFoundError, or DataError for a file without a phrase.
+        """
         path = Path(source) if source != "auto" else _LISTS / ("emoji.txt" if data.startswith("emoji") else "photo.txt")
         if not path.exists():
             raise FileNotFoundError(
                 f"no list of negative phrases at {path}: give a text file with one phrase a line, or auto."
             )
-        phrases = list(dict.fromkeys(line.strip() for line in path.read_text().splitlines() if line.strip()))
+        lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+        phrases = list(dict.fromkeys(line for line in lines if line))
+        if not phrases:
+            raise DataError(
+                f"{path} has no phrase: an adapter trained on empty negatives alone does not obey negative prompts. "
+                "Write one phrase a line."
+            )
         return cls(phrases, min(max_phrases, len(phrases)), empty_probability)
 
     def draw(self, rng: random.Random) -> str:

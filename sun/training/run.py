@@ -1,38 +1,60 @@
-"""What every training run here shares: progress, learning rate, EMA, checkpoints, resume, logs."""
+"""What every training run here shares: progress, learning rate, EMA, checkpoints, resume, logs, several processes."""
 
 from __future__ import annotations
 
 import json
 import math
+import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object, set_seed
 from diffusers.training_utils import EMAModel
+from torch import Tensor
 from tqdm.auto import tqdm
+
+from ..config import ConfigError
+from .checkpoint import Stateful, find_checkpoint, load_tracked, publish, save_tracked, start_checkpoint
+from .optimizers import OptimizerName, make_optimizer
+
+T = TypeVar("T", bound=Stateful)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_MAX_SKIPPED_UPDATES = 50
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss or the gradient became NaN or infinite; the last checkpoint is intact."""
 
 
 @dataclass
 class RunConfig:
-    """Length, optimiser and bookkeeping of a run. Times are minutes of training, counted across resumes."""
+    """Length, optimiser and bookkeeping of a run. Times are minutes of training, counted across resumes.
+
+    A step is one update of the weights; it sees ``batch_size`` x ``accumulate`` x processes pictures.
+    """
 
     output: str = "runs/run"
     steps: int = 1000
     minutes: float = 0.0
-    batch_size: int = 32
+    batch_size: int = 32  # pictures at a time, on each process
+    accumulate: int = 1  # batches whose gradients are averaged before an update
     lr: float = 1e-4
     lr_schedule: str = "constant"  # constant | cosine
     warmup_steps: int = 0
+    optimizer: OptimizerName = "adamw"
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
     ema_decay: float = 0.0
-    precision: str = "bf16"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"  # of the arithmetic (autocast)
+    frozen: Literal["fp32", "bf16", "fp16"] = "fp32"  # in which models that do not train are kept
     seed: int = 0
     checkpoint_minutes: float = 5.0
     sample_minutes: float = 10.0
@@ -57,23 +79,38 @@ class Progress:
 class TrainingRun:
     """Owns the accelerator, the optimiser, the averaged weights and the checkpoints of one run.
 
-    ``modules`` are trained; everything else the caller freezes. Iterate over :meth:`steps` and call
-    :meth:`update` with the losses of each step. A checkpoint holds everything needed to go on after an interruption.
+    ``modules`` are trained; everything else the caller freezes. Train through ``run.modules``, which holds them as
+    prepared for several processes. Iterate over :meth:`steps` and call :meth:`update` with the losses of each step.
+
+    Every step begins with all random generators (``run.rng``, python's, numpy's, torch's) seeded from the run's seed,
+    the step and the lane (process and micro-batch). So a run that was killed and resumed draws what an uninterrupted
+    one draws, and N processes draw what one process with ``accumulate`` = N draws.
     """
 
     def __init__(self, config: RunConfig, modules: dict[str, torch.nn.Module]):
         self.config = config
+        _check(config)
         self.folder = Path(config.output)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator = Accelerator(mixed_precision="no" if config.precision == "fp32" else config.precision)
-        torch.manual_seed(config.seed + self.accelerator.process_index)
-        self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+        self.accelerator = Accelerator(
+            mixed_precision="no" if config.precision == "fp32" else config.precision,
+            # The plugin rather than the number: that one gives way to an environment variable.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.accumulate, sync_with_dataloader=False
+            ),
         )
+        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        if self.sharded and config.ema_decay:
+            raise ConfigError("ema_decay needs the whole weights on each process, which FSDP does not keep: set it 0.")
+        self.rng = random.Random(config.seed)
+        set_seed(config.seed)
+        parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
+        optimizer = make_optimizer(config, parameters, self.accelerator.device)
         prepared = self.accelerator.prepare(*modules.values(), optimizer)
         self.modules = dict(zip(modules, prepared[:-1], strict=True))
         self.optimizer = prepared[-1]
+        # Asked again, because FSDP puts its shards in their place.
+        self.parameters = [p for m in self.modules.values() for p in m.parameters() if p.requires_grad]
         self.progress = Progress()
         self.accelerator.register_for_checkpointing(self.progress)
         self.ema: EMAModel | None = None
@@ -82,9 +119,22 @@ class TrainingRun:
             self.ema.to(self.accelerator.device)
             self.accelerator.register_for_checkpointing(self.ema)
         self._recent: dict[str, deque[float]] = {}
-        if config.resume and (self.folder / "checkpoint" / "done").exists():
-            self.accelerator.load_state(str(self.folder / "checkpoint"))
-            self.say(f"resumed {self.folder} at step {self.progress.step}")
+        self._tracked: dict[str, Stateful] = {}
+        self._restored: dict[str, dict[str, Any]] = {}
+        self._skipped_updates = 0
+        if config.resume:
+            self._resume()
+
+    def place(self, *frozen: torch.nn.Module) -> None:
+        """Move models that do not train to the run's device, in ``config.frozen``."""
+        for module in frozen:
+            # torch's own method: diffusers' warns of layers to keep in float32, also where there are none.
+            torch.nn.Module.to(module, self.accelerator.device, DTYPES[self.config.frozen])
+
+    def track(self, name: str, thing: T) -> T:
+        """Keep ``thing``'s state in the checkpoints, one state a process; restored when :meth:`steps` begins."""
+        self._tracked[name] = thing
+        return thing
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
@@ -104,58 +154,82 @@ class TrainingRun:
         return self.config.lr * warm * max(decay, 0.01)
 
     def steps(self) -> Iterator[int]:
-        """Yield step numbers until the run's length is reached; saves at intervals and at the end."""
+        """Yield step numbers until the run's length is reached; saves at intervals and at the end.
+
+        With ``accumulate`` > 1 each number comes that many times, once for each micro-batch.
+        """
         bar = tqdm(total=self.config.steps, initial=self.progress.step, disable=not self.accelerator.is_main_process,
                    dynamic_ncols=True, mininterval=2.0, desc=self.folder.name)  # fmt: skip
-        saved = time.monotonic()
+        for name, state in self._restored.items():
+            if name in self._tracked:
+                self._tracked[name].load_state_dict(state)
+        self._restored = {}
+        saved = self.progress.seconds
         while self.fraction < 1.0:
             began = time.monotonic()
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate()
-            yield self.progress.step
+            for micro in range(self.config.accumulate):
+                self._seed(micro)
+                with self.accelerator.accumulate(*self.modules.values()):
+                    yield self.progress.step
             self.progress.step += 1
-            self.progress.seconds += time.monotonic() - began
+            self.progress.seconds += self._mean(seconds=time.monotonic() - began)["seconds"]
             bar.update(1)
             if self.progress.step % 10 == 0:
                 bar.set_postfix({k: f"{v:.4f}" for k, v in self.average_losses().items()})
-            if time.monotonic() - saved > 60 * self.config.checkpoint_minutes:
+            if self.progress.seconds - saved > 60 * self.config.checkpoint_minutes:
                 self.save()
-                saved = time.monotonic()
+                saved = self.progress.seconds
         bar.close()
         self.save()
 
-    def update(self, loss: torch.Tensor, **named: torch.Tensor | float) -> None:
-        """Backward, clip, optimiser step, EMA. Raises ``FloatingPointError`` when the loss is not finite."""
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss became {loss.item()} at step {self.progress.step}; the last checkpoint in {self.folder} "
-                "is intact. Lower the learning rate or raise warmup_steps, then resume."
-            )
+    def update(self, loss: Tensor, **named: Tensor | float) -> None:
+        """Backward and, after the last micro-batch of a step, clip, optimiser step, EMA.
+
+        Raises NonFiniteLoss, on every process alike, before anything was changed.
+        """
+        values = self._mean(loss=loss, **named)
+        if not math.isfinite(values["loss"]):
+            self._stop(f"the loss became {values['loss']}")
         self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        if self.accelerator.sync_gradients:
+            norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+            # With a loss scaler (fp16) infinite gradients are normal now and then: it skips the update.
+            if self.accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
+                self._stop(f"the gradient became {float(norm)}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.step(self.parameters)
-        for name, value in {"loss": loss, **named}.items():
-            self._recent.setdefault(name, deque(maxlen=100)).append(float(torch.as_tensor(value).detach()))
+        if self.accelerator.sync_gradients:
+            self._count_skipped_updates()
+            if self.ema is not None:
+                self.ema.step(self.parameters)
+        for name, value in values.items():
+            self._recent.setdefault(name, deque(maxlen=100)).append(value)
 
     def average_losses(self) -> dict[str, float]:
+        """Means over the last 100 batches and all processes."""
         return {k: sum(v) / len(v) for k, v in self._recent.items() if v}
 
     def save(self) -> None:
-        """Write the checkpoint atomically enough: the marker file is removed first and written last."""
+        """Write a checkpoint and a line of ``log.jsonl``. Every process must call it."""
         self.progress.losses = self.average_losses() or self.progress.losses
-        folder = self.folder / "checkpoint"
+        main, process = self.accelerator.is_main_process, self.accelerator.process_index
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            (folder / "done").unlink(missing_ok=True)
+        if main:
+            start_checkpoint(self.folder)
+        self.accelerator.wait_for_everyone()
+        folder = self.folder / "checkpoint.new"
         self.accelerator.save_state(str(folder))
-        if self.accelerator.is_main_process:
-            (folder / "done").touch()
+        save_tracked(folder, process, self._tracked)
+        skipped = self._skipped_samples()
+        self.accelerator.wait_for_everyone()
+        if main:
+            publish(self.folder)
             with open(self.folder / "log.jsonl", "a") as log:
                 row = {**self.progress.state_dict(), "lr": self.learning_rate()}
-                log.write(json.dumps(row) + "\n")
+                log.write(json.dumps(row | ({"skipped": skipped} if skipped else {})) + "\n")
+        self.accelerator.wait_for_everyone()
 
     def averaged(self) -> _Averaged:
         """Context in which the trained modules hold the EMA weights (or the plain ones without EMA)."""
@@ -163,6 +237,58 @@ class TrainingRun:
 
     def unwrapped(self, name: str) -> Any:
         return self.accelerator.unwrap_model(self.modules[name])
+
+    def averaged_state(self, name: str) -> dict[str, Tensor]:
+        """The whole averaged weights of a module. Every process must call it: FSDP gathers them from all."""
+        with self.averaged():
+            state = self.accelerator.get_state_dict(self.modules[name])
+            return {key: value.detach().cpu().clone() for key, value in state.items()}
+
+    def _resume(self) -> None:
+        checkpoint = find_checkpoint(self.folder)
+        if checkpoint is None:
+            return
+        try:
+            self.accelerator.load_state(str(checkpoint))
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"the checkpoint in {checkpoint} is of a run with other settings ({error}). Give another output "
+                "folder, or start anew with --no-resume."
+            ) from error
+        self.accelerator.step = 0  # checkpoints lie between updates, also when `accumulate` has changed since
+        self._restored = load_tracked(checkpoint, self.accelerator.process_index)
+        self.say(f"resumed {self.folder} at step {self.progress.step}")
+
+    def _seed(self, micro: int) -> None:
+        lane = self.accelerator.process_index * self.config.accumulate + micro
+        self.rng.seed(f"{self.config.seed}/{self.progress.step}/{lane}")
+        set_seed(self.rng.getrandbits(32))
+
+    def _mean(self, **values: Tensor | float) -> dict[str, float]:
+        """Each value's mean over the processes, in one exchange."""
+        device = self.accelerator.device
+        stacked = torch.stack([torch.as_tensor(v).detach().float().to(device).mean() for v in values.values()])
+        mean = self.accelerator.reduce(stacked, reduction="mean")
+        return dict(zip(values, mean.tolist(), strict=True))
+
+    def _count_skipped_updates(self) -> None:
+        skipped = self.accelerator.optimizer_step_was_skipped
+        self._skipped_updates = self._skipped_updates + 1 if skipped else 0
+        if self._skipped_updates > _MAX_SKIPPED_UPDATES:
+            self._stop(f"fp16 gradients overflowed in {self._skipped_updates} updates in a row")
+
+    def _stop(self, what: str) -> None:
+        kept = find_checkpoint(self.folder)
+        where = f"The last checkpoint, {kept}, is intact" if kept else "There is no checkpoint yet"
+        raise NonFiniteLoss(
+            f"{what} at step {self.progress.step}. {where}. Lower the learning rate (lr), raise warmup_steps or use "
+            "precision bf16 or fp32, then run the same command to resume."
+        )
+
+    def _skipped_samples(self) -> dict[str, int]:
+        """Samples left out so far by every process, by reason."""
+        mine = sum((Counter(getattr(t, "skipped", None) or {}) for t in self._tracked.values()), Counter[str]())
+        return dict(sum(gather_object([mine]), Counter[str]()))
 
 
 class _Averaged:
@@ -177,3 +303,13 @@ class _Averaged:
     def __exit__(self, *_: object) -> None:
         if self.run.ema is not None:
             self.run.ema.restore(self.run.parameters)
+
+
+def _check(config: RunConfig) -> None:
+    if config.accumulate < 1 or config.batch_size < 1:
+        raise ConfigError("batch_size and accumulate are numbers of pictures and batches: at least 1.")
+    if config.frozen not in ("fp32", config.precision):
+        raise ConfigError(
+            f"frozen = {config.frozen} needs precision = {config.frozen}: half-precision weights are only used by "
+            "arithmetic of the same format."
+        )

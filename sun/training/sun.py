@@ -6,25 +6,23 @@ Only the adapter trains. The U-Net runs as teacher (no SUN, classifier-free guid
 from __future__ import annotations
 
 import json
-import random
-from collections import deque
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter import SunAdapter
+from ..config import ConfigError
 from ..pipelines import attach, detach
 from ..text import encode_texts
-from .algorithm import NoiseSchedule, StageTargets, add_noise, guided_noise, stage_targets
-from .data import Source, build_source
+from .algorithm import NoiseSchedule, guided_noise
+from .data import build_source
 from .negatives import NegativePrompts
 from .run import RunConfig, TrainingRun
 from .speed import use_fast_attention
-from .trajectories import TrajectoryBank, run_teacher
+from .targets import GuidedTrajectories, NoisedData, Prompts
 
 
 @dataclass
@@ -40,6 +38,8 @@ class SunTrainConfig:
     run: RunConfig = field(default_factory=lambda: RunConfig(output="runs/sun", steps=5000, batch_size=32, lr=1e-4))
     model: str = "emoji"
     data: str = "emoji:twemoji"
+    cache: str = ""  # latents | latents+text: encode a folder's pictures (and captions) once, on disk
+    workers: int = 0  # processes that decode webdataset shards, for each training process
     resolution: int = 0  # 0: the model's own
     negatives: str = "auto"  # auto | a text file, one phrase a line
     max_negative_phrases: int = 100
@@ -92,141 +92,6 @@ class Teacher:
         return guided_noise(e_positive, e_negative, self.w)
 
 
-def draw_timesteps(config: SunTrainConfig, count: int, total: int, generator: random.Random) -> Tensor:
-    """Timesteps 0..T-1: uniform, or with ``stage_start_probability`` one of the stage starts (999, 749, 499, 249)."""
-    stage = round(config.stage_length * total)
-    starts = list(range(total - 1, 0, -stage))
-    drawn = [
-        generator.choice(starts) if generator.random() < config.stage_start_probability else generator.randrange(total)
-        for _ in range(count)
-    ]
-    return torch.tensor(drawn)
-
-
-def start_timesteps(config: SunTrainConfig, t: Tensor, total: int, generator: random.Random) -> Tensor:
-    """Where each row begins: ``t``, or with probability p one stage earlier where there is an earlier stage."""
-    stage = round(config.stage_length * total)
-    replaced = torch.tensor([generator.random() < config.replace_probability for _ in range(len(t))]) & (
-        t + stage < total
-    )
-    return torch.where(replaced, t + stage, t)
-
-
-def sun_losses(predicted: Tensor, targets: StageTargets) -> tuple[Tensor, Tensor]:
-    """(L_cfg, L_msc), both at the same input x_t (Eq. 8 and 11)."""
-    return F.mse_loss(predicted, targets.e_cfg), F.mse_loss(predicted, targets.e_step)
-
-
-@dataclass
-class PromptSource:
-    """Captions of the data with random negatives, and their text states [B, 77, D]."""
-
-    tokenizer: Any
-    text_encoder: Any
-    source: Source
-    negatives: NegativePrompts
-    rng: random.Random
-    empty_captions: float
-    batch_size: int
-
-    def draw(self) -> tuple[Tensor, list[str], list[str]]:
-        """(latents [B, 4, h, w], captions, negatives)."""
-        x0, captions = self.source(self.batch_size)
-        captions = ["" if self.rng.random() < self.empty_captions else c for c in captions]
-        return x0, captions, [self.negatives.draw(self.rng) for _ in captions]
-
-    @torch.no_grad()
-    def encode(self, texts: list[str]) -> Tensor:
-        return encode_texts(self.tokenizer, self.text_encoder, texts)
-
-
-class _NoisedDataTargets:
-    """The paper's Algorithm 1: inputs are noised data."""
-
-    def __init__(
-        self, config: SunTrainConfig, prompts: PromptSource, teacher: Teacher, student: Any,
-        schedule: NoiseSchedule, rng: random.Random,
-    ):  # fmt: skip
-        self.config, self.prompts, self.teacher, self.student = config, prompts, teacher, student
-        self.schedule, self.rng = schedule, rng
-        self.recent: deque[tuple[StageTargets, Tensor, Tensor]] = deque(maxlen=16)
-
-    @torch.no_grad()
-    def _new(self) -> tuple[StageTargets, Tensor, Tensor]:
-        config, total = self.config, self.schedule.num_train_timesteps
-        x0, captions, negatives = self.prompts.draw()
-        positive, negative = self.prompts.encode(captions), self.prompts.encode(negatives)
-        t = draw_timesteps(config, len(x0), total, self.rng)
-        start = start_timesteps(config, t, total, self.rng).to(x0.device)
-        t = t.to(x0.device)
-        noise = torch.randn_like(x0)
-        x_start = add_noise(x0, noise, start, self.schedule)
-        if config.pure_noise_at_start:
-            x_start = torch.where((start == total - 1).view(-1, 1, 1, 1), noise, x_start)
-        targets = stage_targets(
-            x_start, start, t, round(config.stage_length * total), config.substeps,
-            lambda x, k, rows: self.teacher(x, k, positive[rows], negative[rows]),
-            lambda x, k, rows: self.student(x, k, positive[rows], negative[rows]), self.schedule,
-        )  # fmt: skip
-        return targets, positive, negative
-
-    def losses(self, step: int) -> dict[str, Tensor]:
-        if not self.recent or step % self.config.target_reuse == 0:
-            self.recent.append(self._new())
-            picked = self.recent[-1]
-        else:
-            picked = self.recent[self.rng.randrange(len(self.recent))]
-        return _weighted(self.config, self.student, *picked)
-
-
-class _TrajectoryTargets:
-    """Inputs are states of the teacher's guided trajectories; see ``trajectories.py``."""
-
-    def __init__(
-        self, config: SunTrainConfig, prompts: PromptSource, teacher: Teacher, student: Any, schedule: NoiseSchedule,
-        scheduler_config: Any, shape: tuple[int, int, int], rng: random.Random,
-    ):  # fmt: skip
-        self.config, self.prompts, self.teacher, self.student, self.rng = config, prompts, teacher, student, rng
-        self.scheduler_config, self.shape = scheduler_config, shape
-        stages = round(1 / config.stage_length)
-        self.bank = TrajectoryBank(
-            config.bank_size, stages, schedule, rng, torch.device(schedule.alphas_cumprod.device)
-        )
-
-    def _grow(self) -> None:
-        _, positives, negatives = self.prompts.draw()
-        noise = torch.randn(len(positives), *self.shape, device=self.bank.device)
-        states, guided = run_teacher(
-            self.teacher, noise, self.prompts.encode(positives), self.prompts.encode(negatives), self.bank.stages,
-            self.config.substeps, self.config.teacher_solver, self.scheduler_config,
-        )  # fmt: skip
-        self.bank.add(states, guided, positives, negatives)
-
-    def losses(self, step: int) -> dict[str, Tensor]:
-        config = self.config
-        if not self.bank.rows or step % config.target_reuse == 0:
-            self._grow()
-        rows = self.bank.pick(config.run.batch_size)
-        positive = self.prompts.encode([r.positive for r in rows])
-        negative = self.prompts.encode([r.negative for r in rows])
-        if self.rng.random() < config.rollout_probability:
-            distance = self.bank.rollout(rows, self.student, positive, negative)
-            return {"total": distance, "rollout": distance.detach()}
-        targets = self.bank.stage_batch(
-            rows, self.student, self.teacher, positive, negative, config.replace_probability, config.replace_depth,
-            need_guided=config.cfg_weight > 0,
-        )  # fmt: skip
-        return _weighted(config, self.student, targets, positive, negative)
-
-
-def _weighted(
-    config: SunTrainConfig, student: Any, targets: StageTargets, positive: Tensor, negative: Tensor
-) -> dict[str, Tensor]:
-    """``total`` = cfg_weight L_cfg + msc_weight L_msc, and both."""
-    cfg, msc = sun_losses(student(targets.x_t, targets.t, positive, negative), targets)
-    return {"total": config.cfg_weight * cfg + config.msc_weight * msc, "cfg": cfg.detach(), "msc": msc.detach()}
-
-
 def train_sun(config: SunTrainConfig) -> Path:
     """Train and write ``<output>/adapter.safetensors`` with its settings in the header; returns the file."""
     pipe = load_base(config.model)
@@ -238,36 +103,49 @@ def train_sun(config: SunTrainConfig) -> Path:
         unet.train()
     adapter = make_adapter(config, unet)
     run = TrainingRun(config.run, {"student": Student(unet, adapter)})
-    student_module = run.modules["student"]
+    if run.sharded:
+        raise ConfigError(
+            "SUN trains 38 million parameters: FSDP has nothing to share out, and its U-Net calls differ between "
+            "processes. Launch without FSDP (DDP)."
+        )
     device = run.accelerator.device
-    for module in (unet, vae, text_encoder):
-        module.to(device)
+    vae.to(device)
+    run.place(unet, text_encoder)
     use_fast_attention(unet, device)
     attach(unet, adapter)
     schedule = NoiseSchedule(pipe.scheduler.alphas_cumprod).to(device)
     teacher = Teacher(unet, config.guidance_scale)
-    rng = random.Random(config.run.seed + 7919 * run.progress.step + run.accelerator.process_index)
     resolution = config.resolution or unet.config.sample_size * 2 ** (
         len(vae.config.get("decoder_block_out_channels") or vae.config.block_out_channels) - 1
     )
-    source = build_source(config.data, vae, resolution, rng, device)
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> Tensor:
+        return encode_texts(tokenizer, text_encoder, texts)
+
+    source = run.track(
+        "data",
+        build_source(
+            config.data, vae, resolution, run.rng, device,
+            seed=config.run.seed, workers=config.workers, cache=config.cache, encode=encode,
+        ),
+    )  # fmt: skip
     negatives = NegativePrompts.load(
         config.negatives, config.data, config.max_negative_phrases, config.empty_negative_probability
     )
-    (run.folder / "config.json").write_text(json.dumps(asdict(config), indent=2))
-    prompts = PromptSource(
-        tokenizer, text_encoder, source, negatives, rng, config.empty_captions, config.run.batch_size
-    )
-    shape = (unet.config.in_channels, resolution // 8, resolution // 8)
-    targets = (
-        _TrajectoryTargets(config, prompts, teacher, student_module, schedule, pipe.scheduler.config, shape, rng)
-        if config.trajectories
-        else _NoisedDataTargets(config, prompts, teacher, student_module, schedule, rng)
-    )
+    if run.accelerator.is_main_process:
+        (run.folder / "config.json").write_text(json.dumps(asdict(config), indent=2))
+    prompts = Prompts(source, negatives, run.rng, source.encoder(encode), config.empty_captions, config.run.batch_size)
+    objective: NoisedData | GuidedTrajectories
+    if config.trajectories:
+        shape = (unet.config.in_channels, resolution // 8, resolution // 8)
+        objective = GuidedTrajectories(config, run, prompts, teacher, schedule, pipe.scheduler.config, shape)
+    else:
+        objective = NoisedData(config, run, prompts, teacher, schedule)
     sampled = run.progress.seconds
     for step in run.steps():
         with run.accelerator.autocast():
-            losses = targets.losses(step)
+            losses = objective.losses(step)
         run.update(losses.pop("total"), **losses)
         if run.progress.seconds - sampled > 60 * config.run.sample_minutes:
             sampled = run.progress.seconds

@@ -110,3 +110,17 @@ class TrajectoryBank:
             x = ddim_update(x, student(x, now, positive, negative), now, then, self.schedule)
         goal = torch.stack([r.states[-1] for r in rows]).to(self.device)
         return (x - goal).square().mean()
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self.rows:
+            return {}
+        return {
+            "states": torch.stack([r.states for r in self.rows]),
+            "guided": torch.stack([r.guided for r in self.rows]),
+            "prompts": [(r.positive, r.negative) for r in self.rows],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows.clear()
+        if state:
+            self.add(state["states"], state["guided"], *(list(p) for p in zip(*state["prompts"], strict=True)))

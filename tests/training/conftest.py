@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -10,12 +13,60 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionM
 from PIL import Image
 
 from sun.emoji.base import BaseConfig, build_text_encoder, build_tokenizer, sd15_scheduler
-from sun.emoji.sources import Emoji
+from sun.emoji.sources import METADATA_PACKAGE, STYLES, Emoji
+from sun.training.run import RunConfig
 
 EMOJIS = [
     Emoji(f"1f{i:03x}", name, (name.split()[0],), "Animals & Nature", "animal")
     for i, name in enumerate(("polar bear", "red apple", "snake", "rocket", "owl", "crab"))
 ]
+
+
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 36 36"><rect width="36" height="36" fill="#{}"/></svg>'
+COLOURS = ("ff0000", "00ff00", "0000ff", "ffff00", "ff00ff", "00ffff")
+
+
+def make_run(folder: Path, name: str, **settings: object) -> RunConfig:
+    """A run of two steps of two pictures in fp32, into ``folder/name``."""
+    defaults = {"steps": 2, "batch_size": 2, "ema_decay": 0.5, "precision": "fp32"}
+    return RunConfig(output=str(folder / name), **{**defaults, **settings})
+
+
+def write_package(folder: Path, spec: str, files: dict[str, bytes]) -> None:
+    name, _, version = spec.rpartition("@")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / f"{name.lstrip('@').replace('/', '-')}-{version}.tgz", "w:gz") as tar:
+        for path, data in files.items():
+            member = tarfile.TarInfo(path)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def draw_square(colour: str, suffix: str) -> bytes:
+    if suffix == "svg":
+        return SVG.format(colour).encode()
+    data = io.BytesIO()
+    Image.new("RGBA", (64, 64), f"#{colour}").save(data, suffix)
+    return data.getvalue()
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache that holds the metadata and the packages of every style, with six coloured squares for pictures."""
+    monkeypatch.setenv("SUN_CACHE", str(tmp_path / "cache"))
+    rows = [
+        {"unified": e.code.upper(), "name": e.name.upper(), "short_name": e.aliases[0], "short_names": list(e.aliases),
+         "category": e.category, "subcategory": e.subcategory, "sort_order": i}
+        for i, e in enumerate(EMOJIS)
+    ]  # fmt: skip
+    rows.append({**rows[0], "unified": "1F1E6", "category": "Flags", "subcategory": "country-flag", "sort_order": 99})
+    folder = tmp_path / "cache" / "packages"
+    write_package(folder, METADATA_PACKAGE, {"package/emoji.json": json.dumps(rows).encode()})
+    for style in STYLES.values():
+        drawn = zip(EMOJIS, COLOURS, strict=True)
+        files = {f"{style.folder}/{e.code}.{style.suffix}": draw_square(c, style.suffix) for e, c in drawn}
+        write_package(folder, style.package, files)
+    return folder
 
 
 @pytest.fixture(scope="session")

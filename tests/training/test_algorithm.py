@@ -21,7 +21,8 @@ from sun.training.algorithm import (
     teacher_rollout,
 )
 from sun.training.negatives import NegativePrompts
-from sun.training.sun import SunTrainConfig, draw_timesteps, start_timesteps, sun_losses
+from sun.training.sun import SunTrainConfig
+from sun.training.targets import draw_timesteps, start_timesteps, sun_losses
 
 SCHEDULER = DDIMScheduler(
     beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, timestep_spacing="trailing"

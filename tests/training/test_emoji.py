@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import json
 import random
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,46 +17,14 @@ from sun.emoji.base import (
     BaseConfig,
     build_text_encoder,
     build_tokenizer,
-    caption_of,
-    pretrain_text,
     train_base,
 )
-from sun.emoji.scenes import BACKGROUNDS, Scene, random_scene, render_scene
+from sun.emoji.scenes import BACKGROUNDS, Scene, caption_of, random_scene, render_scene
 from sun.emoji.ship import captioned_grid, ship_base
+from sun.emoji.text_pretraining import pretrain_text
 from sun.emoji.vae import VaeConfig, reconstruction_loss, to_tensor, train_vae
-from sun.training.run import RunConfig
 
-from .conftest import EMOJIS
-
-SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 36 36"><rect width="36" height="36" fill="#{}"/></svg>'
-COLOURS = ("ff0000", "00ff00", "0000ff", "ffff00", "ff00ff", "00ffff")
-
-
-def write_package(folder: Path, spec: str, files: dict[str, bytes]) -> None:
-    name, _, version = spec.rpartition("@")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(folder / f"{name.lstrip('@').replace('/', '-')}-{version}.tgz", "w:gz") as tar:
-        for path, data in files.items():
-            member = tarfile.TarInfo(path)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-
-
-@pytest.fixture
-def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache that holds the metadata and the Twemoji packages, with six coloured squares for pictures."""
-    monkeypatch.setenv("SUN_CACHE", str(tmp_path / "cache"))
-    rows = [
-        {"unified": e.code.upper(), "name": e.name.upper(), "short_name": e.aliases[0], "short_names": list(e.aliases),
-         "category": e.category, "subcategory": e.subcategory, "sort_order": i}
-        for i, e in enumerate(EMOJIS)
-    ]  # fmt: skip
-    rows.append({**rows[0], "unified": "1F1E6", "category": "Flags", "subcategory": "country-flag", "sort_order": 99})
-    folder = tmp_path / "cache" / "packages"
-    write_package(folder, sources.METADATA_PACKAGE, {"package/emoji.json": json.dumps(rows).encode()})
-    pictures = {f"package/{e.code}.svg": SVG.format(c).encode() for e, c in zip(EMOJIS, COLOURS, strict=True)}
-    write_package(folder, sources.STYLES["twemoji"].package, pictures)
-    return folder
+from .conftest import EMOJIS, make_run
 
 
 def test_metadata_leaves_flags_out(packages: Path) -> None:
@@ -173,16 +138,11 @@ def test_captioned_grid_has_room_for_every_picture() -> None:
     assert page.width >= 2 * 32
 
 
-def run(folder: Path, name: str, **settings: object) -> RunConfig:
-    defaults = {"steps": 2, "batch_size": 2, "ema_decay": 0.5, "precision": "fp32"}
-    return RunConfig(output=str(folder / name), **{**defaults, **settings})
-
-
 def test_the_whole_chain_from_pictures_to_a_shipped_folder(packages: Path, tmp_path: Path) -> None:
-    vae = train_vae(VaeConfig(run=run(tmp_path, "vae"), size=32, crop=16))
+    vae = train_vae(VaeConfig(run=make_run(tmp_path, "vae"), size=32, crop=16))
     config = BaseConfig(
-        run=run(tmp_path, "base"), vae=str(vae), stages=((16, 0.5), (32, 0.5)), scenes=8, channels=(32, 32, 32, 32),
-        heads=2, text_width=32, text_layers=1, vocabulary=700, text_steps=2, text_batch=4,
+        run=make_run(tmp_path, "base"), vae=str(vae), stages=((16, 0.5), (32, 0.5)), scenes=8,
+        channels=(32, 32, 32, 32), heads=2, text_width=32, text_layers=1, vocabulary=700, text_steps=2, text_batch=4,
     )  # fmt: skip
     train_base(config)
     out = ship_base(str(tmp_path / "base"), str(tmp_path / "shipped"), 3.0, vae_run=str(tmp_path / "vae"))
@@ -194,15 +154,15 @@ def test_the_whole_chain_from_pictures_to_a_shipped_folder(packages: Path, tmp_p
     assert (out / "samples.png").exists()
     assert not [f for f in out.rglob("*.json") if str(tmp_path) in f.read_text()]
     # A later run goes on from the shipped folder.
-    again = replace(config, run=run(tmp_path, "more", steps=1, lr=0.0), init_model=str(out))
+    again = replace(config, run=make_run(tmp_path, "more", steps=1, lr=0.0), init_model=str(out))
     unet = StableDiffusionPipeline.from_pretrained(train_base(again), safety_checker=None).unet
     for name, weight in pipe.unet.state_dict().items():
         assert torch.allclose(unet.state_dict()[name].float(), weight.float(), atol=1e-3)
 
 
 def test_a_frozen_encoder_keeps_latents_valid(packages: Path, tmp_path: Path) -> None:
-    first = train_vae(VaeConfig(run=run(tmp_path, "vae"), size=32, crop=16))
-    config = VaeConfig(run=run(tmp_path, "more"), size=32, crop=16, init_vae=str(first), freeze_encoder=True)
+    first = train_vae(VaeConfig(run=make_run(tmp_path, "vae"), size=32, crop=16))
+    config = VaeConfig(run=make_run(tmp_path, "more"), size=32, crop=16, init_vae=str(first), freeze_encoder=True)
     before, after = (AutoencoderTiny.from_pretrained(f) for f in (first, train_vae(config)))
     assert all(torch.equal(a, b) for a, b in zip(before.encoder.parameters(), after.encoder.parameters(), strict=True))
     assert any(
@@ -219,6 +179,5 @@ def test_the_text_encoder_learns_what_captions_look_like(tmp_path: Path) -> None
     latents = (latents - latents.mean()) / latents.std()
     tokenizer = build_tokenizer(EMOJIS, 700, tmp_path)
     torch.manual_seed(0)
-    config = BaseConfig(text_width=32, text_layers=1, text_steps=60, text_batch=32, run=RunConfig(precision="fp32"))
-    encoder = build_text_encoder(config, tokenizer)
-    assert pretrain_text(config, tokenizer, encoder, drawn, latents) < 0.7
+    encoder = build_text_encoder(BaseConfig(text_width=32, text_layers=1), tokenizer)
+    assert pretrain_text(tokenizer, encoder, drawn, latents, steps=60, batch_size=32) < 0.7

@@ -111,6 +111,7 @@ def test_evaluate_reports_every_method(tiny_model: Path, tmp_path: Path, sampler
         EvaluateConfig(
             model=str(tiny_model), adapter=str(adapter), prompts_file=str(prompts), prompts=4, negative_pairs=2,
             methods=("ddim-2", "sun-2"), guidance_scale=3.0, precision="fp32", grid=str(tmp_path / "grid.png"),
+            timing_batch=2, timing_rounds=1,
         )
     )  # fmt: skip
     assert result["reference"]["unet_calls"] == 50

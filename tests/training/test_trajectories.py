@@ -83,6 +83,16 @@ def test_a_student_that_equals_a_straight_teacher_has_no_distance() -> None:
     assert filled.rollout(rows, bend, text, text) > 1e-2
 
 
+def test_a_bank_is_restored_from_its_state() -> None:
+    filled, empty = bank(3), bank(1)
+    empty.load_state_dict(filled.state_dict())
+    assert [r.positive for r in empty.rows] == ["p2"]  # as many as it holds
+    assert torch.equal(empty.rows[0].states, filled.rows[2].states)
+    fresh = TrajectoryBank(4, 4, SCHEDULE, random.Random(0), torch.device("cpu"))
+    fresh.load_state_dict(fresh.state_dict())
+    assert not fresh.rows
+
+
 def test_the_bank_keeps_the_latest_trajectories() -> None:
     filled = bank(6)
     filled.rows = type(filled.rows)(filled.rows, maxlen=4)

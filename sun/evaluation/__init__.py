@@ -1,0 +1,62 @@
+"""Measure methods against the 25-step DPM-Solver++ reference with CFG, at equal noise (``sun evaluate``).
+
+Methods are named ``SAMPLER-STEPS``: ``ddim-4``, ``dpmpp-8``, ``unipc-4`` run with CFG (two U-Net rows a picture and
+step), ``cond-25`` is DPM-Solver++ without guidance, ``sun-4`` is SUN, ``nasa-4``, ``nag-4``, ``lcm-lora-4`` and
+``guided-distill-4`` its peers. U-Net calls are counted by a hook on the U-Net as rows per picture, so a CFG step
+counts two however it is batched.
+
+Who only samples (``sun compare``, training) imports :class:`Sampler` and pays for no measuring library.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .config import EvaluateConfig, ModelSpec
+from .methods import METHODS, REFERENCE, parse_method, split_method
+from .sampler import CallCounter, Sample, Sampler
+
+if TYPE_CHECKING:
+    from .metrics import bootstrap_interval, frechet_distance, kernel_distance
+    from .prompts import PromptSet, build_prompts
+    from .run import evaluate, report
+
+# What only measuring needs, by the module that defines it.
+_HOME_OF = {
+    "PromptSet": "prompts",
+    "bootstrap_interval": "metrics",
+    "build_prompts": "prompts",
+    "evaluate": "run",
+    "frechet_distance": "metrics",
+    "kernel_distance": "metrics",
+    "report": "run",
+}
+
+__all__ = [
+    "METHODS",
+    "REFERENCE",
+    "CallCounter",
+    "EvaluateConfig",
+    "ModelSpec",
+    "PromptSet",
+    "Sample",
+    "Sampler",
+    "bootstrap_interval",
+    "build_prompts",
+    "evaluate",
+    "frechet_distance",
+    "kernel_distance",
+    "parse_method",
+    "report",
+    "split_method",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that defines ``name`` the first time it is asked for (PEP 562)."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,155 @@
+"""A model under test, ready to sample: weights, LoRA, adapters and the folders of its peers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapter import SunAdapter
+from ..config import ConfigError
+from ..recipe import Recipe, split_lora
+from ..shipped import EMOJI_SUN, SINGLE_FILE_CONFIG
+from .cells import processes
+from .config import EvaluateConfig, ModelSpec, method_names
+from .methods import MethodCall, parse_method
+from .sampler import WEIGHTS, Sampler
+
+DEFAULT_W = 8.0
+
+
+def load_sampler(config: EvaluateConfig, spec: ModelSpec | None = None) -> Sampler:
+    """The sampler of one model; without ``spec``, of the model that ``config`` itself names.
+
+    Raises ConfigError, RecipeError or SunFileError with what to do.
+    """
+    spec = spec or ModelSpec(
+        config.model, lora=config.lora, adapter=config.adapter, lcm_lora=config.lcm_lora,
+        guided_distill=config.guided_distill, guidance_scale=config.guidance_scale,
+    )  # fmt: skip
+    device = torch.device(config.device) if config.device else processes().device
+    pipe = _load_pipeline(spec, device)
+    dtype = WEIGHTS.get(config.precision, torch.float32)
+    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+        module.to(device).eval().requires_grad_(False)
+        if dtype != module.dtype:
+            module.to(dtype)
+    adapter = _load_adapter(spec.adapter, pipe.unet, optional=spec.model != "emoji")
+    more = {name: _load_adapter(file, pipe.unet) for name, file in config.adapters.items()}
+    w = spec.guidance_scale or (adapter and adapter.info.guidance_scale) or DEFAULT_W
+    return Sampler(
+        pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, adapter=adapter, w=w,
+        resolution=config.resolution, adapters={n: a for n, a in more.items() if a is not None},
+        lcm_lora=spec.lcm_lora, guided_distill=spec.guided_distill,
+    )  # fmt: skip
+
+
+def _load_pipeline(spec: ModelSpec, device: torch.device) -> Any:
+    if spec.model == "random":
+        return random_stable_diffusion()
+    from ..generate import load
+
+    loras = (spec.lora,) if spec.lora else ()
+    pipe = load(Recipe(model=spec.model, loras=loras, adapter="none", dtype="float32", device=str(device))).pipe
+    if spec.lora:  # part of the model under test: every method sees the same weights, and none pays for the LoRA
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    if spec.unet:
+        pipe.unet = _load_unet(Path(spec.unet))
+    return pipe
+
+
+def _load_unet(folder: Path) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    inside = folder / "unet" if (folder / "unet").is_dir() else folder
+    if not (inside / "config.json").is_file():
+        raise ConfigError(f"unet = {folder} holds no U-Net (no config.json). Give a folder that diffusers saved.")
+    return UNet2DConditionModel.from_pretrained(inside, local_files_only=True)
+
+
+def random_stable_diffusion(seed: int = 0) -> Any:
+    """Stable Diffusion 1.5 with random weights: what calls cost does not depend on what they compute."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    folder = SINGLE_FILE_CONFIG
+    torch.manual_seed(seed)
+    parts: dict[str, Any] = {
+        "unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")),
+        "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")),
+        "text_encoder": CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
+        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        "scheduler": DDIMScheduler.from_pretrained(folder / "scheduler"),
+    }
+    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def _load_adapter(name: str, unet: Any, optional: bool = False) -> SunAdapter | None:
+    """An adapter file; ``emoji`` or nothing for the shipped one, ``init`` for an untrained one.
+
+    The shipped adapter fits the shipped model alone: with ``optional`` a model that it does not fit has none.
+    """
+    device = next(unet.parameters()).device
+    if name == "init":
+        return SunAdapter.from_unet(unet).eval().requires_grad_(False)
+    adapter = SunAdapter.load(name if name not in ("", "emoji") else EMOJI_SUN, dtype=torch.float32).to(device)
+    if not name and optional:
+        from ..layers import layers_of_unet
+
+        widths = tuple(layer.channels for layer in layers_of_unet(unet))
+        if (widths, unet.config.cross_attention_dim) != (adapter.channels, adapter.text_width):
+            return None
+    return adapter.requires_grad_(False)
+
+
+def missing_asset(spec: ModelSpec, method: str, adapters: Mapping[str, str], shipped_fits: bool) -> str:
+    """The setting a method lacks on a model, or nothing."""
+    call: MethodCall = parse_method(method)
+    name = call.method.name
+    if name == "sun" and call.variant:
+        return "" if call.variant in adapters else f"adapters.{call.variant}"
+    if name == "sun":
+        return "" if spec.adapter or shipped_fits else "adapter"
+    return {"lcm-lora": "" if spec.lcm_lora else "lcm_lora",
+            "guided-distill": "" if spec.guided_distill else "guided_distill"}.get(name, "")  # fmt: skip
+
+
+def check_models(config: EvaluateConfig, specs: Mapping[str, ModelSpec]) -> None:
+    """Look for every file of every model before the first is measured. Raises ConfigError."""
+    methods = method_names(config)
+    for name, spec in specs.items():
+        files = {
+            "model": "" if spec.model in ("emoji", "random") else spec.model,
+            "lora": split_lora(spec.lora)[0],
+            "adapter": "" if spec.adapter in ("emoji", "init") else spec.adapter,
+            **{kind: getattr(spec, kind) for kind in ("unet", "lcm_lora", "guided_distill")},
+        }
+        for setting, path in files.items():
+            if path and not Path(path).exists():
+                raise ConfigError(f"models.{name}: {setting} = {path} does not exist. Check the path.")
+        if not config.skip_missing:
+            for method in methods:
+                _need(name, method, missing_asset(spec, method, config.adapters, True))
+
+
+def _need(name: str, method: str, lacking: str) -> None:
+    if lacking:
+        raise ConfigError(
+            f"{method} on the model {name!r} needs the setting {lacking}. Give it, leave the method out, "
+            "or set skip_missing = true."
+        )
+
+
+def methods_of(config: EvaluateConfig, name: str, spec: ModelSpec, methods: list[str], sampler: Sampler) -> list[str]:
+    """The methods that can run on a model. Those that lack a file are an error, or left out with ``skip_missing``."""
+    kept = []
+    for method in methods:
+        lacking = missing_asset(spec, method, config.adapters, sampler.adapter is not None)
+        if not lacking:
+            kept.append(method)
+        elif not config.skip_missing:
+            _need(name, method, lacking)
+    return kept

@@ -1,0 +1,96 @@
+"""The pictures of a report: plots of distance against cost, and grids."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..config import ConfigError
+from ..images import grid, save_png, write_atomically
+from .methods import REFERENCE, parse_method
+from .model import ModelEvaluation
+
+PANELS = {"set_distance": "set distance to the reference", "paired_mse": "paired latent MSE"}
+COSTS = {"unet_calls": "U-Net calls a picture", "seconds": "seconds a picture (U-Net loop)"}
+CELL = 192  # pixels a picture of a grid has at least, so that its labels can be read
+
+
+def save_comparison(evaluation: ModelEvaluation, path: Path, count: int) -> None:
+    """A grid of the first ``count`` prompts: the reference, then a row a method, all from the same noise."""
+    rows: list[list[Image.Image]] = []
+    labels = []
+    for method in dict.fromkeys((REFERENCE, *evaluation.methods)):
+        run = evaluation.run(method)
+        with evaluation.sampler.autocast(evaluation.config.precision):
+            rows.append(evaluation.sampler.decode(run["latents"][:count]))
+        call = parse_method(method)
+        inside = method[len(call.method.name) : -len(f"-{call.steps}")]
+        kind = "reference: " if method == REFERENCE else ""
+        calls = f"{float(run['unet_calls'].mean()):g} U-Net calls"
+        labels.append(f"{kind}{call.method.title}{inside}, {call.steps} steps, {calls}")
+    pairs = list(zip(evaluation.prompts.positives, evaluation.prompts.negatives, strict=True))[: len(rows[0])]
+    captions = [f"{positive} (without: {negative})" if negative else positive for positive, negative in pairs]
+    sheet = grid(
+        [image for row in rows for image in row], len(captions), labels, captions,
+        scale=max(1, round(CELL / rows[0][0].width)), gap=8,
+    )  # fmt: skip
+    save_png(sheet, path)
+
+
+def save_plots(name: str, model: dict[str, Any], folder: Path) -> list[Path]:
+    """``distance-vs-calls.png`` and ``distance-vs-seconds.png`` of one model; a line joins a method's steps."""
+    panels = {k: v for k, v in PANELS.items() if any(k in row for row in model["methods"].values())}
+    if not panels:
+        return []
+    figure_class, canvas_class = _matplotlib()
+    paths = []
+    for cost, label in COSTS.items():
+        figure = figure_class(figsize=(6.4 * len(panels), 4.8), layout="constrained")
+        canvas_class(figure)
+        for axes, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+            _panel(axes, model, cost, key)
+            axes.set(xscale="log", yscale="log", xlabel=label, ylabel=title, title=name)
+            axes.grid(True, which="both", alpha=0.25)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=120, format="png")
+        path = folder / f"distance-vs-{'calls' if cost == 'unet_calls' else 'seconds'}.png"
+        paths.append(_write(path, buffer.getvalue()))
+    return paths
+
+
+def _write(path: Path, data: bytes) -> Path:
+    return write_atomically(path, lambda handle: handle.write(data))
+
+
+def _panel(axes: Any, model: dict[str, Any], cost: str, key: str) -> None:
+    lines: dict[str, list[tuple[float, float, Any]]] = {}
+    for method, row in model["methods"].items():
+        if row.get(key, 0) > 0:
+            lines.setdefault(parse_method(method).family, []).append((row[cost], row[key], row.get(f"{key}_interval")))
+    for family, points in lines.items():
+        points.sort(key=lambda point: point[0])
+        ours = family.startswith("sun")
+        x, y = [p[0] for p in points], [p[1] for p in points]
+        below = [max(0.0, p[1] - p[2][0]) if p[2] else 0.0 for p in points]
+        above = [max(0.0, p[2][1] - p[1]) if p[2] else 0.0 for p in points]
+        axes.errorbar(x, y, yerr=[below, above], marker="o", capsize=2, label=family,
+                      linewidth=2.5 if ours else 1.2, zorder=3 if ours else 2)  # fmt: skip
+    if model.get("floor", {}).get(key, 0) > 0:
+        axes.axhline(model["floor"][key], linestyle="--", color="gray", linewidth=1, label="floor: other noise")
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    """Figure and a canvas that needs no display."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            'the plots of a report need matplotlib. Install it with: pip install "speedupnet-sun[eval]"'
+        ) from error
+    return Figure, FigureCanvasAgg

@@ -1,0 +1,77 @@
+"""What is drawn: prompts with random negatives, and the negatives of the experiment on negative prompts."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..config import ConfigError
+from .config import EvaluateConfig
+
+
+@dataclass
+class PromptSet:
+    """``groups``: for each name a negative prompt, never empty, for each of the first prompts."""
+
+    positives: list[str]
+    negatives: list[str]
+    groups: dict[str, list[str]] = field(default_factory=dict)
+
+
+def build_prompts(config: EvaluateConfig) -> PromptSet:
+    """Prompts with random negatives: from a file, or emoji scenes that training did not render."""
+    from ..training.negatives import NegativePrompts
+
+    rng = random.Random(config.seed)
+    if config.prompts_file:
+        positives, negatives = read_pairs(Path(config.prompts_file), config.prompts)
+        source, scenes = NegativePrompts.load(config.negatives, "photo", 8, 0.0), []
+    else:
+        from ..emoji.scenes import random_scene
+        from ..emoji.sources import load_metadata
+
+        emojis = load_metadata()
+        positives = [random_scene(emojis, rng).caption for _ in range(config.prompts)]
+        source = NegativePrompts.load(config.negatives, "emoji", 6, 0.1)
+        negatives = [source.draw(rng) for _ in positives]
+        scenes = [random_scene(emojis, rng).caption for _ in range(config.negative_pairs)]
+    pairs = min(config.negative_pairs, len(positives))
+    groups = {name: _group(name, pairs, source.phrases, scenes, rng) for name in config.negative_groups}
+    return PromptSet(positives, negatives, groups)
+
+
+def read_pairs(path: Path, count: int) -> tuple[list[str], list[str]]:
+    """The first ``count`` prompts and negatives of a file with ``prompt | negative`` a line. Raises ConfigError."""
+    if not path.is_file():
+        raise ConfigError(
+            f"prompts_file = {path} does not exist. Give a text file with one 'prompt | negative' a line."
+        )
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:count]
+    if len(lines) < 2:
+        raise ConfigError(f"{path} holds {len(lines)} prompts; distances of sets need two at least, better 500.")
+    pairs = [line.partition("|")[::2] for line in lines]
+    return [p.strip() for p, _ in pairs], [n.strip() for _, n in pairs]
+
+
+def _group(name: str, count: int, phrases: list[str], scenes: list[str], rng: random.Random) -> list[str]:
+    """``seen``: one to a few phrases of the training list. ``unseen``: what that list cannot make.
+
+    For emoji an unseen negative is the caption of another scene; otherwise the first words of one phrase with the
+    last of another, which are in no phrase together.
+    """
+    if name == "seen":
+        return [", ".join(rng.sample(phrases, rng.randint(1, min(4, len(phrases))))) for _ in range(count)]
+    if name == "unseen":
+        return scenes[:count] if scenes else [_recombined(phrases, rng) for _ in range(count)]
+    raise ConfigError(f"negative_groups takes seen and unseen, not {name!r}.")
+
+
+def _recombined(phrases: list[str], rng: random.Random, tries: int = 50) -> str:
+    known, text = set(phrases), ""
+    for _ in range(tries):
+        first, last = rng.choice(phrases).split()[0], rng.choice(phrases).split()[-1]
+        text = f"{first} {last}"
+        if first != last and text not in known:
+            break
+    return text

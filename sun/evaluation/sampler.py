@@ -1,0 +1,185 @@
+"""Run any method on one frozen model from given noise, with its U-Net calls counted and its loop timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapter import SunAdapter
+from ..schedulers import make_scheduler
+from ..text import encode_texts
+from .methods import Assets, MethodCall, Prepared, parse_method, scheduler_of
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+WEIGHTS = {"fp32": torch.float32, "bf16-weights": torch.bfloat16, "fp16-weights": torch.float16}
+PRECISIONS = (*AUTOCAST, *WEIGHTS)
+
+
+@dataclass
+class Sample:
+    """Latents [B, 4, h, w] (model units), U-Net rows per picture, and seconds per picture of the U-Net loop."""
+
+    latents: Tensor
+    unet_calls: float
+    seconds: float
+
+
+Run = Callable[[list[str], list[str], Tensor], Sample]
+"""(prompts, negatives, noise [B, 4, h, w]) -> their sample."""
+
+
+class CallCounter:
+    """Counts U-Net forwards and the rows (batch entries) they carried, through a forward pre-hook."""
+
+    def __init__(self, unet: torch.nn.Module):
+        self.calls, self.rows = 0, 0
+        self._handle = unet.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sample = args[0] if args else kwargs["sample"]
+        self.calls += 1
+        self.rows += sample.shape[0]
+
+    def __enter__(self) -> CallCounter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+
+class Sampler:
+    """Runs any method of ``methods.py`` on one frozen model.
+
+    ``adapter`` is what plain ``sun-4`` uses, ``adapters`` those of ``sun[NAME]-4``; ``lcm_lora`` and
+    ``guided_distill`` are the folders of those peers. ``w`` is the scale of classifier-free guidance.
+    """
+
+    def __init__(
+        self, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, scheduler: Any, *,
+        adapter: SunAdapter | None = None, w: float = 8.0, resolution: int = 0, attached: bool = False,
+        adapters: Mapping[str, SunAdapter] | None = None, lcm_lora: str = "", guided_distill: str = "",
+    ):  # fmt: skip
+        self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
+        self.scheduler_config, self.w, self.adapter = scheduler.config, w, adapter
+        named = {**(adapters or {}), **({} if adapter is None else {"": adapter})}
+        self.assets = Assets(unet, w, named, attached, lcm_lora, guided_distill)
+        self.latent_size = resolution // 8 if resolution else unet.config.sample_size
+        self.device = next(unet.parameters()).device
+
+    def autocast(self, precision: str) -> AbstractContextManager[Any]:
+        """The context to sample in: ``bf16`` and ``fp16`` compute in half with the weights as they are."""
+        return torch.autocast(self.device.type, AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
+
+    @torch.no_grad()
+    def encode(self, texts: list[str]) -> Tensor:
+        """Text states [B, 77, D]."""
+        return encode_texts(self.tokenizer, self.text_encoder, texts)
+
+    def noise(self, count: int, seed: int) -> Tensor:
+        """[count, 4, h, w]; entry i depends on seed + i alone, so batches do not change pictures."""
+        shape = (self.unet.config.in_channels, self.latent_size, self.latent_size)
+        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)]
+        return torch.stack(drawn).to(self.device)
+
+    @contextmanager
+    def prepared(self, method: str, strength: float = 1.0) -> Iterator[Run]:
+        """The U-Net made ready for ``method``: yields the function that samples a batch, for one batch or many.
+
+        ``strength`` is SUN's, where the name of the method does not set it. Raises ConfigError, a ValueError.
+        """
+        call = parse_method(method)
+        if "strength" in call.method.options and "strength" not in call.options:
+            call = replace(call, options={**call.options, "strength": str(strength)})
+        with call.method.prepare(self.assets, call) as ready:
+            yield lambda prompts, negatives, noise: self._run(ready, call, prompts, negatives, noise)
+
+    def __call__(
+        self, method: str, prompts: list[str], negatives: list[str], noise: Tensor, strength: float = 1.0
+    ) -> Sample:
+        """Denoise ``noise`` with ``method``. Text encoding is outside the timing, as it is the same for all."""
+        with self.prepared(method, strength) as run:
+            return run(prompts, negatives, noise)
+
+    @torch.no_grad()
+    def _run(
+        self, ready: Prepared, call: MethodCall, prompts: list[str], negatives: list[str], noise: Tensor
+    ) -> Sample:
+        scheduler = scheduler_of(call, self.scheduler_config)
+        scheduler.set_timesteps(call.steps, device=self.device)
+        positive = self.encode(prompts)
+        negative = self.encode(negatives) if call.method.uses_negative else positive
+        dtype = ready.unet.dtype
+        x = noise.float() * scheduler.init_noise_sigma
+        extra = {"generator": picture_generators(noise)} if call.scheduler == "lcm" else {}
+        with CallCounter(ready.unet) as counter:
+            self.synchronize()
+            began = time.perf_counter()
+            for t in scheduler.timesteps:
+                predicted = ready.predict(scheduler.scale_model_input(x, t).to(dtype), t, positive, negative)
+                x = scheduler.step(predicted, t, x, return_dict=False, **extra)[0]
+            self.synchronize()
+            seconds = time.perf_counter() - began
+        return Sample(x.float(), counter.rows / len(noise), seconds / len(noise))
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished, so that the clock tells the truth."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    @torch.no_grad()
+    def pixels(self, latents: Tensor, at_once: int = 8) -> Tensor:
+        """[B, 3, H, W] in -1..1 of latents [B, 4, h, w], rounded to 8 bits as a saved picture is."""
+        parts = [
+            self.vae.decode(part.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor).sample.float()
+            for part in latents.split(at_once)
+        ]
+        return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+    def decode(self, latents: Tensor) -> list[Any]:
+        """RGB pictures of latents [B, 4, h, w]."""
+        from ..images import to_images
+
+        return to_images(self.pixels(latents))
+
+    @torch.no_grad()
+    def features(self, latents: Tensor) -> Tensor:
+        """[B, D]: spatial means of the frozen U-Net's down-stage outputs on latents noised to t = 50, empty prompt.
+
+        A learned description of content that needs no other network; the set distance where there is none.
+        """
+        grabbed: list[Tensor] = []
+        hooks = [
+            b.register_forward_hook(lambda _m, _i, out: grabbed.append(out[0].float().mean((2, 3))))
+            for b in self.unet.down_blocks[:3]
+        ]
+        try:
+            latents = latents.to(self.device)
+            t = torch.full((len(latents),), 50, device=self.device)
+            a = self.scheduler_alpha(50)
+            fixed = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(self.device)
+            noised = (a**0.5 * latents + (1 - a) ** 0.5 * fixed).to(self.unet.dtype)
+            self.unet(noised, t, self.encode([""]).expand(len(latents), -1, -1))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat(grabbed, dim=1)
+
+    def scheduler_alpha(self, t: int) -> float:
+        return float(make_scheduler("ddim", self.scheduler_config).alphas_cumprod[t])
+
+
+def picture_generators(noise: Tensor) -> list[torch.Generator]:
+    """A generator a picture for samplers that add noise, seeded by the bits of its start noise [B, C, h, w].
+
+    So a picture depends on its own start noise alone, not on its batch.
+    """
+    seeds = noise.detach().float().cpu().flatten(1)[:, 0].contiguous().view(torch.int32).tolist()
+    return [torch.Generator().manual_seed(seed & 0x7FFFFFFF) for seed in seeds]

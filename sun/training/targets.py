@@ -1,0 +1,151 @@
+"""What a step of SUN training aims at: Algorithm 1 on noised data, or the teacher's own guided trajectories."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .algorithm import NoiseSchedule, StageTargets, add_noise, stage_targets
+from .data import Source
+from .negatives import NegativePrompts
+from .replay import Batch, ReplayBuffer
+from .run import TrainingRun
+from .trajectories import TrajectoryBank, run_teacher
+
+if TYPE_CHECKING:
+    from .sun import SunTrainConfig, Teacher
+
+
+def draw_timesteps(config: SunTrainConfig, count: int, total: int, generator: random.Random) -> Tensor:
+    """Timesteps 0..T-1: uniform, or with ``stage_start_probability`` one of the stage starts (999, 749, 499, 249)."""
+    stage = round(config.stage_length * total)
+    starts = list(range(total - 1, 0, -stage))
+    drawn = [
+        generator.choice(starts) if generator.random() < config.stage_start_probability else generator.randrange(total)
+        for _ in range(count)
+    ]
+    return torch.tensor(drawn)
+
+
+def start_timesteps(config: SunTrainConfig, t: Tensor, total: int, generator: random.Random) -> Tensor:
+    """Where each row begins: ``t``, or with probability p one stage earlier where there is an earlier stage."""
+    stage = round(config.stage_length * total)
+    replaced = torch.tensor([generator.random() < config.replace_probability for _ in range(len(t))]) & (
+        t + stage < total
+    )
+    return torch.where(replaced, t + stage, t)
+
+
+def sun_losses(predicted: Tensor, targets: StageTargets) -> tuple[Tensor, Tensor]:
+    """(L_cfg, L_msc), both at the same input x_t (Eq. 8 and 11)."""
+    return F.mse_loss(predicted, targets.e_cfg), F.mse_loss(predicted, targets.e_step)
+
+
+def weighted(
+    config: SunTrainConfig, student: Any, targets: StageTargets, positive: Tensor, negative: Tensor
+) -> dict[str, Tensor]:
+    """``total`` = cfg_weight L_cfg + lambda L_msc, and both."""
+    cfg, msc = sun_losses(student(targets.x_t, targets.t, positive, negative), targets)
+    return {"total": config.cfg_weight * cfg + config.msc_weight * msc, "cfg": cfg.detach(), "msc": msc.detach()}
+
+
+@dataclass
+class Prompts:
+    """Captions of the data with random negatives; ``encode`` gives text states [B, L, D]."""
+
+    source: Source
+    negatives: NegativePrompts
+    rng: random.Random
+    encode: Callable[[list[str]], Tensor]
+    empty_captions: float
+    batch_size: int
+
+    def draw(self) -> tuple[Tensor, list[str], list[str]]:
+        """(latents [B, 4, h, w], captions, negatives)."""
+        x0, captions = self.source(self.batch_size)
+        captions = ["" if self.rng.random() < self.empty_captions else c for c in captions]
+        return x0, captions, [self.negatives.draw(self.rng) for _ in captions]
+
+
+class NoisedData:
+    """The paper's Algorithm 1: inputs are noised data."""
+
+    def __init__(
+        self, config: SunTrainConfig, run: TrainingRun, prompts: Prompts, teacher: Teacher, schedule: NoiseSchedule
+    ):
+        self.config, self.rng, self.prompts, self.teacher, self.schedule = config, run.rng, prompts, teacher, schedule
+        self.student = run.modules["student"]
+        size = 16 if config.target_reuse > 1 else 1
+        self.recent = run.track("replay", ReplayBuffer(size, run.accelerator.device))
+
+    @torch.no_grad()
+    def _new(self) -> Batch:
+        config, total = self.config, self.schedule.num_train_timesteps
+        x0, captions, negatives = self.prompts.draw()
+        positive, negative = self.prompts.encode(captions), self.prompts.encode(negatives)
+        t = draw_timesteps(config, len(x0), total, self.rng)
+        start = start_timesteps(config, t, total, self.rng).to(x0.device)
+        t = t.to(x0.device)
+        noise = torch.randn_like(x0)
+        x_start = add_noise(x0, noise, start, self.schedule)
+        if config.pure_noise_at_start:
+            x_start = torch.where((start == total - 1).view(-1, 1, 1, 1), noise, x_start)
+        targets = stage_targets(
+            x_start, start, t, round(config.stage_length * total), config.substeps,
+            lambda x, k, rows: self.teacher(x, k, positive[rows], negative[rows]),
+            lambda x, k, rows: self.student(x, k, positive[rows], negative[rows]), self.schedule,
+        )  # fmt: skip
+        return targets, positive, negative
+
+    def losses(self, step: int) -> dict[str, Tensor]:
+        """``total`` and its parts, for one batch."""
+        fresh = not self.recent or step % self.config.target_reuse == 0
+        batch = self.recent.add(self._new()) if fresh else self.recent.draw(self.rng)
+        return weighted(self.config, self.student, *batch)
+
+
+class GuidedTrajectories:
+    """Inputs are states of the teacher's guided trajectories; see ``trajectories.py``."""
+
+    def __init__(
+        self, config: SunTrainConfig, run: TrainingRun, prompts: Prompts, teacher: Teacher, schedule: NoiseSchedule,
+        scheduler_config: Any, shape: tuple[int, int, int],
+    ):  # fmt: skip
+        self.config, self.rng, self.prompts, self.teacher = config, run.rng, prompts, teacher
+        self.scheduler_config, self.shape, self.student = scheduler_config, shape, run.modules["student"]
+        stages = round(1 / config.stage_length)
+        self.bank = run.track(
+            "bank", TrajectoryBank(config.bank_size, stages, schedule, run.rng, run.accelerator.device)
+        )
+
+    def _grow(self) -> None:
+        _, positives, negatives = self.prompts.draw()
+        noise = torch.randn(len(positives), *self.shape, device=self.bank.device)
+        states, guided = run_teacher(
+            self.teacher, noise, self.prompts.encode(positives), self.prompts.encode(negatives), self.bank.stages,
+            self.config.substeps, self.config.teacher_solver, self.scheduler_config,
+        )  # fmt: skip
+        self.bank.add(states, guided, positives, negatives)
+
+    def losses(self, step: int) -> dict[str, Tensor]:
+        """``total`` and its parts, for one batch."""
+        config = self.config
+        if not self.bank.rows or step % config.target_reuse == 0:
+            self._grow()
+        rows = self.bank.pick(config.run.batch_size)
+        positive = self.prompts.encode([r.positive for r in rows])
+        negative = self.prompts.encode([r.negative for r in rows])
+        if self.rng.random() < config.rollout_probability:
+            distance = self.bank.rollout(rows, self.student, positive, negative)
+            return {"total": distance, "rollout": distance.detach()}
+        targets = self.bank.stage_batch(
+            rows, self.student, self.teacher, positive, negative, config.replace_probability, config.replace_depth,
+            need_guided=config.cfg_weight > 0,
+        )  # fmt: skip
+        return weighted(config, self.student, targets, positive, negative)

@@ -1,0 +1,288 @@
+"""Training data: what is read in which order by whom, what is skipped and counted, what stops a run."""
+
+from __future__ import annotations
+
+import io
+import random
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from sun.config import ConfigError
+from sun.training.data import build_source, list_folder
+from sun.training.negatives import NegativePrompts
+from sun.training.samples import DataError, Lanes, Order, Skipped
+from sun.training.shards import ShardSource, list_shards
+
+CPU = torch.device("cpu")
+
+
+class PoolingVae:
+    """Latents are the picture's mean colour per 8 x 8 pixels: quick, and it shows which picture was read."""
+
+    config = SimpleNamespace(scaling_factor=1.0)
+    encoder = torch.nn.Linear(1, 1)
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def encode(self, pixels: Tensor) -> Any:
+        self.calls += 1
+        return SimpleNamespace(latents=F.pad(F.avg_pool2d(pixels, 8), (0, 0, 0, 0, 0, 1)))
+
+
+def brightness(level: int) -> Image.Image:
+    return Image.new("RGB", (16, 24), (level, level, level))
+
+
+def png(level: int) -> bytes:
+    buffer = io.BytesIO()
+    brightness(level).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def levels(latents: Tensor) -> list[int]:
+    return [round(v) for v in ((latents[:, 0].mean((1, 2)) + 1) * 127.5).tolist()]
+
+
+def make_folder(folder: Path, count: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        brightness(10 * i).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(f"level {10 * i}")
+    return folder
+
+
+def make_shard(path: Path, samples: dict[str, dict[str, bytes]]) -> str:
+    with tarfile.open(path, "w") as tar:
+        for key, files in samples.items():
+            for suffix, data in files.items():
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def make_shards(folder: Path, shards: int = 2, each: int = 3) -> str:
+    for s in range(shards):
+        numbers = range(s * each, (s + 1) * each)
+        make_shard(
+            folder / f"{s:03d}.tar",
+            {f"{n:05d}": {"png": png(10 * n), "txt": f"level {10 * n}".encode()} for n in numbers},
+        )
+    return str(folder / f"{{000..{shards - 1:03d}}}.tar")
+
+
+def source(data: Path | str, vae: Any = None, **settings: Any) -> Any:
+    return build_source(str(data), vae or PoolingVae(), 16, random.Random(0), CPU, **settings)
+
+
+def shard_source(data: str, lanes: Lanes = Lanes(), workers: int = 0) -> ShardSource:
+    return ShardSource(list_shards(data), PoolingVae(), 16, CPU, 0, workers, lanes)
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_order_visits_everything_once_a_pass_and_differently_each_time() -> None:
+    order = Order(7, seed=1)
+    first, second = [order[i] for i in range(7)], [order[i] for i in range(7, 14)]
+    assert sorted(first) == sorted(second) == list(range(7))
+    assert first != second
+    assert [Order(7, seed=1)[i] for i in range(14)] == first + second
+
+
+def test_two_processes_read_what_one_process_with_two_micro_batches_reads() -> None:
+    one = [Lanes(0, 1, 2).batch_number(call) for call in range(6)]
+    two = [[Lanes(p, 2, 1).batch_number(call) for call in range(3)] for p in range(2)]
+    assert one == [0, 1, 2, 3, 4, 5]
+    assert sorted(two[0] + two[1]) == one
+    assert [n for step in zip(*two, strict=True) for n in step] == one
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_gives_each_picture_with_its_caption_and_goes_on_where_it_stood(tmp_path: Path) -> None:
+    folder = source(make_folder(tmp_path / "p", 6))
+    drawn = [folder(2) for _ in range(2)]
+    for latents, captions in drawn:
+        assert [f"level {level}" for level in levels(latents)] == captions
+    state = folder.state_dict()
+    rest = [folder(2)[1] for _ in range(4)]
+    assert {c for _, captions in drawn for c in captions} | set(rest[0]) == {f"level {10 * i}" for i in range(6)}
+    resumed = source(tmp_path / "p")
+    resumed.load_state_dict(state)
+    assert [resumed(2)[1] for _ in range(4)] == rest
+
+
+def test_unreadable_pictures_are_skipped_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_folder(tmp_path / "p", 4)
+    (tmp_path / "p" / "01.png").write_bytes(b"not a picture")
+    (tmp_path / "p" / "02.png").write_bytes(png(20)[:40])
+    folder = source(tmp_path / "p")
+    captions = {c for _ in range(6) for c in folder(2)[1]}
+    assert captions == {"level 0", "level 30"}
+    assert folder.skipped == {"unreadable pictures": 2}  # each once, however often it would have come
+    assert "skipped 1 samples" in capsys.readouterr().out
+    assert folder.state_dict()["skipped"] == {"unreadable pictures": 2}
+
+
+def test_pictures_without_captions_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_folder(tmp_path / "p", 3)
+    (tmp_path / "p" / "01.txt").unlink()
+    assert source(tmp_path / "p").skipped == {"pictures without a caption": 1}
+    assert "01.png" in capsys.readouterr().out
+
+
+def test_only_unreadable_pictures_stop_the_run(tmp_path: Path) -> None:
+    make_folder(tmp_path / "p", 2)
+    for file in (tmp_path / "p").glob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match="none of the 2 pictures"):
+        source(tmp_path / "p")(1)
+
+
+def test_an_empty_caption_stops_before_training(tmp_path: Path) -> None:
+    make_folder(tmp_path / "p", 3)
+    (tmp_path / "p" / "02.txt").write_text(" \n")
+    with pytest.raises(DataError, match=r"1 of the 3 captions.*02\.png"):
+        source(tmp_path / "p")
+
+
+def test_pictures_that_the_metadata_lists_wrongly_stop_before_training(tmp_path: Path) -> None:
+    make_folder(tmp_path / "p", 1)
+    metadata = tmp_path / "p" / "metadata.jsonl"
+    metadata.write_text('{"file_name": "00.png", "text": "a"}\n{"file_name": "gone.png", "text": "b"}\n')
+    with pytest.raises(DataError, match=r"1 of the 2 pictures.*gone\.png"):
+        source(tmp_path / "p")
+    metadata.write_text('{"file_name": "00.png", "text": "a"}\n{"file": "x"}\n')
+    with pytest.raises(DataError, match="line 2"):
+        source(tmp_path / "p")
+
+
+def test_a_wrong_path_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        list_folder(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="do not exist"):
+        source(tmp_path / "{000..003}.tar")
+
+
+# --- cache -----------------------------------------------------------------------------------------------------------
+
+
+def test_cached_latents_and_text_are_those_of_the_models_and_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SUN_CACHE", str(tmp_path / "cache"))
+    make_folder(tmp_path / "p", 5)
+    (tmp_path / "p" / "03.png").write_bytes(b"broken")
+    encoded: list[str] = []
+
+    def encode(texts: list[str]) -> Tensor:
+        encoded.extend(texts)
+        return torch.tensor([[[float(len(t)), float(sum(map(ord, t)) % 97)]] * 3 for t in texts])
+
+    vae = PoolingVae()
+    cached = source(tmp_path / "p", vae, cache="latents+text", encode=encode)
+    assert cached.skipped == {"unreadable pictures": 1}
+    encode_cached, calls = cached.encoder(encode), vae.calls
+    encoded.clear()
+    for _ in range(4):
+        latents, captions = cached(2)
+        assert [f"level {level}" for level in levels(latents)] == captions
+        texts = [captions[0], "blurry", captions[1]]
+        assert torch.equal(encode_cached(texts), torch.cat([encode([t]) for t in texts]))
+    assert vae.calls == calls  # training needs no autoencoder
+    encoded.clear()
+    again = source(tmp_path / "p", vae, cache="latents+text", encode=encode)
+    assert vae.calls == calls
+    assert len(encoded) == 1  # the probe that names the cache
+    state = cached.state_dict()
+    again.load_state_dict(state)
+    assert again(3)[1] == cached(3)[1]
+
+
+def test_shards_are_not_cached(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="streamed"):
+        source(make_shards(tmp_path), cache="latents")
+    with pytest.raises(ConfigError, match="latents"):
+        source(tmp_path, cache="everything")
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+def test_shards_give_every_good_sample_and_count_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_shards(tmp_path, shards=2, each=2)
+    make_shard(tmp_path / "002.tar", {
+        "a": {"jpg": png(100), "json": b'{"caption": "level 100"}'},
+        "b": {"jpg": b"not a picture", "txt": b"broken"},
+        "c": {"jpg": png(0), "txt": b"  "},
+        "d": {"txt": b"no picture"},
+        "e": {"jpg": png(0)},
+    })  # fmt: skip
+    (tmp_path / "003.tar").write_bytes(b"this is no tar file" * 100)
+    shards = shard_source(str(tmp_path))
+    seen = [c for _ in range(5) for c in shards(1)[1]]
+    assert sorted(seen) == ["level 0", "level 10", "level 100", "level 20", "level 30"]
+    shards(5)  # into the next pass, so that everything was met
+    assert set(shards.skipped) == {
+        "unreadable shards or members", "unreadable pictures", "samples without a caption", "samples without a picture"
+    }  # fmt: skip
+    assert "skipped 1 samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_stream_goes_on_with_the_next_sample(tmp_path: Path, workers: int) -> None:
+    data = make_shards(tmp_path, shards=4, each=3)
+    whole = shard_source(data, workers=workers)
+    before = [whole(3) for _ in range(3)]
+    state = whole.state_dict()
+    after = [whole(3)[1] for _ in range(6)]
+    resumed = shard_source(data, workers=workers)
+    resumed.load_state_dict(state)
+    assert [resumed(3)[1] for _ in range(6)] == after
+    first_pass = [c for _, captions in before for c in captions] + after[0]
+    assert len(set(first_pass)) == 12
+
+
+def test_each_process_streams_its_own_shards(tmp_path: Path) -> None:
+    data = make_shards(tmp_path, shards=4, each=2)
+    parts = [set(shard_source(data, Lanes(p, 2, 1))(4)[1]) for p in range(2)]
+    assert len(parts[0]) == len(parts[1]) == 4
+    assert not parts[0] & parts[1]
+    with pytest.raises(DataError, match="5 processes"):
+        shard_source(data, Lanes(0, 5, 1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_without_a_usable_sample_stop_the_run(tmp_path: Path, workers: int) -> None:
+    shard = make_shard(tmp_path / "x.tar", {"a": {"jpg": b"broken", "txt": b"a"}, "b": {"jpg": png(0), "txt": b""}})
+    with pytest.raises(DataError, match=r"1 unreadable pictures.*1 samples without a caption|1 samples without.*1 un"):
+        shard_source(shard, workers=workers)(1)
+
+
+# --- the rest --------------------------------------------------------------------------------------------------------
+
+
+def test_skipped_samples_are_reported_at_powers_of_two(capsys: pytest.CaptureFixture[str]) -> None:
+    skipped = Skipped()
+    for i in range(9):
+        skipped.add("unreadable pictures", f"{i}.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["1", "2", "4", "8"]
+    assert "7.png" in lines[-1]
+
+
+def test_a_list_of_negatives_without_a_phrase_stops(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(DataError, match="no phrase"):
+        NegativePrompts.load(str(tmp_path / "empty.txt"), "photos", 5, 0.0)

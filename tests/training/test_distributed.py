@@ -1,0 +1,218 @@
+"""Several processes, accumulated gradients and resumed runs train what one uninterrupted process trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from sun import SunAdapter
+from sun.config import ConfigError, apply
+from sun.training import run as run_module
+from sun.training import sun as sun_module
+from sun.training.checkpoint import find_checkpoint, publish, start_checkpoint
+from sun.training.run import NonFiniteLoss, RunConfig, TrainingRun
+from sun.training.sun import SunTrainConfig, train_sun
+
+
+@pytest.fixture(autouse=True)
+def _no_sample_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sun_module, "sample_grid", lambda *_: None)
+
+
+def settings(model: Path, data: Path, output: Path, **run: Any) -> dict[str, Any]:
+    """Checkpoints after every step, a replay buffer, replaced rows: everything a resumed run has to get right."""
+    shared = {"steps": 4, "batch_size": 2, "lr": 1e-2, "precision": "fp32", "checkpoint_minutes": 0.0}
+    return {
+        "run": {"output": str(output), **shared, **run}, "model": str(model), "data": str(data), "substeps": 2,
+        "replace_probability": 0.5, "max_negative_phrases": 5, "guidance_scale": 3.0, "target_reuse": 2,
+        "resolution": 128,
+    }  # fmt: skip
+
+
+def train(values: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return SunAdapter.load(train_sun(apply(SunTrainConfig(), values)), dtype=torch.float32).state_dict()
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return sum(float((a[k] - b[k]).square().sum()) for k in a) ** 0.5
+
+
+def launch(values: dict[str, Any], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Train with two CPU processes."""
+    file = folder / "settings.json"
+    file.write_text(json.dumps(values))
+    root, here = Path(__file__).parents[2], Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+               "--standalone", str(here / "sun_process.py"), str(file), *arguments]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=540)
+
+
+@pytest.mark.slow
+def test_two_processes_one_killed_and_resumed_train_what_one_process_trains(
+    tiny_model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    one = train(settings(tiny_model, pictures, tmp_path / "one", accumulate=2) | {"target_reuse": 1})
+    start = SunAdapter.from_unet(UNet2DConditionModel.from_pretrained(tiny_model / "unet")).state_dict()
+    values = settings(tiny_model, pictures, tmp_path / "two") | {"target_reuse": 1}
+    killed = launch(values, tmp_path, "3")
+    assert killed.returncode != 0
+    assert [row["step"] for row in log(tmp_path / "two")] == [1, 2, 3], killed.stderr[-3000:]
+    resumed = launch(values, tmp_path)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    two = SunAdapter.load(tmp_path / "two" / "adapter.safetensors", dtype=torch.float32).state_dict()
+    rows = {row["step"]: row for row in log(tmp_path / "two")}
+    for expected in log(tmp_path / "one")[:3]:  # the averages of the fourth begin anew with the resumed process
+        assert rows[expected["step"]]["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+    # As a share of what training changed: Adam turns rounding into whole steps where a gradient is almost 0.
+    assert distance(one, two) < 0.05 * distance(one, start)
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    tiny_model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(settings(tiny_model, pictures, tmp_path / "whole", ema_decay=0.5))
+    values = settings(tiny_model, pictures, tmp_path / "halves", ema_decay=0.5)
+    update = run_module.TrainingRun.update
+
+    def interrupted(self: TrainingRun, *args: torch.Tensor, **named: torch.Tensor) -> None:
+        if self.progress.step == 3:
+            raise KeyboardInterrupt
+        update(self, *args, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.TrainingRun, "update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(values)
+    assert largest_difference(whole, train(values)) == 0.0
+
+
+# --- TrainingRun alone -----------------------------------------------------------------------------------------------
+
+
+def tiny_run(folder: Path, **values: Any) -> TrainingRun:
+    torch.manual_seed(0)
+    defaults = {"steps": 6, "precision": "fp32", "lr": 0.1, "checkpoint_minutes": 1e9}
+    return TrainingRun(RunConfig(output=str(folder), **(defaults | values)), {"net": nn.Linear(3, 1)})
+
+
+def fit(run: TrainingRun, rows: int) -> dict[str, torch.Tensor]:
+    """A regression whose data is a function of the step and the micro-batch alone."""
+    micro, last = 0, -1
+    for step in run.steps():
+        micro, last = (micro + 1 if step == last else 0), step
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(4, 3, generator=generator)[rows * micro : rows * (micro + 1)]
+        run.update((run.modules["net"](x) - x.sum(1, keepdim=True)).square().mean())
+    return {k: v.clone() for k, v in run.unwrapped("net").state_dict().items()}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "fused"])
+def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path: Path, optimizer: str) -> None:
+    large = fit(tiny_run(tmp_path / "large", optimizer=optimizer), 4)
+    small = fit(tiny_run(tmp_path / "small", optimizer=optimizer, accumulate=2), 2)
+    assert largest_difference(large, small) < 1e-5
+    assert [row["step"] for row in log(tmp_path / "small")] == [6]
+
+
+def test_every_step_draws_the_same_whatever_was_drawn_before(tmp_path: Path) -> None:
+    def drawn(folder: Path, noisy: bool, **values: Any) -> list[tuple[float, float]]:
+        run, found = tiny_run(folder, **values), []
+        for _ in run.steps():
+            found.append((run.rng.random(), torch.rand(1).item()))
+            if noisy:
+                torch.rand(5)
+        return found
+
+    plain = drawn(tmp_path / "a", noisy=False)
+    assert plain == drawn(tmp_path / "b", noisy=True)
+    assert len(set(plain)) == 6
+    assert len(set(drawn(tmp_path / "c", noisy=False, accumulate=2, steps=3))) == 6
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_names_the_checkpoint(tmp_path: Path) -> None:
+    run, kept = tiny_run(tmp_path / "run"), {}
+
+    def train_until_broken() -> None:
+        for step in run.steps():
+            if step == 2:
+                run.save()
+                kept.update({k: v.clone() for k, v in run.unwrapped("net").state_dict().items()})
+            # sqrt at 0: the loss is 0, its gradient infinity times 0
+            run.update((run.modules["net"](torch.ones(1, 3)) * (step < 2)).abs().sum().sqrt())
+
+    with pytest.raises(NonFiniteLoss, match=r"checkpoint, is intact.*learning rate"):
+        train_until_broken()
+    assert largest_difference(kept, run.unwrapped("net").state_dict()) == 0.0
+    assert log(tmp_path / "run")[-1]["step"] == 2
+    assert tiny_run(tmp_path / "run").progress.step == 2
+
+
+def test_a_checkpoint_of_other_settings_says_what_to_do(tmp_path: Path) -> None:
+    fit(tiny_run(tmp_path / "run"), 4)
+    with pytest.raises(ConfigError, match="--no-resume"):
+        tiny_run(tmp_path / "run", ema_decay=0.9)
+
+
+def test_the_last_checkpoint_survives_whatever_moment_the_next_is_interrupted(tmp_path: Path) -> None:
+    def content() -> str:
+        found = find_checkpoint(tmp_path)
+        assert found is not None
+        return (found / "x").read_text()
+
+    assert find_checkpoint(tmp_path) is None
+    (start_checkpoint(tmp_path) / "x").write_text("1")
+    publish(tmp_path)
+    (start_checkpoint(tmp_path) / "x").write_text("2")
+    assert content() == "1"  # killed while writing
+    (tmp_path / "checkpoint.new" / "done").touch()
+    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")
+    assert content() == "2"  # killed between the two renames
+    start_checkpoint(tmp_path)
+    assert content() == "2"
+
+
+def test_skipped_samples_are_in_the_log(tmp_path: Path) -> None:
+    class Source:
+        skipped = {"unreadable pictures": 3}  # noqa: RUF012
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    run = tiny_run(tmp_path / "run")
+    run.track("data", Source())
+    fit(run, 4)
+    assert log(tmp_path / "run")[-1]["skipped"] == {"unreadable pictures": 3}
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"optimizer": "8bit"}, "adamw or fused|low-memory"),
+        ({"frozen": "bf16"}, "precision = bf16"),
+        ({"accumulate": 0}, "at least 1"),
+    ],
+)
+def test_settings_that_cannot_work_say_so(tmp_path: Path, values: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        tiny_run(tmp_path / "run", **values)

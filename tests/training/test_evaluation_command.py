@@ -1,0 +1,64 @@
+"""``sun evaluate``: figures of one model, or a report when there is a folder for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from sun import evaluation
+from sun.cli import app
+
+ROW = {"unet_calls": 4.0, "seconds": 0.1, "paired_mse": 0.05, "set_distance": 1.5}
+MODEL = {
+    "reference": {"method": "dpmpp-25", "unet_calls": 50.0, "seconds": 1.0},
+    "methods": {"sun-4": ROW},
+    "negative_prompt": {"pairs": 2, "sun-4": {"cosine": 0.5}, "groups": {}},
+}
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    calls: list[tuple[str, Any]] = []
+    monkeypatch.setattr(evaluation, "evaluate", lambda config: calls.append(("evaluate", config)) or MODEL)
+    monkeypatch.setattr(
+        evaluation, "report", lambda config: calls.append(("report", config)) or {"models": {"b": MODEL}}
+    )
+    return calls
+
+
+def test_a_configuration_with_models_makes_a_report(seen: list[tuple[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / "e.toml").write_text(
+        'methods = ["sun"]\nsteps = [4]\n[models.b]\nmodel = "emoji"\n[adapters]\nlate = "x"\n'
+    )
+    target = tmp_path / "out.json"
+    arguments = [
+        "evaluate",
+        "--config",
+        str(tmp_path / "e.toml"),
+        "--output",
+        str(tmp_path / "r"),
+        "--json",
+        str(target),
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    kind, config = seen[0]
+    assert (kind, config.models, config.adapters) == ("report", {"b": {"model": "emoji"}}, {"late": "x"})
+    assert "sun-4" in result.output
+    assert "+0.500" in result.output
+    assert json.loads(target.read_text())["models"]["b"]["methods"]["sun-4"] == ROW
+
+
+def test_without_a_folder_there_are_figures_alone(seen: list[tuple[str, Any]]) -> None:
+    assert CliRunner().invoke(app, ["evaluate", "--prompts", "8"]).exit_code == 0
+    assert seen[0][0] == "evaluate"
+
+
+def test_a_table_is_no_text() -> None:
+    result = CliRunner().invoke(app, ["evaluate", "--set", "models=emoji"])
+    assert result.exit_code == 2
+    assert "--config file" in result.output
