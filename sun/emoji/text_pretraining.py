@@ -24,7 +24,8 @@ def pretrain_text(
     """Teach ``text_encoder`` what captions look like: regress each scene's latents from its caption's end token.
 
     Stable Diffusion's text encoder comes trained from CLIP; here this takes CLIP's place, at a fraction of the cost
-    of learning words through the U-Net. ``latents`` [N, 4, h, w] belong to ``scenes``. Returns the last mean squared error.
+    of learning words through the U-Net. ``latents`` [N, 4, h, w] belong to ``scenes``.
+    Returns the last mean squared error.
     """
     width = text_encoder.config.hidden_size
     head = torch.nn.Sequential(
