@@ -65,7 +65,7 @@ def test_the_command_measures_a_preset(tiny_model: Path, tmp_path: Path) -> None
     done = CliRunner().invoke(app, ["train-benchmark", *arguments, "--json", str(tmp_path / "figures.json")])
     assert done.exit_code == 0, done.output
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["pictures_per_update"] == 8
+    assert figures["pictures_per_update"] == 4
     assert figures["gradient_checkpointing"]
 
 
