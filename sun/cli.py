@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from .commands import (  # importing a module registers its commands
-    adapters,
-    emoji_styles,
-    evaluation,
-    pictures,
-    training,
-)
+# Importing a module registers its commands.
+from .commands import adapters, benchmark, emoji_styles, evaluation, peers, pictures, training
 from .commands.app import app
 
-__all__ = ["adapters", "app", "emoji_styles", "evaluation", "main", "pictures", "training"]
+__all__ = ["adapters", "app", "benchmark", "emoji_styles", "evaluation", "main", "peers", "pictures", "training"]
 
 
 def main() -> None:

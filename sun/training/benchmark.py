@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ..config import ConfigError
@@ -30,8 +30,8 @@ class Models:
     """The models a training process keeps in memory; ``alphas`` is the noise schedule."""
 
     unet: Any
-    text_encoder: nn.Module
-    vae: nn.Module
+    text_encoder: Any
+    vae: Any
     alphas: Tensor
 
 

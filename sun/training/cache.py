@@ -63,11 +63,11 @@ class CachedFolder:
         self.calls += 1
         picked = [self.places[self.order[first + i]] for i in range(count)]
         latents = torch.cat([self._row("latents", chunk, row) for chunk, row, _ in picked])
-        return latents.to(self.device).float(), [self.pairs[index][1] for *_, index in picked]
+        return latents.to(self.device), [self.pairs[index][1] for *_, index in picked]
 
     def _row(self, name: str, chunk: int, row: int) -> Tensor:
         tensor: Tensor = self.files[chunk].get_slice(name)[row : row + 1]
-        return tensor
+        return tensor.float()  # the CPU's bf16 autocast cannot join fp16 tensors
 
     def encoder(self, encode: Encode) -> Encode:
         """Takes the states of the folder's captions from disk and encodes the other texts (the negatives)."""
@@ -77,7 +77,7 @@ class CachedFolder:
         def states(texts: list[str]) -> Tensor:
             others = [t for t in texts if t not in self.text]
             encoded = iter(encode(others).float().split(1)) if others else iter(())
-            kept = {t: self._row("text", *self.text[t]).to(self.device).float() for t in texts if t in self.text}
+            kept = {t: self._row("text", *self.text[t]).to(self.device) for t in texts if t in self.text}
             return torch.cat([kept[t] if t in kept else next(encoded) for t in texts])
 
         return states

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
@@ -93,7 +94,8 @@ class EmojiSource:
         from ..emoji.sources import load_metadata
 
         self.rng, self.device, self.skipped = rng, device, Skipped()
-        self.scenes, self.latents = encode_scenes(vae, load_metadata(), style, resolution, BaseConfig.scenes, 0)
+        with PartialState().main_process_first():  # the others then read what it wrote
+            self.scenes, self.latents = encode_scenes(vae, load_metadata(), style, resolution, BaseConfig.scenes, 0)
 
     def __call__(self, count: int) -> tuple[Tensor, list[str]]:
         from ..emoji.scenes import caption_of

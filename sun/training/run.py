@@ -174,7 +174,7 @@ class TrainingRun:
                 with self.accelerator.accumulate(*self.modules.values()):
                     yield self.progress.step
             self.progress.step += 1
-            self.progress.seconds += self._mean(seconds=time.monotonic() - began)["seconds"]
+            self.progress.seconds += self._mean(time.monotonic() - began)
             bar.update(1)
             if self.progress.step % 10 == 0:
                 bar.set_postfix({k: f"{v:.4f}" for k, v in self.average_losses().items()})
@@ -189,9 +189,9 @@ class TrainingRun:
 
         Raises NonFiniteLoss, on every process alike, before anything was changed.
         """
-        values = self._mean(loss=loss, **named)
-        if not math.isfinite(values["loss"]):
-            self._stop(f"the loss became {values['loss']}")
+        value = self._mean(loss)
+        if not math.isfinite(value):
+            self._stop(f"the loss became {value}")
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
@@ -204,16 +204,16 @@ class TrainingRun:
             self._count_skipped_updates()
             if self.ema is not None:
                 self.ema.step(self.parameters)
-        for name, value in values.items():
-            self._recent.setdefault(name, deque(maxlen=100)).append(value)
+        for name, part in {"loss": loss, **named}.items():
+            self._recent.setdefault(name, deque(maxlen=100)).append(float(torch.as_tensor(part).detach()))
 
     def average_losses(self) -> dict[str, float]:
-        """Means over the last 100 batches and all processes."""
+        """Means over the last 100 batches of this process; those in the log are over all processes."""
         return {k: sum(v) / len(v) for k, v in self._recent.items() if v}
 
     def save(self) -> None:
         """Write a checkpoint and a line of ``log.jsonl``. Every process must call it."""
-        self.progress.losses = self.average_losses() or self.progress.losses
+        self.progress.losses = self._losses_of_all() or self.progress.losses
         main, process = self.accelerator.is_main_process, self.accelerator.process_index
         self.accelerator.wait_for_everyone()
         if main:
@@ -264,12 +264,18 @@ class TrainingRun:
         self.rng.seed(f"{self.config.seed}/{self.progress.step}/{lane}")
         set_seed(self.rng.getrandbits(32))
 
-    def _mean(self, **values: Tensor | float) -> dict[str, float]:
-        """Each value's mean over the processes, in one exchange."""
-        device = self.accelerator.device
-        stacked = torch.stack([torch.as_tensor(v).detach().float().to(device).mean() for v in values.values()])
-        mean = self.accelerator.reduce(stacked, reduction="mean")
-        return dict(zip(values, mean.tolist(), strict=True))
+    def _mean(self, value: Tensor | float) -> float:
+        """Mean over the processes."""
+        mine = torch.as_tensor(value).detach().to(self.accelerator.device, torch.float32)
+        return float(self.accelerator.reduce(mine, reduction="mean"))
+
+    def _losses_of_all(self) -> dict[str, float]:
+        """:meth:`average_losses` of all processes together, which need not have the same names."""
+        merged: dict[str, list[float]] = {}
+        for recent in gather_object([{name: list(values) for name, values in self._recent.items()}]):
+            for name, values in recent.items():
+                merged.setdefault(name, []).extend(values)
+        return {name: sum(values) / len(values) for name, values in merged.items()}
 
     def _count_skipped_updates(self) -> None:
         skipped = self.accelerator.optimizer_step_was_skipped

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -20,7 +23,7 @@ PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("sd15-*.toml"))
 
 def config(**settings: object) -> SunTrainConfig:
     run = RunConfig(batch_size=2, accumulate=2, precision="fp32")
-    return SunTrainConfig(**{"run": run, "substeps": 2, "guidance_scale": 3.0, **settings})
+    return SunTrainConfig(**{"run": run, "substeps": 2, "guidance_scale": 3.0, "resolution": 128, **settings})
 
 
 def small() -> Models:
@@ -39,6 +42,31 @@ def test_a_measurement_counts_pictures_of_every_micro_batch(tiny_model: Path) ->
     assert figures["pictures_per_update"] == 4
     assert figures["pictures_per_second"] == pytest.approx(4 / figures["seconds"], rel=1e-2)
     assert figures["memory_gib"] > 0
+
+
+@pytest.fixture
+def _any_precision() -> Iterator[None]:
+    """accelerate holds a process to the first run's number format; these tests choose another."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("_any_precision")
+def test_the_command_measures_a_preset(tiny_model: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from sun.commands import benchmark
+    from sun.commands.app import app
+
+    assert benchmark
+    small_pictures = ["--set", "resolution=128", "--set", "substeps=1", "--set", "run.batch_size=1"]
+    arguments = ["--config", str(PRESETS[0]), "--model", str(tiny_model), "--updates", "1", *small_pictures]
+    done = CliRunner().invoke(app, ["train-benchmark", *arguments, "--json", str(tmp_path / "figures.json")])
+    assert done.exit_code == 0, done.output
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["pictures_per_update"] == 4
+    assert figures["gradient_checkpointing"]
 
 
 def test_an_estimate_knows_what_saves_memory_and_what_costs_arithmetic() -> None:

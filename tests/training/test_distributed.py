@@ -6,16 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from torch import nn
 
 from sun import SunAdapter
-from sun.config import ConfigError, apply
+from sun.config import ConfigError, apply, read_config
 from sun.training import run as run_module
 from sun.training import sun as sun_module
 from sun.training.checkpoint import find_checkpoint, publish, start_checkpoint
@@ -103,6 +105,30 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
         with pytest.raises(KeyboardInterrupt):
             train(values)
     assert largest_difference(whole, train(values)) == 0.0
+
+
+@pytest.fixture
+def _any_precision() -> Iterator[None]:
+    """accelerate holds a process to the first run's number format; these tests choose another."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("_any_precision")
+def test_the_preset_for_a_small_card_trains(
+    tiny_model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bf16 weights, gradient checkpointing, accumulation, cached latents and text, all at once."""
+    monkeypatch.setenv("SUN_CACHE", str(tmp_path / "cache"))
+    preset = read_config(Path(__file__).parents[2] / "configs" / "sd15-24gb.toml")
+    preset["run"] |= {"steps": 2, "output": str(tmp_path / "run"), "batch_size": 2, "accumulate": 2}
+    preset |= {"model": str(tiny_model), "data": str(pictures), "resolution": 128, "substeps": 2}
+    trained = train(preset)
+    start = SunAdapter.from_unet(UNet2DConditionModel.from_pretrained(tiny_model / "unet")).state_dict()
+    assert 0 < largest_difference(trained, start) < 1e-2
+    assert log(tmp_path / "run")[-1]["step"] == 2
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
 
 
 # --- TrainingRun alone -----------------------------------------------------------------------------------------------

@@ -1,0 +1,139 @@
+"""Guided distillation: the full U-Net learns SUN's stage targets without an adapter (after arXiv 2210.03142).
+
+The student starts as a copy of the model and takes the caption alone; classifier-free guidance with the empty
+negative prompt, and the whole stage of the trajectory, are distilled into its weights. It must be trained anew for
+every model, and takes no negative prompt: the two things an adapter avoids.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from ..schedulers import make_scheduler
+from ..training.algorithm import add_noise, stage_targets
+from ..training.replay import Batch, ReplayBuffer
+from ..training.run import RunConfig, TrainingRun
+from ..training.sun import SunTrainConfig, Teacher
+from ..training.targets import draw_timesteps, start_timesteps, sun_losses
+from .setup import Distillation, load_frozen
+
+USAGE = """```python
+unet = UNet2DConditionModel.from_pretrained("this folder", subfolder="unet")
+pipe = StableDiffusionPipeline.from_pretrained("the base model", unet=unet)
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+pipe(prompt, num_inference_steps=4, guidance_scale=1.0)
+```"""
+
+
+@dataclass
+class GuidedDistillConfig:
+    """The settings of SUN's training (``SunTrainConfig``) that make sense without an adapter and a negative prompt."""
+
+    run: RunConfig = field(
+        default_factory=lambda: RunConfig(output="runs/guided-distill", steps=5000, batch_size=32, lr=1e-5)
+    )
+    model: str = "emoji"
+    data: str = "emoji:twemoji"
+    cache: str = ""  # as for SUN
+    workers: int = 0
+    resolution: int = 0  # 0: the model's own
+    guidance_scale: float = 8.0
+    cfg_weight: float = 1.0
+    msc_weight: float = 1.0
+    stage_length: float = 0.25
+    substeps: int = 6
+    replace_probability: float = 0.1
+    empty_captions: float = 0.0
+    stage_start_probability: float = 0.0
+    pure_noise_at_start: bool = False
+    target_reuse: int = 1
+    gradient_checkpointing: bool = False
+
+    def as_sun(self) -> SunTrainConfig:
+        """The same settings for the functions of SUN's training."""
+        return SunTrainConfig(**{item.name: getattr(self, item.name) for item in fields(self)})
+
+
+class Student(nn.Module):
+    """A U-Net to train, predicting noise [B, 4, h, w] of x at t [B] with text states [B, L, D]."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor, positive: Tensor) -> Tensor:
+        return self.unet(x, t, positive).sample.float()
+
+
+def train_guided_distillation(config: GuidedDistillConfig) -> Path:
+    """Train and write the student as ``unet/`` with a card into ``run.output``; returns that folder."""
+    pipe = load_frozen(config.model)
+    unet = copy.deepcopy(pipe.unet).requires_grad_(True)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    run = TrainingRun(config.run, {"student": Student(unet.train())})
+    work = Distillation(config, pipe, run)
+    student, sun_config = run.modules["student"], config.as_sun()
+    teacher = Teacher(pipe.unet, config.guidance_scale)
+    scheduler = make_scheduler("ddim", pipe.scheduler.config)
+    buffer = run.track("targets", ReplayBuffer(16 if config.target_reuse > 1 else 1, work.device))
+    for step in run.steps():
+        if not len(buffer) or step % config.target_reuse == 0:
+            # a context of its own: autocast keeps copies of the weights until it ends
+            with run.accelerator.autocast():
+                targets, positive, _ = buffer.add(new_targets(sun_config, work, teacher, student))
+        else:
+            targets, positive, _ = buffer.draw(run.rng)
+        with run.accelerator.autocast():
+            predicted = student(targets.x_t, targets.t, positive)
+        cfg, msc = sun_losses(predicted, targets)
+        run.update(config.cfg_weight * cfg + config.msc_weight * msc, cfg=cfg, msc=msc)
+        if work.time_to_sample():
+            save_student(work, unet)
+            work.sample_grid(student, scheduler)
+    save_student(work, unet)
+    work.sample_grid(student, scheduler)
+    return run.folder
+
+
+@torch.no_grad()
+def new_targets(config: SunTrainConfig, work: Distillation, teacher: Teacher, student: Any) -> Batch:
+    """Stage targets of a new batch, guided away from the empty prompt, and its text states."""
+    batch, total, stage = work.batch(), work.total, round(config.stage_length * work.total)
+    t = draw_timesteps(config, len(batch.x0), total, work.run.rng)
+    start = start_timesteps(config, t, total, work.run.rng).to(work.device)
+    noise = torch.randn_like(batch.x0)
+    x_start = add_noise(batch.x0, noise, start, work.schedule)
+    if config.pure_noise_at_start:
+        x_start = torch.where((start == total - 1).view(-1, 1, 1, 1), noise, x_start)
+    targets = stage_targets(
+        x_start, start, t.to(work.device), stage, config.substeps,
+        lambda x, k, rows: teacher(x, k, batch.positive[rows], batch.empty[rows]),
+        lambda x, k, rows: student(x, k, batch.positive[rows]), work.schedule,
+    )  # fmt: skip
+    return targets, batch.positive, batch.empty
+
+
+def save_student(work: Distillation, unet: Any) -> None:
+    """Write the averaged U-Net in fp16 as a diffusers folder ``unet/``, with its card."""
+    state = work.run.averaged_state("student")
+    if not work.run.accelerator.is_main_process:
+        return
+    with torch.device("meta"):
+        half = UNet2DConditionModel.from_config(unet.config)
+    half.load_state_dict({name.removeprefix("unet."): weight.half() for name, weight in state.items()}, assign=True)
+    folder = work.run.folder / "unet"
+    half.save_pretrained(folder)
+    file = folder / "config.json"  # diffusers writes where the base model was on this machine
+    settings = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
+    file.write_text(json.dumps(settings, indent=2) + "\n")
+    count = sum(weight.numel() for weight in state.values())
+    work.write_card("Guided distillation", USAGE, {"method": "guided distillation", "parameters": count})
