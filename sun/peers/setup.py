@@ -16,6 +16,7 @@ from ..text import encode_texts
 from ..training.algorithm import NoiseSchedule
 from ..training.data import Source, build_source
 from ..training.run import DTYPES, RunConfig, TrainingRun
+from ..training.speed import use_fast_attention
 from ..training.sun import SunTrainConfig, load_base, sample_prompts
 
 
@@ -70,6 +71,7 @@ class Distillation:
         pipe.vae.to(self.device)
         run.place(pipe.text_encoder)
         pipe.unet.to(self.device)
+        use_fast_attention(pipe.unet, self.device)
         for parameter in pipe.unet.parameters():
             if not parameter.requires_grad:  # a LoRA on it stays in float32
                 parameter.data = parameter.data.to(DTYPES[config.run.frozen])
