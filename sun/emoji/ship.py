@@ -114,8 +114,8 @@ It exists so that this project can train, test and show SUN on a real diffusion 
 - Pictures: `{style.package}` (npm). {style.attribution}. {style.licence}.
 - Names and categories: `{METADATA_PACKAGE}` (npm), MIT.
 - Captions are written by `sun/emoji/scenes.py`: the emoji's names and a random part of size, place, background colour,
-  mirroring and category; one scene in five shows two emoji. Flags, letters, keycaps, clock faces and families are left
-  out.
+  mirroring and category; one scene in five shows two emoji. The emoji are the everyday things of
+  `sun/emoji/vocabulary.txt`.
 
 The weights are derived from the pictures and carry their licence, CC-BY 4.0.
 
