@@ -168,9 +168,13 @@ def load_base(model: str) -> Any:
         raise FileNotFoundError(
             f"{folder} is not a diffusers folder (no model_index.json). Give --model the folder of an SD 1.x model."
         )
-    return StableDiffusionPipeline.from_pretrained(
+    pipe = StableDiffusionPipeline.from_pretrained(
         folder, torch_dtype=torch.float32, safety_checker=None, feature_extractor=None
     )
+    kind = pipe.scheduler.config.get("prediction_type", "epsilon")
+    if kind != "epsilon":
+        raise ConfigError(f"{folder} predicts {kind!r}; SUN is trained on models that predict the noise (epsilon).")
+    return pipe
 
 
 def make_adapter(config: SunTrainConfig, unet: Any) -> SunAdapter:
