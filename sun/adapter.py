@@ -24,6 +24,7 @@ class SunLayer(nn.Module):
 
     channels: width C of the layer. text_width: width of the text embeddings. positive: with the positive branch.
     linear: class of the projections, for hosts with their own (ComfyUI's ``comfy.ops.manual_cast.Linear``).
+    guided: alpha and beta depend on the guidance scale.
     """
 
     def __init__(
@@ -34,9 +35,11 @@ class SunLayer(nn.Module):
         linear: Linear = nn.Linear,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        guided: bool = False,
     ) -> None:
         super().__init__()
-        self.channels, self.text_width, self.positive = channels, text_width, positive
+        self.channels, self.text_width, self.positive, self.guided = channels, text_width, positive, guided
 
         def projection() -> nn.Module:
             return linear(text_width, channels, bias=False, device=device, dtype=dtype)
@@ -49,6 +52,20 @@ class SunLayer(nn.Module):
         if positive:
             self.to_k_pos, self.to_v_pos = projection(), projection()
             self.alpha_pos, self.beta_pos = vector(), vector()
+        for part in ("neg", "pos") if guided and positive else ("neg",) if guided else ():
+            for name in ("alpha", "beta"):
+                slope = nn.Parameter(torch.zeros(2, channels, device=device, dtype=dtype))
+                self.register_parameter(f"{name}_{part}_w", slope)
+
+    def _scale(self, name: str, guidance: torch.Tensor | None) -> torch.Tensor:
+        """alpha or beta: [C], or [B, 1, C] for guidance features [B, 2]."""
+        plain: torch.Tensor = getattr(self, name)
+        if guidance is None or not self.guided:
+            return plain
+        slope: torch.Tensor = getattr(self, f"{name}_w").float()
+        features = guidance.to(slope.device, slope.dtype).unsqueeze(-1)
+        # A sum of products rather than a matrix product, which autocast would round.
+        return (plain.float() + (features * slope).sum(-2)).unsqueeze(-2)
 
     def forward(
         self,
@@ -61,6 +78,7 @@ class SunLayer(nn.Module):
         strength: float = 1.0,
         positive_mask: torch.Tensor | None = None,
         attend: Attend = attend,
+        guidance: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return Z = Zp - g(Zn) [+ g'(Ze)] before the layer's ``to_out`` (Eq. 6 and the release's third term).
 
@@ -68,20 +86,25 @@ class SunLayer(nn.Module):
         [B, L, text_width]; ``positive`` is needed with the positive branch only. strength scales alpha and beta;
         0 returns ``z_p`` itself. positive_mask: attention mask over the positive text, if it has one; the kernel must
         then take it as its fifth argument. attend: the host's attention kernel. The texts may have another dtype than
-        the query (an adapter kept in float32 while it trains); K and V follow the query.
+        the query (an adapter kept in float32 while it trains); K and V follow the query. guidance: what
+        ``SunAdapter.guidance`` returns for a guidance scale, [1 or B, 2]; None is the scale the adapter was made for.
         """
         if strength == 0.0:
             return z_p
         key, value = self.to_k_neg(negative).to(query.dtype), self.to_v_neg(negative).to(query.dtype)
         z_n = attend(query, key, value, heads)
-        change = -attention_normalization(z_n, z_p, self.alpha_neg, self.beta_neg)
+        change = -attention_normalization(
+            z_n, z_p, self._scale("alpha_neg", guidance), self._scale("beta_neg", guidance)
+        )
         if self.positive:
             if positive is None:
                 raise ValueError("This adapter has a positive branch: pass the positive text embeddings as `positive`.")
             key, value = self.to_k_pos(positive).to(query.dtype), self.to_v_pos(positive).to(query.dtype)
             mask = () if positive_mask is None else (positive_mask,)
             z_e = attend(query, key, value, heads, *mask)
-            change = change + attention_normalization(z_e, z_p, self.alpha_pos, self.beta_pos)
+            change = change + attention_normalization(
+                z_e, z_p, self._scale("alpha_pos", guidance), self._scale("beta_pos", guidance)
+            )
         return (z_p + strength * change).to(z_p.dtype)
 
 
@@ -102,11 +125,14 @@ class SunAdapter(nn.Module):
         linear: Linear = nn.Linear,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        guided: bool = False,
     ) -> None:
         super().__init__()
-        self.text_width, self.positive = text_width, positive
+        self.text_width, self.positive, self.guided = text_width, positive, guided
         self.info = replace(info or SunInfo(), branches="negative+positive" if positive else "negative")
-        self.layers = nn.ModuleList(SunLayer(c, text_width, positive, linear, device, dtype) for c in channels)
+        self.layers = nn.ModuleList(
+            SunLayer(c, text_width, positive, linear, device, dtype, guided=guided) for c in channels
+        )
         if names is None:
             guessed = guess_layers(channels)
             names = [la.name for la in guessed] if guessed else [f"layers.{i}" for i in range(len(channels))]
@@ -168,6 +194,7 @@ class SunAdapter(nn.Module):
             info=content.info,
             linear=linear,
             device="meta",
+            guided=content.guided,
         )
         for layer, tensors in zip(adapter.layers, content.layers, strict=True):
             moved = {part: value.to(device=device, dtype=dtype or value.dtype) for part, value in tensors.items()}
@@ -185,11 +212,13 @@ class SunAdapter(nn.Module):
         beta: float = 0.0,
         info: SunInfo | None = None,
         dtype: torch.dtype | None = None,
+        guided: bool = False,
     ) -> SunAdapter:
         """Build a new adapter for a diffusers U-Net, its K and V copied from the U-Net's own cross-attention.
 
         With ``alpha`` small the student starts near the frozen conditional output. ``w``, the guidance scale it will
-        be trained for, is only recorded. Device and, unless given, dtype are the U-Net's.
+        be trained for, is only recorded. guided: the adapter takes the guidance scale as an input. Device and, unless
+        given, dtype are the U-Net's.
         """
         layers = layers_of_unet(unet)
         attentions = [unet.get_submodule(layer.diffusers) for layer in layers]
@@ -202,6 +231,7 @@ class SunAdapter(nn.Module):
             info=known if w is None else replace(known, guidance_scale=w),
             device=attentions[0].to_k.weight.device,
             dtype=dtype or attentions[0].to_k.weight.dtype,
+            guided=guided,
         )
         with torch.no_grad():
             for layer, attention in zip(adapter.sun_layers(), attentions, strict=True):
@@ -223,6 +253,46 @@ class SunAdapter(nn.Module):
             {part: layer.state_dict()[part].to(dtype=dtype) for part in self._parts()} for layer in self.layers
         )
         files.write(files.AdapterTensors(self.names, layers, self.info), path, layout)
+
+    def guidance(self, scale: float | torch.Tensor | None) -> torch.Tensor | None:
+        """Features of a guidance scale w (a number, or [B]) for the layers: [1 or B, 2], log(w / w0) and its square.
+
+        w0 is the scale the adapter was made for; None stands for it. Returns None where the layers need nothing.
+        Raises ValueError for another scale if the adapter has its own fixed in the weights, or one that is not
+        positive.
+        """
+        own = self.info.guidance_scale
+        if scale is None or (not isinstance(scale, torch.Tensor) and scale == own):
+            return None
+        if not self.guided or own is None:
+            fixed = f"{own:g}" if own is not None else "one value"
+            raise ValueError(
+                f"This adapter's guidance scale is fixed at {fixed}. Use its strength to change the effect, or an "
+                "adapter that takes the guidance scale."
+            )
+        wanted = torch.as_tensor(scale, dtype=torch.float32).reshape(-1)
+        if not bool((wanted > 0).all()):
+            raise ValueError(f"The guidance scale must be above 0, not {wanted.min().item():g}.")
+        ratio = torch.log(wanted / own)
+        return torch.stack([ratio, ratio.square()], dim=-1)
+
+    def bake(self, scale: float) -> SunAdapter:
+        """A plain adapter that has the guidance scale ``scale`` fixed in its weights."""
+        features = self.guidance(scale)
+        plain = SunAdapter(
+            self.channels,
+            self.text_width,
+            self.positive,
+            names=self.names,
+            info=replace(self.info, guidance_scale=scale),
+        )  # fmt: skip
+        with torch.no_grad():
+            for mine, theirs in zip(self.sun_layers(), plain.sun_layers(), strict=True):
+                state = {k: v for k, v in mine.state_dict().items() if not k.endswith("_w")}
+                for name in [k for k in state if k.startswith(("alpha", "beta"))]:
+                    state[name] = mine._scale(name, features).reshape(-1).to(state[name].dtype)
+                theirs.load_state_dict(state, assign=True)
+        return plain.eval()
 
     def check_base(self, channels: Sequence[int], text_width: int, where: str) -> None:
         """Raise SunFileError, naming both sides, unless the adapter fits a U-Net with these attn2 layers.
@@ -247,4 +317,4 @@ class SunAdapter(nn.Module):
         )
 
     def _parts(self) -> list[str]:
-        return [*files.NEGATIVE_PARTS, *(files.POSITIVE_PARTS if self.positive else ())]
+        return files.layer_parts(self.positive, self.guided)

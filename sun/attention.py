@@ -34,7 +34,8 @@ def attention_normalization(
 ) -> torch.Tensor:
     """Attention Normalization: g(Zn) = alpha * Zn * ||Zp|| / ||Zn|| + beta (Eq. 5).
 
-    z_n, z_p [B, T, C]; alpha, beta [C]. The norms are Frobenius norms over one image (tokens and channels), so that a
+    z_n, z_p [B, T, C]; alpha, beta [C], or [B, 1, C] where images differ. The norms are Frobenius norms over one image
+    (tokens and channels), so that a
     picture does not depend on its batch mates, and everything is computed in float32 or better. A branch that is
     zero gives beta. Returns [B, T, C] in float32 (float64 for float64 input).
     """

@@ -38,6 +38,11 @@ POSITIVE_PARTS = {
     "alpha_pos": "to_k_extra_pos_alpha",
     "beta_pos": "to_k_extra_pos_beta",
 }
+# How alpha and beta change with the guidance scale: [2, C], coefficients of log(w / w0) and its square. Not in the
+# authors' layout.
+GUIDANCE_PARTS = {
+    "alpha_neg_w": "alpha_neg_w", "beta_neg_w": "beta_neg_w", "alpha_pos_w": "alpha_pos_w", "beta_pos_w": "beta_pos_w",
+}  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FOREIGN_TEXT_WIDTHS = {1024: "Stable Diffusion 2.x", 1280: "SDXL's second text encoder", 2048: "SDXL"}
 
@@ -53,7 +58,7 @@ class SunInfo:
     base_model: str = ""
     """Name of the model it was trained on."""
     guidance_scale: float | None = None
-    """w, the classifier-free guidance scale fixed in the weights."""
+    """w, the classifier-free guidance scale fixed in the weights; where an adapter takes any, the one by default."""
     stage_length: float | None = None
     """Delta, the share of the time axis one step covers (0.25: four steps)."""
     branches: str = ""
@@ -77,6 +82,11 @@ class AdapterTensors:
     @property
     def positive(self) -> bool:
         return "to_k_pos.weight" in self.layers[0]
+
+    @property
+    def guided(self) -> bool:
+        """Takes the guidance scale as an input."""
+        return "alpha_neg_w" in self.layers[0]
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -104,7 +114,7 @@ def parse(
     """Check a state dict of either layout and put it in order. ``where`` names it in errors (SunFileError)."""
     info = _info_from_metadata(metadata or {}, where)
     official = any(re.match(r"\d+\.", key) for key in state_dict if isinstance(key, str))
-    parts = NEGATIVE_PARTS | POSITIVE_PARTS
+    parts = NEGATIVE_PARTS | POSITIVE_PARTS | ({} if official else GUIDANCE_PARTS)
     ours_of = {theirs: ours for ours, theirs in parts.items()} if official else {ours: ours for ours in parts}
     suffixes = sorted(ours_of, key=len, reverse=True)
 
@@ -131,7 +141,8 @@ def parse(
         )
 
     names = sorted(grouped, key=int if official else _layer_order)
-    wanted = [*NEGATIVE_PARTS, *(POSITIVE_PARTS if any(set(g) & set(POSITIVE_PARTS) for g in grouped.values()) else ())]
+    found = {part for group in grouped.values() for part in group}
+    wanted = layer_parts(bool(found & set(POSITIVE_PARTS)), bool(found & set(GUIDANCE_PARTS)))
     expected = [str(2 * i + 1) for i in range(max(len(names), (int(names[-1]) + 1) // 2))] if official else names
     label = parts if official else {ours: ours for ours in parts}
     missing = [f"{n}.{label[part]}" for n in expected[:1000] for part in wanted if part not in grouped.get(n, {})]
@@ -154,6 +165,12 @@ def parse(
     )
 
 
+def layer_parts(positive: bool, guided: bool) -> list[str]:
+    """Names of the tensors of one layer."""
+    parts = [*NEGATIVE_PARTS, *(POSITIVE_PARTS if positive else ())]
+    return parts + [p for p in GUIDANCE_PARTS if guided and p.removesuffix("_w") in parts]
+
+
 def write(content: AdapterTensors, path: str | os.PathLike[str], layout: Layout = "sun") -> None:
     """Write an adapter file in one piece: it appears under ``path`` complete or not at all.
 
@@ -162,6 +179,11 @@ def write(content: AdapterTensors, path: str | os.PathLike[str], layout: Layout 
     path = Path(path)
     if layout not in ("sun", "official"):
         raise SunFileError(f"{path}: unknown layout {layout!r}. Use 'sun' or 'official'.")
+    if layout == "official" and content.guided:
+        raise SunFileError(
+            f"{path} was not written: the authors' layout has one guidance scale, and this adapter takes any. "
+            "Fix one with `bake` (sun convert --guidance 7) first."
+        )
     label = NEGATIVE_PARTS | POSITIVE_PARTS
     tensors: dict[str, torch.Tensor] = {}
     for i, (name, layer) in enumerate(zip(content.names, content.layers, strict=True)):
@@ -260,7 +282,7 @@ def _check_tensors(
         text = first.shape[1] if first.ndim == 2 else 0
         for part, value in layer.items():
             key = f"{name}.{label[part]}"
-            shape = (width, text) if part.endswith(".weight") else (width,)
+            shape = (width, text) if part.endswith(".weight") else (2, width) if part in GUIDANCE_PARTS else (width,)
             if tuple(value.shape) != shape or value.numel() == 0:
                 raise SunFileError(
                     f"{where}: {key} has shape {list(value.shape)} where {list(shape)} belongs. "

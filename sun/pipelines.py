@@ -40,6 +40,7 @@ from .layers import layers_of_unet
 from .schedulers import make_scheduler
 
 NEGATIVE = "sun_negative"
+GUIDANCE = "sun_guidance"
 SUPPORTED_PIPELINES: tuple[Any, ...] = (
     StableDiffusionPipeline,
     StableDiffusionImg2ImgPipeline,
@@ -59,6 +60,7 @@ def attach(
     strength: float = 1.0,
     *,
     final_sigma_zero: bool = True,
+    guidance_scale: float | None = None,
 ) -> None:
     """Put a SUN adapter on a diffusers pipeline or a bare ``UNet2DConditionModel``, replacing one put there before.
 
@@ -70,6 +72,9 @@ def attach(
 
     adapter: a ``SunAdapter`` or a file. It is moved to the U-Net's device and, unless it is in training mode, dtype.
     strength: 1 is the trained adapter, 0 the plain conditional U-Net bit for bit.
+    guidance_scale: for adapters that take one, w instead of the scale they were made for. A pipeline's own
+    ``guidance_scale`` argument goes before it; for a bare U-Net, so does ``cross_attention_kwargs={"sun_guidance": w}``
+    (a number, or a tensor [B]).
     final_sigma_zero: end at sigma 0, as other hosts do; False keeps the pipeline's own setting of ``set_alpha_to_one``
     (Stable Diffusion 1.5 ends at sigma 0.029).
 
@@ -84,6 +89,7 @@ def attach(
     if not isinstance(adapter, SunAdapter):
         adapter = SunAdapter.load(adapter)
     layers = layers_of_unet(unet)
+    adapter.guidance(guidance_scale)  # says so now if the adapter cannot
     adapter.check_base([la.channels for la in layers], unet.config.cross_attention_dim, _describe(unet))
     modules = {layer.diffusers: unet.get_submodule(layer.diffusers) for layer in layers}
     for name, attention in modules.items():
@@ -92,12 +98,12 @@ def attach(
 
     # nothing can fail from here on: what was attached before makes way
     shared = getattr(unet, "_sun", None)
-    if pipe is None or shared is None or not shared.matches(adapter, strength):
+    if pipe is None or shared is None or not shared.matches(adapter, strength, guidance_scale):
         detach(unet)
     if pipe is not None:
         detach(pipe)
     if getattr(unet, "_sun", None) is None:
-        unet._sun = _UNetAttachment.install(unet, adapter, strength, modules)
+        unet._sun = _UNetAttachment.install(unet, adapter, strength, guidance_scale, modules)
     if pipe is not None:
         unet._sun.pipelines += 1
         original_class: Any = type(pipe)
@@ -143,6 +149,7 @@ class SunAttnProcessor:
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         sun_negative: torch.Tensor | None = None,
+        sun_guidance: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if sun_negative is None or encoder_hidden_states is None or self.strength == 0.0:
             return self.prior(attn, hidden_states, encoder_hidden_states, attention_mask)
@@ -162,6 +169,7 @@ class SunAttnProcessor:
             heads=attn.heads,
             strength=self.strength,
             positive_mask=mask,
+            guidance=sun_guidance,
         )
         return attn.to_out[1](attn.to_out[0](z))
 
@@ -183,19 +191,22 @@ class _UNetAttachment:
     unet: Any
     adapter: SunAdapter
     strength: float
+    guidance_scale: float | None
     processors: dict[str, SunAttnProcessor]
     hooks: list[Any] = field(default_factory=list)
     pipelines: int = 0
 
     @classmethod
-    def install(cls, unet: Any, adapter: SunAdapter, strength: float, modules: dict[str, Any]) -> _UNetAttachment:
+    def install(
+        cls, unet: Any, adapter: SunAdapter, strength: float, guidance_scale: float | None, modules: dict[str, Any]
+    ) -> _UNetAttachment:
         device = None if unet.device.type == "meta" else unet.device
         adapter.to(device=device, dtype=None if adapter.training or unet.dtype not in DTYPES else unet.dtype)
         processors = {
             name: SunAttnProcessor(layer, strength, attention.processor)
             for (name, attention), layer in zip(modules.items(), adapter.sun_layers(), strict=True)
         }
-        attachment = cls(unet, adapter, strength, processors)
+        attachment = cls(unet, adapter, strength, guidance_scale, processors)
         for name, attention in modules.items():
             attention.processor = processors[name]
         attachment.hooks.append(unet.register_forward_pre_hook(_check_negative, with_kwargs=True))
@@ -214,8 +225,9 @@ class _UNetAttachment:
         if self.unet.__dict__.get("_sun") is self:
             del self.unet._sun
 
-    def matches(self, adapter: SunAdapter, strength: float) -> bool:
-        return self.adapter is adapter and self.strength == strength and self.in_place()
+    def matches(self, adapter: SunAdapter, strength: float, guidance_scale: float | None) -> bool:
+        same = self.adapter is adapter and self.strength == strength and self.guidance_scale == guidance_scale
+        return same and self.in_place()
 
     def in_place(self) -> bool:
         return all(self.unet.get_submodule(name).processor is own for name, own in self.processors.items())
@@ -233,7 +245,11 @@ def _check_negative(
     if not attachment.in_place():
         raise RuntimeError(REPLACED)
     negative = fit_negative(options[NEGATIVE], kwargs["encoder_hidden_states"], attachment.adapter.text_width)
-    return (), {**kwargs, "cross_attention_kwargs": {**options, NEGATIVE: negative}}
+    wanted = options.get(GUIDANCE)
+    guidance = attachment.adapter.guidance(attachment.guidance_scale if wanted is None else wanted)
+    if guidance is not None and len(guidance) > 1:
+        guidance = fit_rows(guidance, len(negative), GUIDANCE)
+    return (), {**kwargs, "cross_attention_kwargs": {**options, NEGATIVE: negative, GUIDANCE: guidance}}
 
 
 def fit_negative(negative: Any, positive: torch.Tensor, text_width: int, name: str = NEGATIVE) -> torch.Tensor:
@@ -250,20 +266,24 @@ def fit_negative(negative: Any, positive: torch.Tensor, text_width: int, name: s
             f"{name} has shape {list(negative.shape)}; the U-Net needs text embeddings [B, L, {text_width}]. "
             "Encode the negative prompt with the text encoder of this model."
         )
-    rows, batch = negative.shape[0], positive.shape[0]
+    return fit_rows(negative.to(device=positive.device, dtype=positive.dtype), positive.shape[0], name)
+
+
+def fit_rows(values: torch.Tensor, batch: int, name: str) -> torch.Tensor:
+    """``values`` [n, ...] as [batch, ...], each row for batch / n neighbours. Raises ValueError, naming ``name``."""
+    rows = values.shape[0]
     if rows == 0 or batch % rows:
         raise ValueError(
             f"{name} has {rows} rows for a batch of {batch}. Pass 1, {batch}, or a number that divides {batch}."
         )
-    negative = negative.to(device=positive.device, dtype=positive.dtype)
-    return negative if rows == batch else negative.repeat_interleave(batch // rows, dim=0)
+    return values if rows == batch else values.repeat_interleave(batch // rows, dim=0)
 
 
 def _drop_negative(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Forward pre-hook of self-attention: diffusers would warn about an option its processor does not know."""
     if NEGATIVE not in kwargs:
         return None
-    return args, {key: value for key, value in kwargs.items() if key != NEGATIVE}
+    return args, {key: value for key, value in kwargs.items() if key not in (NEGATIVE, GUIDANCE)}
 
 
 REPLACED = (
@@ -337,6 +357,7 @@ class _PipelineAttachment:
     original_scheduler: Any
     attachment: _UNetAttachment
     negative: torch.Tensor | None = None
+    guidance_scale: float | None = None
     running: bool = False
     warned: bool = False
 
@@ -361,7 +382,10 @@ def _sun_class(base: Any) -> Any:
                 raise RuntimeError(REPLACED)
             if kwargs.get("ip_adapter_image") is not None or kwargs.get("ip_adapter_image_embeds") is not None:
                 raise ValueError("IP-Adapter and SUN cannot be combined. Call sun.detach(pipe) to use an IP-Adapter.")
-            if (kwargs.get("guidance_scale") or 0.0) > 1.0 and not state.warned:
+            wanted = kwargs.get("guidance_scale")
+            if state.attachment.adapter.guided:
+                state.guidance_scale = wanted
+            elif (wanted or 0.0) > 1.0 and not state.warned:
                 state.warned = True
                 warnings.warn(
                     "guidance_scale is ignored: the guidance of a SUN adapter is in its weights. "
@@ -372,7 +396,7 @@ def _sun_class(base: Any) -> Any:
             try:
                 return super().__call__(*args, **kwargs)
             finally:
-                state.running, state.negative = False, None
+                state.running, state.negative, state.guidance_scale = False, None, None
 
         @property
         def do_classifier_free_guidance(self) -> bool:
@@ -382,7 +406,9 @@ def _sun_class(base: Any) -> Any:
         def cross_attention_kwargs(self) -> dict[str, Any] | None:
             options = super().cross_attention_kwargs
             negative = self._sun.negative
-            return options if negative is None else {NEGATIVE: negative, **(options or {})}
+            if negative is None:
+                return options
+            return {NEGATIVE: negative, GUIDANCE: self._sun.guidance_scale, **(options or {})}
 
         def encode_prompt(
             self,

@@ -48,13 +48,18 @@ def inspect(
 
 sun convert sun_adapter_sdv15_4step_addpos.safetensors adapter.safetensors
 
-sun convert adapter.safetensors for-the-authors-code.safetensors --layout official --dtype float16"""
+sun convert adapter.safetensors for-the-authors-code.safetensors --layout official --dtype float16
+
+sun convert guided.safetensors fixed-at-6.safetensors --guidance 6"""
 )
 def convert(
     source: Annotated[Path, typer.Argument(help="Adapter file of either layout.")],
     target: Annotated[Path, typer.Argument(help="File to write.")],
     layout: Annotated[Layout, typer.Option(help="sun: readable names; official: the authors' names.")] = Layout.sun,
     dtype: Annotated[Dtype, typer.Option(help="Number format; auto keeps the file's.")] = Dtype.auto,
+    guidance: Annotated[
+        float | None, typer.Option(help="Fix this guidance scale, of an adapter that takes any.", min=0.01)
+    ] = None,
 ) -> None:
     """Write an adapter in the other layout or another number format; nothing is lost between layouts."""
     import torch
@@ -64,7 +69,12 @@ def convert(
     kind = None if dtype is Dtype.auto else getattr(torch, dtype.value)
     if target.suffix.lower() != ".safetensors":
         raise typer.BadParameter(f"{target} should end in .safetensors")
-    SunAdapter.load(source).save(target, layout=layout.value, dtype=kind)
+    adapter = SunAdapter.load(source)
+    if guidance is not None:
+        if not adapter.guided:
+            raise typer.BadParameter(f"{source} has its guidance scale fixed already; leave out --guidance")
+        adapter = adapter.bake(guidance)
+    adapter.save(target, layout=layout.value, dtype=kind)
     out.print(f"{target} ({layout.value} layout, {target.stat().st_size:,} bytes)", soft_wrap=True)
 
 

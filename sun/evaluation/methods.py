@@ -130,7 +130,10 @@ def _sun(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
     if assets.attached:
         yield _steered(assets.unet, "sun_negative")
         return
-    attach(assets.unet, _adapter(assets, call), strength=call.number("strength", 1.0))
+    adapter = _adapter(assets, call)
+    # One that takes the guidance scale is asked for the reference's.
+    scale = assets.w if adapter.guided else None
+    attach(assets.unet, adapter, strength=call.number("strength", 1.0), guidance_scale=scale)
     try:
         yield _steered(assets.unet, "sun_negative")
     finally:

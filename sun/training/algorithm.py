@@ -8,7 +8,7 @@ data (a = 1, sigma = 0): the hosts' last step ends there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -43,8 +43,13 @@ def add_noise(x0: Tensor, noise: Tensor, t: Tensor, schedule: NoiseSchedule) -> 
     return a * x0 + sigma * noise
 
 
-def guided_noise(e_positive: Tensor, e_negative: Tensor, w: float) -> Tensor:
-    """e_cfg = w e(c_p) + (1 - w) e(c_n): classifier-free guidance, the teacher's prediction (Eq. 3)."""
+def guided_noise(e_positive: Tensor, e_negative: Tensor, w: float | Tensor) -> Tensor:
+    """e_cfg = w e(c_p) + (1 - w) e(c_n): classifier-free guidance, the teacher's prediction (Eq. 3).
+
+    ``w`` is a number, or [B] with one for each row.
+    """
+    if isinstance(w, Tensor):
+        w = w.view(-1, 1, 1, 1)
     return w * e_positive + (1 - w) * e_negative
 
 
@@ -81,13 +86,17 @@ def teacher_rollout(
 
 @dataclass
 class StageTargets:
-    """What the student is trained on: its input ``x_t`` at ``t`` and two target noises for that input."""
+    """What the student is trained on: its input ``x_t`` at ``t`` and two target noises for that input.
+
+    ``w`` [B] is each row's guidance scale where the adapter takes one, else empty.
+    """
 
     x_t: Tensor
     t: Tensor
     e_step: Tensor
     e_cfg: Tensor
     replaced: Tensor
+    w: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def stage_targets(

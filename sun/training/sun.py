@@ -45,6 +45,7 @@ class SunTrainConfig:
     max_negative_phrases: int = 100
     empty_negative_probability: float = 0.05
     guidance_scale: float = 8.0
+    guidance_range: tuple[float, float] = (0.0, 0.0)  # not 0: the adapter takes the scale; rows draw theirs from here
     cfg_weight: float = 1.0
     msc_weight: float = 1.0
     stage_length: float = 0.25
@@ -73,9 +74,10 @@ class Student(nn.Module):
         self.adapter = adapter
         self._unet = (unet,)  # in a tuple: not registered, so never trained, saved or averaged
 
-    def forward(self, x: Tensor, t: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-        """Predicted noise [B, 4, H, W] in one call; ``positive`` and ``negative`` are text states [B, L, D]."""
-        kwargs = {"sun_negative": negative}
+    def forward(self, x: Tensor, t: Tensor, positive: Tensor, negative: Tensor, w: Tensor | None = None) -> Tensor:
+        """Predicted noise [B, 4, H, W] in one call; ``positive`` and ``negative`` are text states [B, L, D], ``w`` [B]
+        guidance scales."""
+        kwargs = {"sun_negative": negative, "sun_guidance": w}
         return self._unet[0](x, t, positive, cross_attention_kwargs=kwargs).sample.float()
 
 
@@ -86,14 +88,16 @@ class Teacher:
         self.unet, self.w = unet, guidance_scale
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, t: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, positive: Tensor, negative: Tensor, w: Tensor | None = None) -> Tensor:
+        """``w`` [B]: guidance scales of the rows, else the teacher's own."""
         both = self.unet(torch.cat([x, x]), torch.cat([t, t]), torch.cat([positive, negative])).sample.float()
         e_positive, e_negative = both.chunk(2)
-        return guided_noise(e_positive, e_negative, self.w)
+        return guided_noise(e_positive, e_negative, self.w if w is None else w)
 
 
 def train_sun(config: SunTrainConfig) -> Path:
     """Train and write ``<output>/adapter.safetensors`` with its settings in the header; returns the file."""
+    check_guidance(config)
     pipe = load_base(config.model)
     unet, vae, text_encoder, tokenizer = pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer
     for module in (unet, vae, text_encoder):
@@ -177,12 +181,24 @@ def load_base(model: str) -> Any:
     return pipe
 
 
+def check_guidance(config: SunTrainConfig) -> None:
+    """Raise ConfigError for an impossible ``guidance_range``."""
+    low, high = config.guidance_range
+    if any(config.guidance_range) and not 0 < low <= config.guidance_scale <= high:
+        raise ConfigError(
+            f"guidance_range {low:g} to {high:g} must be above 0 and hold guidance_scale ({config.guidance_scale:g})."
+        )
+
+
 def make_adapter(config: SunTrainConfig, unet: Any) -> SunAdapter:
     """A new adapter with K/V copied from the U-Net, or the one to continue from."""
     if config.init_adapter:
         adapter = SunAdapter.load(config.init_adapter, dtype=torch.float32)
     else:
-        adapter = SunAdapter.from_unet(unet, positive=config.positive_branch, alpha=config.init_alpha)
+        guided = any(config.guidance_range)
+        adapter = SunAdapter.from_unet(
+            unet, positive=config.positive_branch, alpha=config.init_alpha, w=config.guidance_scale, guided=guided
+        )
     return adapter.float().requires_grad_(True).train()
 
 

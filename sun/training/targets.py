@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,8 +52,22 @@ def weighted(
     config: SunTrainConfig, student: Any, targets: StageTargets, positive: Tensor, negative: Tensor
 ) -> dict[str, Tensor]:
     """``total`` = cfg_weight L_cfg + lambda L_msc, and both."""
-    cfg, msc = sun_losses(student(targets.x_t, targets.t, positive, negative), targets)
+    w = targets.w if len(targets.w) else None
+    cfg, msc = sun_losses(student(targets.x_t, targets.t, positive, negative, w), targets)
     return {"total": config.cfg_weight * cfg + config.msc_weight * msc, "cfg": cfg.detach(), "msc": msc.detach()}
+
+
+def draw_guidance(config: SunTrainConfig, count: int, generator: random.Random) -> Tensor:
+    """Guidance scales [count] of the rows, evenly spread in their logarithm; empty unless there is a range."""
+    low, high = config.guidance_range
+    if not low:
+        return torch.empty(0)
+    return torch.tensor([math.exp(generator.uniform(math.log(low), math.log(high))) for _ in range(count)])
+
+
+def rows_of(w: Tensor, rows: Tensor) -> Tensor | None:
+    """The guidance scales of some rows; None where the adapter has its own."""
+    return w[rows] if len(w) else None
 
 
 @dataclass
@@ -92,15 +107,17 @@ class NoisedData:
         t = draw_timesteps(config, len(x0), total, self.rng)
         start = start_timesteps(config, t, total, self.rng).to(x0.device)
         t = t.to(x0.device)
+        w = draw_guidance(config, len(x0), self.rng).to(x0.device)
         noise = torch.randn_like(x0)
         x_start = add_noise(x0, noise, start, self.schedule)
         if config.pure_noise_at_start:
             x_start = torch.where((start == total - 1).view(-1, 1, 1, 1), noise, x_start)
         targets = stage_targets(
             x_start, start, t, round(config.stage_length * total), config.substeps,
-            lambda x, k, rows: self.teacher(x, k, positive[rows], negative[rows]),
-            lambda x, k, rows: self.student(x, k, positive[rows], negative[rows]), self.schedule,
+            lambda x, k, rows: self.teacher(x, k, positive[rows], negative[rows], rows_of(w, rows)),
+            lambda x, k, rows: self.student(x, k, positive[rows], negative[rows], rows_of(w, rows)), self.schedule,
         )  # fmt: skip
+        targets.w = w
         return targets, positive, negative
 
     def losses(self, step: int) -> dict[str, Tensor]:
@@ -127,11 +144,14 @@ class GuidedTrajectories:
     def _grow(self) -> None:
         _, positives, negatives = self.prompts.draw()
         noise = torch.randn(len(positives), *self.shape, device=self.bank.device)
+        w = draw_guidance(self.config, len(positives), self.rng).to(noise.device)
+        every = torch.arange(len(positives), device=noise.device)
         states, guided = run_teacher(
-            self.teacher, noise, self.prompts.encode(positives), self.prompts.encode(negatives), self.bank.stages,
+            lambda x, t, p, n: self.teacher(x, t, p, n, rows_of(w, every)), noise,
+            self.prompts.encode(positives), self.prompts.encode(negatives), self.bank.stages,
             self.config.substeps, self.config.teacher_solver, self.scheduler_config,
         )  # fmt: skip
-        self.bank.add(states, guided, positives, negatives)
+        self.bank.add(states, guided, positives, negatives, w)
 
     def losses(self, step: int) -> dict[str, Tensor]:
         """``total`` and its parts, for one batch."""

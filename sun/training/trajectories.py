@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,19 +21,20 @@ from ..schedule import trailing_timesteps
 from ..schedulers import make_scheduler
 from .algorithm import NoiseSchedule, StageTargets, ddim_update, step_noise
 
-Guided = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(x [B, 4, h, w], t [B], positive, negative [B, 77, D]) -> predicted noise."""
+Guided = Callable[..., Tensor]
+"""(x [B, 4, h, w], t [B], positive, negative [B, 77, D], guidance scales [B] or None) -> predicted noise."""
 
 
 @dataclass
 class Trajectory:
     """One picture's path: ``states`` [S + 1, 4, h, w] at the stage boundaries, ``guided`` [S, 4, h, w] the teacher's
-    prediction at each boundary but the last, and the two prompts."""
+    prediction at each boundary but the last, the two prompts, and the guidance scale (0: the adapter's own)."""
 
     states: Tensor
     guided: Tensor
     positive: str
     negative: str
+    w: float = 0.0
 
 
 @torch.no_grad()
@@ -65,8 +66,12 @@ class TrajectoryBank:
         self.times = torch.tensor([*trailing_timesteps(stages, total), -1], device=device)
         self.stages = stages
 
-    def add(self, states: Tensor, guided: Tensor, positives: list[str], negatives: list[str]) -> None:
-        self.rows.extend(map(Trajectory, states.cpu(), guided.cpu(), positives, negatives))
+    def add(
+        self, states: Tensor, guided: Tensor, positives: list[str], negatives: list[str], w: Tensor | None = None
+    ) -> None:
+        """``w`` [B] are guidance scales, where the adapter takes them."""
+        scales = w.tolist() if w is not None and len(w) else [0.0] * len(states)
+        self.rows.extend(map(Trajectory, states.cpu(), guided.cpu(), positives, negatives, scales))
 
     def pick(self, count: int) -> list[Trajectory]:
         return [self.rows[self.rng.randrange(len(self.rows))] for _ in range(count)]
@@ -85,13 +90,14 @@ class TrajectoryBank:
                 for _ in range(len(rows))
             ]
         )
+        w = self._scales(rows)
         begin = (stage - depth).clamp_min(0)
         x = torch.stack([r.states[k] for r, k in zip(rows, begin.tolist(), strict=True)]).to(self.device)
         for k in range(self.stages - 1):
             moving = ((begin <= k) & (k < stage)).nonzero().flatten().to(self.device)
             if len(moving):
                 now, then = (self.times[i].expand(len(moving)) for i in (k, k + 1))
-                noise = student(x[moving], now, positive[moving], negative[moving])
+                noise = student(x[moving], now, positive[moving], negative[moving], None if w is None else w[moving])
                 x[moving] = ddim_update(x[moving], noise, now, then, self.schedule)
         goal = torch.stack([r.states[k + 1] for r, k in zip(rows, stage.tolist(), strict=True)]).to(self.device)
         guided = torch.stack([r.guided[k] for r, k in zip(rows, stage.tolist(), strict=True)]).to(self.device)
@@ -99,15 +105,22 @@ class TrajectoryBank:
         replaced = (begin < stage).to(self.device)
         if need_guided and replaced.any():
             again = replaced.nonzero().flatten()
-            guided[again] = teacher(x[again], t[again], positive[again], negative[again])
-        return StageTargets(x, t, step_noise(goal, x, t, s, self.schedule), guided, replaced)
+            guided[again] = teacher(
+                x[again], t[again], positive[again], negative[again], None if w is None else w[again]
+            )
+        targets = StageTargets(x, t, step_noise(goal, x, t, s, self.schedule), guided, replaced)
+        return targets if w is None else replace(targets, w=w)
+
+    def _scales(self, rows: list[Trajectory]) -> Tensor | None:
+        return torch.tensor([r.w for r in rows], device=self.device) if rows[0].w else None
 
     def rollout(self, rows: list[Trajectory], student: Guided, positive: Tensor, negative: Tensor) -> Tensor:
         """Mean squared distance of the student's last state to the teacher's, through all stages from pure noise."""
         x = torch.stack([r.states[0] for r in rows]).to(self.device)
+        w = self._scales(rows)
         for k in range(self.stages):
             now, then = (self.times[i].expand(len(x)) for i in (k, k + 1))
-            x = ddim_update(x, student(x, now, positive, negative), now, then, self.schedule)
+            x = ddim_update(x, student(x, now, positive, negative, w), now, then, self.schedule)
         goal = torch.stack([r.states[-1] for r in rows]).to(self.device)
         return (x - goal).square().mean()
 
@@ -118,9 +131,12 @@ class TrajectoryBank:
             "states": torch.stack([r.states for r in self.rows]),
             "guided": torch.stack([r.guided for r in self.rows]),
             "prompts": [(r.positive, r.negative) for r in self.rows],
+            "w": torch.tensor([r.w for r in self.rows]),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows.clear()
         if state:
-            self.add(state["states"], state["guided"], *(list(p) for p in zip(*state["prompts"], strict=True)))
+            self.add(
+                state["states"], state["guided"], *(list(p) for p in zip(*state["prompts"], strict=True)), state["w"]
+            )

@@ -19,6 +19,7 @@ from tiny import make_adapter
 from typer.testing import Result
 
 from sun import SunAdapter
+from sun.files import SunInfo
 from sun.images import grid, read_png_text, save_png, write_atomically
 
 Run = Callable[..., Result]
@@ -112,6 +113,18 @@ def test_convert_there_and_back_loses_nothing(sun: Run, adapter_file: Path, tmp_
     assert all(torch.equal(before[key], after[key]) for key in before)
     sun("convert", adapter_file, tmp_path / "half.safetensors", "--dtype", "float16")
     assert all(p.dtype == torch.float16 for p in SunAdapter.load(tmp_path / "half.safetensors").parameters())
+
+
+def test_convert_fixes_the_guidance_scale_of_an_adapter_that_takes_any(
+    sun: Run, adapter_file: Path, tmp_path: Path
+) -> None:
+    made = SunAdapter([8] * 16, 16, info=SunInfo(guidance_scale=4.0), guided=True)
+    made.save(tmp_path / "any.safetensors")
+    sun("convert", tmp_path / "any.safetensors", tmp_path / "six.safetensors", "--guidance", "6")
+    fixed = SunAdapter.load(tmp_path / "six.safetensors")
+    assert (fixed.guided, fixed.info.guidance_scale) == (False, 6.0)
+    refused = sun("convert", adapter_file, tmp_path / "seven.safetensors", "--guidance", "7", code=2)
+    assert "fixed already" in refused.output
 
 
 def test_train_hands_file_options_and_settings_to_the_configuration(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import sun
+from sun.config import ConfigError
 from sun.emoji.base import sd15_scheduler
 from sun.training.algorithm import NoiseSchedule, ddim_update
 from sun.training.run import RunConfig
@@ -21,7 +22,7 @@ SCHEDULE = NoiseSchedule(sd15_scheduler().alphas_cumprod)
 SHAPE = (4, 2, 2)
 
 
-def bend(x: Tensor, t: Tensor, _p: Tensor, _n: Tensor) -> Tensor:
+def bend(x: Tensor, t: Tensor, *_: object) -> Tensor:
     """A teacher whose prediction depends on the state and the time."""
     return 0.5 * x + (t / 1000).view(-1, 1, 1, 1)
 
@@ -55,8 +56,8 @@ def test_every_target_leads_to_the_teachers_next_state(replace: float, depth: in
     filled = bank(24)
     rows, text = list(filled.rows), torch.zeros(24, 77, 8)
 
-    def student(x: Tensor, t: Tensor, p: Tensor, n: Tensor) -> Tensor:
-        return 0.9 * bend(x, t, p, n)
+    def student(x: Tensor, t: Tensor, *_: object) -> Tensor:
+        return 0.9 * bend(x, t)
 
     targets = filled.stage_batch(rows, student, bend, text, text, replace, depth, need_guided=True)
     s = (targets.t - 250).clamp_min(-1)
@@ -74,7 +75,7 @@ def test_every_target_leads_to_the_teachers_next_state(replace: float, depth: in
 
 
 def test_a_student_that_equals_a_straight_teacher_has_no_distance() -> None:
-    def straight(x: Tensor, *_: Tensor) -> Tensor:
+    def straight(x: Tensor, *_: object) -> Tensor:
         return torch.full_like(x, 0.3)
 
     filled = bank(4, straight)
@@ -109,3 +110,25 @@ def test_training_on_trajectories(tiny_model: Path, pictures: Path, tmp_path: Pa
     adapter = sun.SunAdapter.load(train_sun(config))
     assert adapter.info.training["trajectories"] is True
     assert adapter.info.training["losses"].get("rollout" if rollout else "msc", 0) > 0
+
+
+@pytest.mark.parametrize("trajectories", [True, False])
+def test_an_adapter_that_takes_the_guidance_scale(
+    tiny_model: Path, pictures: Path, tmp_path: Path, trajectories: bool
+) -> None:
+    run = RunConfig(output=str(tmp_path / "run"), steps=2, batch_size=3, precision="fp32", lr=1e-2)
+    config = SunTrainConfig(
+        run=run, model=str(tiny_model), data=str(pictures), substeps=2, guidance_scale=3.0, guidance_range=(1.0, 8.0),
+        trajectories=trajectories, resolution=128, replace_probability=0.5, target_reuse=2,
+    )  # fmt: skip
+    adapter = sun.SunAdapter.load(train_sun(config))
+    assert adapter.guided
+    assert adapter.info.guidance_scale == 3.0
+    slopes = [p for name, p in adapter.named_parameters() if name.endswith("_w")]
+    assert all(p.abs().max() > 0 for p in slopes)
+
+
+def test_a_guidance_range_must_hold_the_scale(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
+    config = SunTrainConfig(model=str(tiny_model), guidance_scale=9.0, guidance_range=(1.0, 8.0))
+    with pytest.raises(ConfigError, match="guidance_range"):
+        train_sun(config)

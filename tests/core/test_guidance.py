@@ -1,0 +1,133 @@
+"""Adapters that take the guidance scale: what they compute, their files, and how diffusers hands them the scale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sun
+from sun.adapter import SunAdapter, SunLayer
+from sun.attention import attend, attention_normalization
+from sun.files import SunFileError, SunInfo
+
+
+def adapter(positive: bool = True, guided: bool = True) -> SunAdapter:
+    torch.manual_seed(0)
+    made = SunAdapter([8, 16], 12, positive, info=SunInfo(guidance_scale=4.0), guided=guided)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(std=0.3)
+    return made.eval()
+
+
+def texts() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(2, 5, 12), torch.randn(2, 7, 12)
+
+
+def run(layer: SunLayer, guidance: torch.Tensor | None = None) -> torch.Tensor:
+    torch.manual_seed(2)
+    query, z_p = torch.randn(2, 2, 9, layer.channels)
+    negative, positive = texts()
+    return layer(query, z_p, negative, positive, heads=2, guidance=guidance)
+
+
+def test_scales_follow_the_logarithm_of_the_guidance_scale() -> None:
+    made = adapter(positive=False)
+    layer = made.sun_layers()[0]
+    torch.manual_seed(2)
+    query, z_p = torch.randn(2, 2, 9, 8)
+    negative = texts()[0]
+    z_n = attend(query, layer.to_k_neg(negative), layer.to_v_neg(negative), 2)
+    for row, w in enumerate((2.0, 11.0)):
+        r = torch.log(torch.tensor(w / 4.0))
+        alpha = layer.alpha_neg + r * layer.alpha_neg_w[0] + r**2 * layer.alpha_neg_w[1]
+        beta = layer.beta_neg + r * layer.beta_neg_w[0] + r**2 * layer.beta_neg_w[1]
+        expected = z_p - attention_normalization(z_n, z_p, alpha, beta)
+        one = layer(query, z_p, negative, heads=2, guidance=made.guidance(w))
+        torch.testing.assert_close(one, expected)
+        both = layer(query, z_p, negative, heads=2, guidance=made.guidance(torch.tensor([2.0, 11.0])))
+        torch.testing.assert_close(both[row], expected[row])
+
+
+def test_its_own_scale_and_none_are_the_plain_adapter() -> None:
+    made = adapter()
+    assert made.guidance(None) is None
+    assert made.guidance(4.0) is None
+    features = made.guidance(torch.tensor([4.0]))
+    for layer in made.sun_layers():
+        torch.testing.assert_close(run(layer, features), run(layer))
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0, 9.5])
+def test_baking_fixes_one_scale(scale: float) -> None:
+    made = adapter()
+    plain = made.bake(scale)
+    assert not plain.guided
+    assert plain.info.guidance_scale == scale
+    for mine, theirs in zip(made.sun_layers(), plain.sun_layers(), strict=True):
+        torch.testing.assert_close(run(theirs), run(mine, made.guidance(scale)))
+
+
+@pytest.mark.parametrize("positive", [True, False])
+def test_files_keep_it_and_the_authors_layout_cannot(tmp_path: Path, positive: bool) -> None:
+    made = adapter(positive)
+    made.save(tmp_path / "a.safetensors")
+    again = SunAdapter.load(tmp_path / "a.safetensors")
+    assert again.guided
+    for a, b in zip(made.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(SunFileError, match="bake"):
+        made.save(tmp_path / "b.safetensors", layout="official")
+    made.bake(7.0).save(tmp_path / "b.safetensors", layout="official")
+    assert SunAdapter.load(tmp_path / "b.safetensors").info.guidance_scale == 7.0
+
+
+def test_a_file_that_lost_some_of_them_is_incomplete(tmp_path: Path) -> None:
+    adapter().save(tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    lost = next(k for k in tensors if k.endswith("beta_pos_w"))
+    del tensors[lost]
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(SunFileError, match=lost.replace(".", r"\.")):
+        SunAdapter.load(tmp_path / "a.safetensors")
+
+
+def test_scales_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="fixed at 4"):
+        adapter(guided=False).guidance(7.0)
+    with pytest.raises(ValueError, match="above 0"):
+        adapter().guidance(0.0)
+    assert adapter(guided=False).guidance(4.0) is None
+
+
+def test_diffusers_hands_over_the_scale(pipe) -> None:
+    made = SunAdapter.from_unet(pipe.unet, alpha=0.3, w=4.0, guided=True)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if name.endswith("_w"):
+                parameter.fill_(0.2)
+
+    def draw(target: SunAdapter, **options: object) -> torch.Tensor:
+        sun.attach(pipe, target, **options.pop("attach", {}))
+        return pipe(
+            "a",
+            negative_prompt="b",
+            num_inference_steps=2,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+            **options,
+        ).images
+
+    own, nine = draw(made), draw(made, guidance_scale=9.0)
+    torch.testing.assert_close(own, draw(made, guidance_scale=4.0))
+    assert not torch.allclose(own, nine)
+    torch.testing.assert_close(nine, draw(made.bake(9.0)))
+    torch.testing.assert_close(nine, draw(made, attach={"guidance_scale": 9.0}))
+    torch.testing.assert_close(draw(made, attach={"guidance_scale": 9.0}, guidance_scale=4.0), own)
+    with pytest.raises(ValueError, match="fixed"):
+        sun.attach(pipe, made.bake(9.0), guidance_scale=3.0)
+    sun.detach(pipe)
