@@ -137,6 +137,5 @@ class TrajectoryBank:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows.clear()
         if state:
-            self.add(
-                state["states"], state["guided"], *(list(p) for p in zip(*state["prompts"], strict=True)), state["w"]
-            )
+            prompts = state["prompts"]
+            self.add(state["states"], state["guided"], [p for p, _ in prompts], [n for _, n in prompts], state["w"])
