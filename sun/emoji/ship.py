@@ -35,9 +35,9 @@ def captioned_grid(images: list[Image.Image], captions: list[str], columns: int)
 
 
 def _edit_json(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    settings = json.loads(path.read_text())
+    settings = json.loads(path.read_text(encoding="utf-8"))
     edit(settings)
-    path.write_text(json.dumps(settings, indent=2) + "\n")
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def make_portable(model: Path) -> None:
@@ -50,6 +50,8 @@ def make_portable(model: Path) -> None:
             _edit_json(config, lambda settings: settings.pop("_name_or_path", None))
     # transformers loads in the dtype named here and diffusers in fp32: name the same one.
     _edit_json(model / "text_encoder" / "config.json", lambda settings: settings.update(dtype="float32"))
+    # A tokenizer that was used remembers how its last texts were padded and cut.
+    _edit_json(model / "tokenizer" / "tokenizer.json", lambda settings: settings.update(truncation=None, padding=None))
 
 
 def describe_machine() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +147,8 @@ def test_the_whole_chain_from_pictures_to_a_shipped_folder(packages: Path, tmp_p
     )  # fmt: skip
     train_base(config)
     out = ship_base(str(tmp_path / "base"), str(tmp_path / "shipped"), 3.0, vae_run=str(tmp_path / "vae"))
+    tokenizer = json.loads((out / "tokenizer" / "tokenizer.json").read_text())
+    assert tokenizer["truncation"] is tokenizer["padding"] is None
     pipe = StableDiffusionPipeline.from_pretrained(out, safety_checker=None)
     assert pipe("polar bear", num_inference_steps=2).images[0].size == (32, 32)
     card = (out / "README.md").read_text()
