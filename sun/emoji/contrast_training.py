@@ -38,7 +38,7 @@ class ContrastConfig:
     )  # fmt: skip
     shape: ContrastShape = field(default_factory=ContrastShape)
     styles: tuple[str, ...] = tuple(STYLES)
-    emojis: str = "everyday"  # or "all": see sources.load_metadata
+    emojis: str = "everyday"  # or "wide", "all": see sources.load_metadata
     tokenizer: str = ""  # folder of a CLIP tokenizer; empty: the shipped model's
     held_out: float = 0.1
     variations: float = 1.0  # see ScenePool.pairs

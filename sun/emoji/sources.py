@@ -22,6 +22,9 @@ from PIL import Image
 METADATA_PACKAGE = "emoji-datasource@16.0.0"
 
 
+VOCABULARIES = ("everyday", "wide", "all")
+
+
 @dataclass(frozen=True)
 class Style:
     """One emoji style: where its pictures are inside which package, and under which licence."""
@@ -103,11 +106,14 @@ def _keys(code: str) -> list[str]:
     return [code, bare, *stripped]
 
 
-def _everyday_names() -> dict[str, str]:
-    """Unicode name -> caption name of ``vocabulary.txt``."""
-    lines = (Path(__file__).parent / "vocabulary.txt").read_text().splitlines()
-    pairs = (line.partition("=") for line in lines if line.strip() and not line.startswith("#"))
-    return {name.strip(): (caption or name).strip() for name, _, caption in pairs}
+def _caption_names(vocabulary: str) -> dict[str, str]:
+    """Unicode name -> caption name of the lines of ``vocabulary.txt`` that ``everyday`` or ``wide`` takes."""
+    names: dict[str, str] = {}
+    for line in (Path(__file__).parent / "vocabulary.txt").read_text().splitlines():
+        if line.strip() and not line.startswith("#") and (vocabulary == "wide" or not line.startswith("+")):
+            name, _, caption = (part.strip() for part in line.removeprefix("+").partition("="))
+            names[name] = caption or name
+    return names
 
 
 def _unambiguous(emojis: list[Emoji]) -> list[Emoji]:
@@ -119,16 +125,17 @@ def _unambiguous(emojis: list[Emoji]) -> list[Emoji]:
 def load_metadata(vocabulary: str = "everyday") -> list[Emoji]:
     """The emoji this project trains on, in Unicode order.
 
-    ``vocabulary``: ``everyday`` for the emoji of ``vocabulary.txt`` (about 270 things recognised at a glance), or
-    ``all`` (about 1,300; flags, letters and persons that differ by gender or skin alone left out).
+    ``vocabulary``: ``everyday`` (about 120 things recognised at a glance) or ``wide`` (about 270), both listed in
+    ``vocabulary.txt``, or ``all`` (about 1,300; flags, letters and persons that differ by gender or skin alone
+    left out).
     """
-    if vocabulary not in ("everyday", "all"):
-        raise ValueError(f"vocabulary must be everyday or all, not {vocabulary!r}")
+    if vocabulary not in VOCABULARIES:
+        raise ValueError(f"vocabulary must be one of {', '.join(VOCABULARIES)}, not {vocabulary!r}")
     with tarfile.open(fetch_package(METADATA_PACKAGE)) as tar:
         member = tar.extractfile("package/emoji.json")
         assert member is not None
         rows = json.load(member)
-    everyday = _everyday_names()
+    renamed = _caption_names("wide" if vocabulary == "all" else vocabulary)
     found = []
     for row in sorted(rows, key=lambda r: r["sort_order"]):
         if row["category"] in _SKIPPED_CATEGORIES or row["subcategory"] in _SKIPPED_SUBCATEGORIES:
@@ -136,11 +143,11 @@ def load_metadata(vocabulary: str = "everyday") -> list[Emoji]:
         if row["category"] == "People & Body" and _GENDERED.match(row["short_name"]):
             continue
         name = _clean(row["name"])
-        if vocabulary == "everyday" and name not in everyday:
+        if vocabulary != "all" and name not in renamed:
             continue
         aliases = tuple(dict.fromkeys(_clean(a) for a in row["short_names"]))
         found.append(
-            Emoji(row["unified"].lower(), everyday.get(name, name), aliases, row["category"], row["subcategory"])
+            Emoji(row["unified"].lower(), renamed.get(name, name), aliases, row["category"], row["subcategory"])
         )
     return _unambiguous(found)
 

@@ -71,7 +71,7 @@ class Autoencoding(torch.nn.Module):
 
 def train_vae(config: VaeConfig) -> Path:
     """Train, write ``<output>/vae`` (diffusers folder) and sample grids; returns the folder."""
-    emojis = load_metadata()
+    emojis = load_metadata("wide")
     pictures = [load_pictures(s, emojis, config.size) for s in (config.style, *config.extra_styles)]
     styles = [(p, [e for e in emojis if e.code in p]) for p in pictures]
     vae = AutoencoderTiny.from_pretrained(config.init_vae).float() if config.init_vae else AutoencoderTiny()
