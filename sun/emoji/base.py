@@ -76,7 +76,7 @@ class SceneConfig:
     style: str = "twemoji"
     emojis: str = "everyday"  # or "wide", "all": see sources.load_metadata
     stages: tuple[tuple[int, float], ...] = ((128, 1.0),)
-    scenes: int = 12000
+    scenes: int = 10000
     empty_captions: float = 0.1
     snr_gamma: float = 5.0
     clean_weight: float = 0.25  # weight of the clean picture's error at every noise level, on top of min-SNR
@@ -102,8 +102,8 @@ class BaseConfig(SceneConfig):
     text_width: int = 128
     text_layers: int = 4
     vocabulary: int = 2048
-    text_steps: int = 800  # of pretraining the text encoder, before the first step of the run
-    text_batch: int = 128
+    text_steps: int = 900  # of pretraining the text encoder, before the first step of the run
+    text_batch: int = 64
     train_text: bool = True  # together with the U-Net; without, a step costs a fifth less
 
 

@@ -15,6 +15,7 @@ from transformers import CLIPTokenizer
 
 from sun.emoji import scenes, sources
 from sun.emoji.base import (
+    SAMPLE_PROMPTS,
     BaseConfig,
     build_text_encoder,
     build_tokenizer,
@@ -22,7 +23,7 @@ from sun.emoji.base import (
 )
 from sun.emoji.scenes import BACKGROUNDS, Scene, caption_of, random_scene, render_scene
 from sun.emoji.ship import captioned_grid, ship_base
-from sun.emoji.text_pretraining import pretrain_text
+from sun.emoji.text_pretraining import SceneReader, pretrain_text
 from sun.emoji.vae import VaeConfig, reconstruction_loss, to_tensor, train_vae
 
 from .conftest import EMOJIS, make_run
@@ -32,13 +33,28 @@ def test_metadata_leaves_flags_out(packages: Path) -> None:
     assert [e.name for e in sources.load_metadata("all")] == [e.name for e in EMOJIS]
 
 
-def test_the_everyday_vocabulary_is_a_renamed_selection(packages: Path) -> None:
-    known = sources._everyday_names()
-    found = sources.load_metadata()
+@pytest.mark.parametrize("vocabulary", ["everyday", "wide"])
+def test_a_vocabulary_is_a_renamed_selection(packages: Path, vocabulary: str) -> None:
+    known = sources._caption_names(vocabulary)
+    found = sources.load_metadata(vocabulary)
     assert [e.name for e in found] == [known[e.name] for e in EMOJIS if e.name in known]
     assert known["aubergine"] == "eggplant"
-    assert len(set(known.values())) == len(known) > 250
-    with pytest.raises(ValueError, match="everyday or all"):
+    assert len(set(known.values())) == len(known)
+
+
+def test_the_everyday_vocabulary_is_the_smaller_one() -> None:
+    everyday, wide = (sources._caption_names(v) for v in ("everyday", "wide"))
+    assert 100 < len(everyday) < 130
+    assert len(wide) > 250
+    assert everyday.items() < wide.items()
+    named = " ".join(everyday.values())
+    for prompt in SAMPLE_PROMPTS:
+        subject = prompt.split(",")[0].removeprefix("large ").removeprefix("small ").split(" and ")[0]
+        assert subject.split(" next to ")[0] in named
+
+
+def test_an_unknown_vocabulary_is_refused(packages: Path) -> None:
+    with pytest.raises(ValueError, match="everyday, wide, all"):
         sources.load_metadata("some")
 
 
@@ -161,6 +177,12 @@ def test_the_whole_chain_from_pictures_to_a_shipped_folder(packages: Path, tmp_p
     unet = StableDiffusionPipeline.from_pretrained(train_base(again), safety_checker=None).unet
     for name, weight in pipe.unet.state_dict().items():
         assert torch.allclose(unet.state_dict()[name].float(), weight.float(), atol=1e-3)
+    # Without the text encoder: the U-Net learns, the encoder stays.
+    alone = replace(config, run=make_run(tmp_path, "alone", lr=0.01), init_model=str(out), train_text=False)
+    trained = StableDiffusionPipeline.from_pretrained(train_base(alone), safety_checker=None)
+    for part, moved in ((trained.text_encoder, False), (trained.unet, True)):
+        before = (pipe.unet if part is trained.unet else pipe.text_encoder).state_dict()
+        assert any(not torch.equal(before[n].float(), w.float()) for n, w in part.state_dict().items()) == moved
 
 
 def test_a_frozen_encoder_keeps_latents_valid(packages: Path, tmp_path: Path) -> None:
@@ -174,7 +196,7 @@ def test_a_frozen_encoder_keeps_latents_valid(packages: Path, tmp_path: Path) ->
 
 
 def test_the_text_encoder_learns_what_captions_look_like(tmp_path: Path) -> None:
-    """Latents that say nothing but the background: the end token's state must come to tell them apart."""
+    """Latents that say nothing but the background: states must come to tell backgrounds and emoji apart."""
     rng = random.Random(0)
     drawn = [random_scene(EMOJIS, rng) for _ in range(64)]
     shades = {name: i for i, name in enumerate(BACKGROUNDS)}
@@ -183,4 +205,20 @@ def test_the_text_encoder_learns_what_captions_look_like(tmp_path: Path) -> None
     tokenizer = build_tokenizer(EMOJIS, 700, tmp_path)
     torch.manual_seed(0)
     encoder = build_text_encoder(BaseConfig(text_width=32, text_layers=1), tokenizer)
-    assert pretrain_text(tokenizer, encoder, drawn, latents, steps=60, batch_size=32) < 0.7
+    learned = pretrain_text(tokenizer, encoder, drawn, latents, steps=250, batch_size=32)
+    assert learned["picture"] < 0.7
+    assert learned["first"] > 0.9
+
+
+def test_a_reader_knows_what_a_scene_shows() -> None:
+    one = Scene((EMOJIS[1],), "red", "large", "left", True, "")
+    two = Scene((EMOJIS[0], EMOJIS[2]), "blue", "", "", False, "")
+    reader = SceneReader(8, [e.code for e in EMOJIS], 16)
+    labels = reader.labels([one, two])
+    names = {name: [reader.choices[name][i] for i in row.tolist()] for name, row in labels.items()}
+    assert names["first"] == [EMOJIS[1].code, EMOJIS[0].code]
+    assert names["second"] == ["none", EMOJIS[2].code]
+    assert names["background"] == ["red", "blue"]
+    assert (names["size"], names["place"], names["mirrored"]) == (["large", ""], ["left", ""], [True, False])
+    for name, head in reader.heads.items():
+        assert head(torch.zeros(1, 8)).shape[1] == len(reader.choices[name])
