@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 # Importing a module registers its commands.
-from .commands import adapters, benchmark, emoji_styles, evaluation, peers, pictures, training
+from .commands import adapters, benchmark, evaluation, pictures, training
 from .commands.app import app
 
-__all__ = ["adapters", "app", "benchmark", "emoji_styles", "evaluation", "main", "peers", "pictures", "training"]
+__all__ = ["adapters", "app", "benchmark", "evaluation", "main", "pictures", "training"]
 
 
 def main() -> None:

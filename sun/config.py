@@ -75,6 +75,19 @@ def assign(config: T, assignments: Sequence[str]) -> T:
     return config
 
 
+def configured(
+    config: T, file: Path | None, given: Mapping[str, Any], run: Mapping[str, Any], assignments: Sequence[str] | None
+) -> T:
+    """``config`` with the file's settings, then the options (``run`` are those of its group ``run``; None was not
+    given), then the assignments: the later wins. Raises ConfigError."""
+    if file:
+        apply(config, read_config(file), str(file))
+    options = {key: value for key, value in given.items() if value is not None}
+    run_options = {key: value for key, value in run.items() if value is not None}
+    apply(config, {**options, "run": run_options} if run_options else options, "options")
+    return assign(config, assignments or [])
+
+
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, type) of every setting."""
     kinds = typing.get_type_hints(type(config))

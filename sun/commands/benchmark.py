@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..config import apply, assign, read_config
+from ..config import configured
 from .app import app
 from .options import ConfigFile, Json, Settings
 from .show import out, write_json
@@ -39,10 +39,7 @@ def train_benchmark(
     from ..training.estimate import estimate as compute
     from ..training.sun import SunTrainConfig
 
-    chosen = SunTrainConfig()
-    if config:
-        apply(chosen, read_config(config), str(config))
-    assign(chosen, settings or [])
+    chosen = configured(SunTrainConfig(), config, {}, {}, settings)
     if estimate and model != "sd15":
         raise typer.BadParameter("the estimate is of SD 1.5's size; leave --model out", param_hint="--model")
     result = compute(chosen) if estimate else measure(chosen, model, updates)

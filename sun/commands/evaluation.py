@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
+from ..config import configured
 from .app import app
 from .options import ConfigFile, Json, Settings
 from .show import figures_table, out, write_json
-from .training import _configured
 
 
 @app.command(
@@ -51,7 +51,7 @@ def evaluate(
         "batch_size": batch_size,
         "seed": seed,
     }
-    wanted = _configured(evaluation.EvaluateConfig(), config, given, {}, settings)
+    wanted = configured(evaluation.EvaluateConfig(), config, given, {}, settings)
     several = bool(wanted.output or wanted.models)
     result = evaluation.report(wanted) if several else evaluation.evaluate(wanted)
     if not processes().is_main_process:

@@ -56,11 +56,6 @@ Settings = Annotated[
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML or JSON file with settings.")]
 
-Output = Annotated[str | None, typer.Option(help="Folder of the run.")]
-Steps = Annotated[int | None, typer.Option(help="Length in steps.", min=1)]
-Minutes = Annotated[float | None, typer.Option(help="Length in minutes, if that ends it sooner.", min=0.0)]
-Resume = Annotated[bool | None, typer.Option("--resume/--no-resume", help="Go on from the run's last checkpoint.")]
-
 
 def parse_size(text: str) -> tuple[int, int]:
     """``512`` or ``512x768`` -> (width, height); empty -> (0, 0), the model's own."""

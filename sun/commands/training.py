@@ -1,81 +1,112 @@
-"""``sun train``, ``sun train-emoji``."""
+"""``sun train``, ``sun train-emoji``, ``sun train-peer``: every trainer has the same options and a few of its own."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..config import apply, assign, read_config
+from ..config import configured
 from .app import app, emoji_app
-from .options import ConfigFile, Minutes, Output, Resume, Settings, Steps
+from .options import ConfigFile, Settings
 from .show import out
 
+peer_app = typer.Typer(no_args_is_help=True, help="Train the methods SUN is measured against.")
+app.add_typer(peer_app, name="train-peer")
 
-@app.command(
-    epilog="""Examples:
-
-sun train --output runs/sun --minutes 30
-
-sun train --model sd15-folder --data pictures/ --batch-size 8 --set guidance_scale=7.5
-
-accelerate launch -m sun train --config sun.toml"""
-)
-def train(
-    config: ConfigFile = None,
-    model: Annotated[
-        str | None, typer.Option(help="Diffusers folder of the frozen model. (emoji: the shipped one)")
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="Folder of pictures and captions, or webdataset shards.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder of the run: checkpoints, samples, adapter.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Length in steps.", min=1)] = None,
-    minutes: Annotated[float | None, typer.Option(help="Length in minutes, if that ends it sooner.", min=0.0)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pictures a step and process.", min=1)] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    resume: Annotated[
+RUN_OPTIONS = {
+    "output": Annotated[str | None, typer.Option(help="Folder of the run: checkpoints, samples, result.")],
+    "steps": Annotated[int | None, typer.Option(help="Length in steps.", min=1)],
+    "minutes": Annotated[float | None, typer.Option(help="Length in minutes, if that ends it sooner.", min=0.0)],
+    "batch_size": Annotated[int | None, typer.Option(help="Pictures a step and process.", min=1)],
+    "lr": Annotated[float | None, typer.Option(help="Learning rate.")],
+    "resume": Annotated[
         bool | None, typer.Option("--resume/--no-resume", help="Go on from the run's last checkpoint.")
-    ] = None,
-    settings: Settings = None,
-) -> None:
-    """Train a SUN adapter for a frozen Stable Diffusion 1.x model (Algorithm 1 of the paper)."""
-    from ..training.sun import SunTrainConfig, train_sun
-
-    given = {"model": model, "data": data}
-    run = {"output": output, "steps": steps, "minutes": minutes, "batch_size": batch_size, "lr": lr, "resume": resume}
-    out.print(f"adapter: {train_sun(_configured(SunTrainConfig(), config, given, run, settings))}", soft_wrap=True)
+    ],
+}
+MODEL = Annotated[str | None, typer.Option(help="Diffusers folder to start from. (emoji: the shipped one)")]
+DATA = Annotated[str | None, typer.Option(help="Folder of pictures and captions, webdataset shards, or emoji:STYLE.")]
+STYLE = Annotated[str | None, typer.Option(help="openmoji, fluent, google or twemoji.")]
 
 
-@emoji_app.command("vae")
-def train_emoji_vae(
-    config: ConfigFile = None,
-    output: Output = None,
-    steps: Steps = None,
-    minutes: Minutes = None,
-    resume: Resume = None,
-    settings: Settings = None,
-) -> None:
-    """Train its autoencoder (TAESD layout)."""
-    from ..emoji.vae import VaeConfig, train_vae
+def add_trainer(
+    group: typer.Typer, name: str, help: str, trains: str, module: str, config: str, function: str, *,
+    options: Mapping[str, Any] | None = None, product: str = "", examples: tuple[str, ...] = (),
+) -> None:  # fmt: skip
+    """Register a command that reads ``module.config`` (of this package) from its options and calls ``module.function``.
 
-    run = {"output": output, "steps": steps, "minutes": minutes, "resume": resume}
-    out.print(f"autoencoder: {train_vae(_configured(VaeConfig(), config, {}, run, settings))}", soft_wrap=True)
+    ``options`` name settings of the configuration; ``trains`` and ``product`` say what lies where, at the end.
+    The module is imported when the command runs: ``--help`` should not wait for torch.
+    """
+    kinds = {**(options or {}), "config": ConfigFile, **RUN_OPTIONS, "settings": Settings}
+
+    def command(**given: Any) -> None:
+        trainer = import_module(f"..{module}", __package__)
+        run = {key: given[key] for key in RUN_OPTIONS}
+        chosen = {key: given[key] for key in options or {}}
+        wanted = configured(getattr(trainer, config)(), given["config"], chosen, run, given["settings"])
+        out.print(f"{trains}: {getattr(trainer, function)(wanted) / product}", soft_wrap=True)
+
+    command.__doc__ = help
+    command.__annotations__ = kinds
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=k) for key, k in kinds.items()]
+    )
+    title = "Examples" if len(examples) > 1 else "Example"
+    group.command(name, epilog=f"{title}:\n\n" + "\n\n".join(examples) if examples else None)(command)
 
 
-@emoji_app.command("base")
-def train_emoji_base(
-    config: ConfigFile = None,
-    output: Output = None,
-    steps: Steps = None,
-    minutes: Minutes = None,
-    resume: Resume = None,
-    settings: Settings = None,
-) -> None:
-    """Train its text encoder and U-Net on a trained autoencoder."""
-    from ..emoji.base import BaseConfig, train_base
-
-    run = {"output": output, "steps": steps, "minutes": minutes, "resume": resume}
-    out.print(f"model: {train_base(_configured(BaseConfig(), config, {}, run, settings))}", soft_wrap=True)
+add_trainer(
+    app, "train", "Train a SUN adapter for a frozen Stable Diffusion 1.x model (Algorithm 1 of the paper).",
+    "adapter", "training.sun", "SunTrainConfig", "train_sun", options={"model": MODEL, "data": DATA},
+    examples=(
+        "sun train --output runs/sun --minutes 30",
+        "sun train --model sd15-folder --data pictures/ --batch-size 8 --set guidance_scale=7.5",
+        "accelerate launch -m sun train --config sun.toml",
+    ),
+)  # fmt: skip
+add_trainer(
+    emoji_app, "vae", "Train its autoencoder (TAESD layout).",
+    "autoencoder", "emoji.vae", "VaeConfig", "train_vae",
+)  # fmt: skip
+add_trainer(
+    emoji_app, "base", "Train its text encoder and U-Net on a trained autoencoder.",
+    "model", "emoji.base", "BaseConfig", "train_base",
+)  # fmt: skip
+add_trainer(
+    emoji_app, "contrast", "Train the image-text model that evaluation judges its pictures by, on all styles.",
+    "image-text model", "emoji.contrast_training", "ContrastConfig", "train_contrast",
+)  # fmt: skip
+add_trainer(
+    emoji_app, "style", "Fine-tune its whole U-Net on another style of emoji.",
+    "model", "emoji.style", "StyleConfig", "train_style", options={"style": STYLE, "model": MODEL},
+    examples=("sun train-emoji style --style fluent --config configs/emoji-style.toml",),
+)  # fmt: skip
+add_trainer(
+    emoji_app, "lora", "Train a LoRA of another style of emoji, for diffusers, ComfyUI and A1111.",
+    "LoRA", "emoji.style", "LoraStyleConfig", "train_lora", options={"style": STYLE, "model": MODEL},
+    examples=("sun train-emoji lora --style google --config configs/emoji-lora.toml",),
+)  # fmt: skip
+add_trainer(
+    peer_app, "lcm-lora", "Train an LCM-LoRA: latent consistency distillation; it takes no negative prompt.",
+    "LoRA", "peers.lcm_lora", "LcmLoraConfig", "train_lcm_lora", options={"model": MODEL, "data": DATA},
+    product="pytorch_lora_weights.safetensors",
+    examples=(
+        "sun train-peer lcm-lora --config configs/peers-lcm-lora.toml --model my-model --data emoji:fluent",
+    ),
+)  # fmt: skip
+add_trainer(
+    peer_app, "guided-distill", "Train the full U-Net on SUN's stage targets; to be done again for every model.",
+    "U-Net", "peers.guided_distillation", "GuidedDistillConfig", "train_guided_distillation",
+    options={"model": MODEL, "data": DATA}, product="unet",
+    examples=(
+        "sun train-peer guided-distill --config configs/peers-guided-distill.toml --model my-model --data emoji:fluent",
+    ),
+)  # fmt: skip
 
 
 @emoji_app.command("ship")
@@ -101,15 +132,3 @@ def train_emoji_ship(
         out.print(f"image-text model: {ship_folder(contrast / 'contrast', EMOJI_CONTRAST, text)}", soft_wrap=True)
     if lora:
         out.print(f"LoRA: {ship_folder(lora / 'lora', MODELS_DIR / lora.name, text)}", soft_wrap=True)
-
-
-def _configured(
-    config: Any, file: Path | None, given: dict[str, Any], run: dict[str, Any], settings: list[str] | None
-) -> Any:
-    """Defaults, then the file, then the options, then ``--set``: the later wins."""
-    if file:
-        apply(config, read_config(file), str(file))
-    apply(config, {k: v for k, v in given.items() if v is not None}, "options")
-    if run:
-        apply(config.run, {k: v for k, v in run.items() if v is not None}, "options")
-    return assign(config, settings or [])
