@@ -136,6 +136,19 @@ def detach(target: Any) -> None:
 # --- the U-Net ---------------------------------------------------------------------------------------------------
 
 
+def frozen_attention(
+    attn: Any, hidden_states: torch.Tensor, text: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(query, Zp, mask) of a layer's own attention over ``text`` [B, L, D], before ``to_out``: query and Zp [B, T, C],
+    the mask over the text's tokens [B, heads, 1 or T, L]."""
+    mask = None
+    if attention_mask is not None:
+        rows, tokens = text.shape[:2]
+        mask = attn.prepare_attention_mask(attention_mask, tokens, rows).unflatten(0, (rows, attn.heads))
+    query = attn.to_q(hidden_states)
+    return query, attend(query, attn.to_k(text), attn.to_v(text), attn.heads, mask), mask
+
+
 class SunAttnProcessor:
     """Cross-attention with SUN: Z = Zp - g(Zn) [+ g'(Ze)], then the layer's own ``to_out`` (Eq. 6)."""
 
@@ -153,13 +166,7 @@ class SunAttnProcessor:
     ) -> torch.Tensor:
         if sun_negative is None or encoder_hidden_states is None or self.strength == 0.0:
             return self.prior(attn, hidden_states, encoder_hidden_states, attention_mask)
-        mask = None
-        if attention_mask is not None:
-            rows, tokens = encoder_hidden_states.shape[:2]
-            mask = attn.prepare_attention_mask(attention_mask, tokens, rows).unflatten(0, (rows, attn.heads))
-        query = attn.to_q(hidden_states)
-        key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
-        z_p = attend(query, key, value, attn.heads, mask)
+        query, z_p, mask = frozen_attention(attn, hidden_states, encoder_hidden_states, attention_mask)
         weight_dtype = self._follow(query)
         z = self.layer(
             query,
@@ -210,9 +217,7 @@ class _UNetAttachment:
         for name, attention in modules.items():
             attention.processor = processors[name]
         attachment.hooks.append(unet.register_forward_pre_hook(_check_negative, with_kwargs=True))
-        for name, module in unet.named_modules():
-            if name.endswith(".attn1"):
-                attachment.hooks.append(module.register_forward_pre_hook(_drop_negative, with_kwargs=True))
+        attachment.hooks += keep_from_self_attention(unet, NEGATIVE, GUIDANCE)
         return attachment
 
     def remove(self) -> None:
@@ -279,11 +284,19 @@ def fit_rows(values: torch.Tensor, batch: int, name: str) -> torch.Tensor:
     return values if rows == batch else values.repeat_interleave(batch // rows, dim=0)
 
 
-def _drop_negative(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """Forward pre-hook of self-attention: diffusers would warn about an option its processor does not know."""
-    if NEGATIVE not in kwargs:
-        return None
-    return args, {key: value for key, value in kwargs.items() if key not in (NEGATIVE, GUIDANCE)}
+def keep_from_self_attention(unet: Any, *names: str) -> list[Any]:
+    """Hook every self-attention so that it does not get the options ``names``, of which diffusers would warn there.
+
+    Returns the hooks' handles.
+    """
+
+    def drop(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if names[0] not in kwargs:
+            return None
+        return args, {key: value for key, value in kwargs.items() if key not in names}
+
+    layers = [module for name, module in unet.named_modules() if name.endswith(".attn1")]
+    return [module.register_forward_pre_hook(drop, with_kwargs=True) for module in layers]
 
 
 REPLACED = (

@@ -166,23 +166,15 @@ def load_peer(module: str, call: MethodCall) -> Any:
 
 
 @contextmanager
-def _nasa(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
-    peer = load_peer("nasa", call)
-    peer.attach_nasa(assets.unet, **call.numbers())
+def _training_free(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
+    """NASA or NAG: ``attach_NAME`` and ``detach_NAME`` of ``sun.peers.NAME``."""
+    name = call.method.name
+    peer = load_peer(name, call)
+    getattr(peer, f"attach_{name}")(assets.unet, **call.numbers())
     try:
         yield _steered(assets.unet, "negative")
     finally:
-        peer.detach_nasa(assets.unet)
-
-
-@contextmanager
-def _nag(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
-    peer = load_peer("nag", call)
-    peer.attach_nag(assets.unet, **call.numbers())
-    try:
-        yield _steered(assets.unet, "negative")
-    finally:
-        peer.detach_nag(assets.unet)
+        getattr(peer, f"detach_{name}")(assets.unet)
 
 
 @contextmanager
@@ -229,8 +221,8 @@ METHODS = {
         Method("euler", "euler", "Euler with CFG", _guided, guided=True, uses_negative=True),
         Method("cond", "dpmpp_2m", "DPM-Solver++ without guidance", _conditional),
         Method("sun", "ddim", "SUN", _sun, uses_negative=True, options=("strength",), named=True),
-        Method("nasa", "ddim", "NASA", _nasa, uses_negative=True, options=("scale",)),
-        Method("nag", "ddim", "NAG", _nag, uses_negative=True, options=("phi", "tau", "alpha")),
+        Method("nasa", "ddim", "NASA", _training_free, uses_negative=True, options=("scale",)),
+        Method("nag", "ddim", "NAG", _training_free, uses_negative=True, options=("phi", "tau", "alpha")),
         Method("lcm-lora", "lcm", "LCM-LoRA", _lcm_lora),
         Method("guided-distill", "ddim", "guided distillation", _guided_distill),
     )

@@ -18,11 +18,10 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..schedulers import make_scheduler
-from ..training.algorithm import add_noise, stage_targets
 from ..training.replay import Batch, ReplayBuffer
 from ..training.run import RunConfig, TrainingRun
 from ..training.sun import SunTrainConfig, Teacher
-from ..training.targets import draw_timesteps, start_timesteps, sun_losses
+from ..training.targets import noised_stage, sun_losses
 from .setup import Distillation, load_frozen
 
 USAGE = """```python
@@ -107,17 +106,11 @@ def train_guided_distillation(config: GuidedDistillConfig) -> Path:
 @torch.no_grad()
 def new_targets(config: SunTrainConfig, work: Distillation, teacher: Teacher, student: Any) -> Batch:
     """Stage targets of a new batch, guided away from the empty prompt, and its text states."""
-    batch, total, stage = work.batch(), work.total, round(config.stage_length * work.total)
-    t = draw_timesteps(config, len(batch.x0), total, work.run.rng)
-    start = start_timesteps(config, t, total, work.run.rng).to(work.device)
-    noise = torch.randn_like(batch.x0)
-    x_start = add_noise(batch.x0, noise, start, work.schedule)
-    if config.pure_noise_at_start:
-        x_start = torch.where((start == total - 1).view(-1, 1, 1, 1), noise, x_start)
-    targets = stage_targets(
-        x_start, start, t.to(work.device), stage, config.substeps,
+    batch = work.batch()
+    targets = noised_stage(
+        config, batch.x0,
         lambda x, k, rows: teacher(x, k, batch.positive[rows], batch.empty[rows]),
-        lambda x, k, rows: student(x, k, batch.positive[rows]), work.schedule,
+        lambda x, k, rows: student(x, k, batch.positive[rows]), work.schedule, work.run.rng,
     )  # fmt: skip
     return targets, batch.positive, batch.empty
 

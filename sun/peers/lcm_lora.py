@@ -29,6 +29,7 @@ from ..adapter import SunAdapter
 from ..config import ConfigError
 from ..training.algorithm import NoiseSchedule, add_noise, ddim_update
 from ..training.run import RunConfig, TrainingRun
+from ..training.sun import Teacher
 from .setup import Batch, Distillation, load_frozen
 
 ADAPTER = "lcm"
@@ -154,10 +155,8 @@ def guided_step(
     unet: Any, x_t: Tensor, t: Tensor, s: Tensor, batch: Batch, w: Tensor, schedule: NoiseSchedule
 ) -> Tensor:
     """x^_s: one DDIM step of the frozen U-Net with e_cfg = w e(c_p) + (1 - w) e(""); w [B] may differ by row."""
-    text = torch.cat([batch.positive, batch.empty])
-    e_positive, e_empty = unet(torch.cat([x_t, x_t]), torch.cat([t, t]), text).sample.float().chunk(2)
-    w = w.view(-1, 1, 1, 1)
-    return ddim_update(x_t, w * e_positive + (1 - w) * e_empty, t, s, schedule)
+    e_cfg = Teacher(unet, 0.0)(x_t, t, batch.positive, batch.empty, w)
+    return ddim_update(x_t, e_cfg, t, s, schedule)
 
 
 def train_lcm_lora(config: LcmLoraConfig) -> Path:

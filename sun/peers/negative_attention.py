@@ -14,7 +14,14 @@ import torch
 
 from ..attention import attend
 from ..layers import layers_of_unet
-from ..pipelines import PLAIN_PROCESSORS, _check_attention, _pipeline_and_unet, fit_negative
+from ..pipelines import (
+    PLAIN_PROCESSORS,
+    _check_attention,
+    _pipeline_and_unet,
+    fit_negative,
+    frozen_attention,
+    keep_from_self_attention,
+)
 
 ARGUMENT = "negative"
 """Name under which the negative text states [B, L, D] travel in ``cross_attention_kwargs``."""
@@ -40,12 +47,7 @@ class NegativeAttnProcessor:
         if negative is None or encoder_hidden_states is None:
             return self.prior(attn, hidden_states, encoder_hidden_states, attention_mask)
         negative = fit_negative(negative, encoder_hidden_states, attn.cross_attention_dim, ARGUMENT)
-        mask = None
-        if attention_mask is not None:  # masks tokens of the positive text
-            rows, tokens = encoder_hidden_states.shape[:2]
-            mask = attn.prepare_attention_mask(attention_mask, tokens, rows).unflatten(0, (rows, attn.heads))
-        query = attn.to_q(hidden_states)
-        z_p = attend(query, attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states), attn.heads, mask)
+        query, z_p, _ = frozen_attention(attn, hidden_states, encoder_hidden_states, attention_mask)
         z_n = attend(query, attn.to_k(negative), attn.to_v(negative), attn.heads)
         return attn.to_out[1](attn.to_out[0](self.combine(z_p, z_n).to(z_p.dtype)))
 
@@ -78,9 +80,7 @@ def attach_negative_attention(target: Any, method: str, combine: Combine) -> Non
     attachment = _Attachment(method, {n: NegativeAttnProcessor(combine, a.processor) for n, a in modules.items()})
     for name, attention in modules.items():
         attention.processor = attachment.processors[name]
-    for name, module in unet.named_modules():
-        if name.endswith(".attn1"):
-            attachment.hooks.append(module.register_forward_pre_hook(_drop_negative, with_kwargs=True))
+    attachment.hooks += keep_from_self_attention(unet, ARGUMENT)
     unet._negative_attention = attachment
 
 
@@ -97,10 +97,3 @@ def detach_negative_attention(target: Any, method: str = "") -> None:
     for hook in attachment.hooks:
         hook.remove()
     del unet._negative_attention
-
-
-def _drop_negative(_module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """Forward pre-hook of self-attention: diffusers would warn about an option its processor does not know."""
-    if ARGUMENT not in kwargs:
-        return None
-    return args, {key: value for key, value in kwargs.items() if key != ARGUMENT}

@@ -17,7 +17,7 @@ from ..training.algorithm import NoiseSchedule
 from ..training.data import Source, build_source
 from ..training.run import DTYPES, RunConfig, TrainingRun
 from ..training.speed import use_fast_attention
-from ..training.sun import SunTrainConfig, load_base, sample_prompts
+from ..training.sun import SunTrainConfig, latent_scale, load_base, sample_prompts
 
 
 class PeerConfig(Protocol):
@@ -50,9 +50,6 @@ class Batch:
 def load_frozen(model: str) -> Any:
     """The pipeline of ``model`` with every weight frozen. Raises ConfigError unless it predicts noise."""
     pipe = load_base(model)
-    kind = pipe.scheduler.config.prediction_type
-    if kind != "epsilon":
-        raise ConfigError(f"{model} predicts {kind!r}; training needs a model that predicts noise (epsilon).")
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
         module.requires_grad_(False).eval()
     return pipe
@@ -76,7 +73,7 @@ class Distillation:
             if not parameter.requires_grad:  # a LoRA on it stays in float32
                 parameter.data = parameter.data.to(DTYPES[config.run.frozen])
         self.schedule = NoiseSchedule(pipe.scheduler.alphas_cumprod).to(self.device)
-        scale = 2 ** (len(pipe.vae.config.get("decoder_block_out_channels") or pipe.vae.config.block_out_channels) - 1)
+        scale = latent_scale(pipe.vae)
         resolution = config.resolution or pipe.unet.config.sample_size * scale
         self.latent_size = resolution // scale
         self.source: Source = run.track(
