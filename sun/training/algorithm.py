@@ -65,6 +65,12 @@ def step_noise(x_s: Tensor, x_t: Tensor, t: Tensor, s: Tensor, schedule: NoiseSc
     return (x_s - a_s * x_t / a_t) / (sigma_s - a_s * sigma_t / a_t)
 
 
+def state_gain(t: Tensor, s: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """|d x_s / d e| of Eq. 9, [B]: how far an error of the noise moves the state one step later."""
+    (a_t, sigma_t), (a_s, sigma_s) = schedule(t), schedule(s)
+    return (sigma_s - a_s * sigma_t / a_t).abs().flatten()
+
+
 def substeps(t: Tensor, s: Tensor, n: int) -> list[Tensor]:
     """The n + 1 timesteps from t down to s, evenly spaced and rounded."""
     return [(t + (s - t) * (i / n)).round().long() for i in range(n + 1)]

@@ -48,6 +48,7 @@ class SunTrainConfig:
     guidance_range: tuple[float, float] = (0.0, 0.0)  # not 0: the adapter takes the scale; rows draw theirs from here
     cfg_weight: float = 1.0
     msc_weight: float = 1.0
+    msc_error: str = "noise"  # "state": L_msc in the state that the stage ends in, where the noisy stages weigh more
     stage_length: float = 0.25
     substeps: int = 6
     replace_probability: float = 0.1
@@ -97,7 +98,7 @@ class Teacher:
 
 def train_sun(config: SunTrainConfig) -> Path:
     """Train and write ``<output>/adapter.safetensors`` with its settings in the header; returns the file."""
-    check_guidance(config)
+    check_settings(config)
     pipe = load_base(config.model)
     unet, vae, text_encoder, tokenizer = pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer
     for module in (unet, vae, text_encoder):
@@ -119,9 +120,8 @@ def train_sun(config: SunTrainConfig) -> Path:
     attach(unet, adapter)
     schedule = NoiseSchedule(pipe.scheduler.alphas_cumprod).to(device)
     teacher = Teacher(unet, config.guidance_scale)
-    resolution = config.resolution or unet.config.sample_size * 2 ** (
-        len(vae.config.get("decoder_block_out_channels") or vae.config.block_out_channels) - 1
-    )
+    scale = latent_scale(vae)
+    resolution = config.resolution or unet.config.sample_size * scale
 
     @torch.no_grad()
     def encode(texts: list[str]) -> Tensor:
@@ -142,7 +142,7 @@ def train_sun(config: SunTrainConfig) -> Path:
     prompts = Prompts(source, negatives, run.rng, source.encoder(encode), config.empty_captions, config.run.batch_size)
     objective: NoisedData | GuidedTrajectories
     if config.trajectories:
-        shape = (unet.config.in_channels, resolution // 8, resolution // 8)
+        shape = (unet.config.in_channels, resolution // scale, resolution // scale)
         objective = GuidedTrajectories(config, run, prompts, teacher, schedule, pipe.scheduler.config, shape)
     else:
         objective = NoisedData(config, run, prompts, teacher, schedule)
@@ -181,8 +181,16 @@ def load_base(model: str) -> Any:
     return pipe
 
 
-def check_guidance(config: SunTrainConfig) -> None:
-    """Raise ConfigError for an impossible ``guidance_range``."""
+def latent_scale(vae: Any) -> int:
+    """Pixels to a side of one latent: 8 for Stable Diffusion's autoencoders."""
+    stages = vae.config.get("decoder_block_out_channels") or vae.config.block_out_channels
+    return int(2 ** (len(stages) - 1))
+
+
+def check_settings(config: SunTrainConfig) -> None:
+    """Raise ConfigError for an unknown ``msc_error`` or an impossible ``guidance_range``."""
+    if config.msc_error not in ("noise", "state"):
+        raise ConfigError(f"msc_error is noise or state, not {config.msc_error!r}.")
     low, high = config.guidance_range
     if any(config.guidance_range) and not 0 < low <= config.guidance_scale <= high:
         raise ConfigError(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .algorithm import NoiseSchedule, StageTargets, add_noise, stage_targets
+from .algorithm import NoiseSchedule, StageTargets, add_noise, stage_targets, state_gain
 from .data import Source
 from .negatives import NegativePrompts
 from .replay import Batch, ReplayBuffer
@@ -21,6 +21,9 @@ from .trajectories import TrajectoryBank, run_teacher
 
 if TYPE_CHECKING:
     from .sun import SunTrainConfig, Teacher
+
+RowsModel = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x [R, 4, h, w], t [R], rows [R] of the batch) -> predicted noise."""
 
 
 def draw_timesteps(config: SunTrainConfig, count: int, total: int, generator: random.Random) -> Tensor:
@@ -43,18 +46,50 @@ def start_timesteps(config: SunTrainConfig, t: Tensor, total: int, generator: ra
     return torch.where(replaced, t + stage, t)
 
 
+@torch.no_grad()
+def noised_stage(
+    config: SunTrainConfig, x0: Tensor, teacher: RowsModel, student: RowsModel, schedule: NoiseSchedule,
+    rng: random.Random,
+) -> StageTargets:  # fmt: skip
+    """Stage targets of a batch of latents ``x0`` [B, 4, h, w], noised to random timesteps (Algorithm 1)."""
+    total = schedule.num_train_timesteps
+    t = draw_timesteps(config, len(x0), total, rng)
+    start = start_timesteps(config, t, total, rng).to(x0.device)
+    noise = torch.randn_like(x0)
+    x_start = add_noise(x0, noise, start, schedule)
+    if config.pure_noise_at_start:
+        x_start = torch.where((start == total - 1).view(-1, 1, 1, 1), noise, x_start)
+    stage = round(config.stage_length * total)
+    return stage_targets(x_start, start, t.to(x0.device), stage, config.substeps, teacher, student, schedule)
+
+
 def sun_losses(predicted: Tensor, targets: StageTargets) -> tuple[Tensor, Tensor]:
     """(L_cfg, L_msc), both at the same input x_t (Eq. 8 and 11)."""
     return F.mse_loss(predicted, targets.e_cfg), F.mse_loss(predicted, targets.e_step)
 
 
+def state_weights(config: SunTrainConfig, t: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """Weights [B] that turn the error of a stage's noise into the error of the state it leads to, times a constant:
+    their mean over the stages' starts is 1."""
+    stage = round(config.stage_length * schedule.num_train_timesteps)
+    starts = torch.arange(schedule.num_train_timesteps - 1, -1, -stage, device=t.device)
+    gains, own = (state_gain(k, (k - stage).clamp_min(-1), schedule).square() for k in (starts, t))
+    return own / gains.mean()
+
+
 def weighted(
-    config: SunTrainConfig, student: Any, targets: StageTargets, positive: Tensor, negative: Tensor
-) -> dict[str, Tensor]:
-    """``total`` = cfg_weight L_cfg + lambda L_msc, and both."""
+    config: SunTrainConfig, student: Any, targets: StageTargets, positive: Tensor, negative: Tensor,
+    schedule: NoiseSchedule,
+) -> dict[str, Tensor]:  # fmt: skip
+    """``total`` = cfg_weight L_cfg + lambda L_msc, and both, unweighted."""
     w = targets.w if len(targets.w) else None
-    cfg, msc = sun_losses(student(targets.x_t, targets.t, positive, negative, w), targets)
-    return {"total": config.cfg_weight * cfg + config.msc_weight * msc, "cfg": cfg.detach(), "msc": msc.detach()}
+    predicted = student(targets.x_t, targets.t, positive, negative, w)
+    cfg, msc = sun_losses(predicted, targets)
+    objective = msc
+    if config.msc_error == "state":
+        per_row = (predicted - targets.e_step).square().mean((1, 2, 3))
+        objective = (state_weights(config, targets.t, schedule) * per_row).mean()
+    return {"total": config.cfg_weight * cfg + config.msc_weight * objective, "cfg": cfg.detach(), "msc": msc.detach()}
 
 
 def draw_guidance(config: SunTrainConfig, count: int, generator: random.Random) -> Tensor:
@@ -101,21 +136,14 @@ class NoisedData:
 
     @torch.no_grad()
     def _new(self) -> Batch:
-        config, total = self.config, self.schedule.num_train_timesteps
         x0, captions, negatives = self.prompts.draw()
         positive, negative = self.prompts.encode(captions), self.prompts.encode(negatives)
-        t = draw_timesteps(config, len(x0), total, self.rng)
-        start = start_timesteps(config, t, total, self.rng).to(x0.device)
-        t = t.to(x0.device)
-        w = draw_guidance(config, len(x0), self.rng).to(x0.device)
-        noise = torch.randn_like(x0)
-        x_start = add_noise(x0, noise, start, self.schedule)
-        if config.pure_noise_at_start:
-            x_start = torch.where((start == total - 1).view(-1, 1, 1, 1), noise, x_start)
-        targets = stage_targets(
-            x_start, start, t, round(config.stage_length * total), config.substeps,
+        w = draw_guidance(self.config, len(x0), self.rng).to(x0.device)
+        targets = noised_stage(
+            self.config, x0,
             lambda x, k, rows: self.teacher(x, k, positive[rows], negative[rows], rows_of(w, rows)),
-            lambda x, k, rows: self.student(x, k, positive[rows], negative[rows], rows_of(w, rows)), self.schedule,
+            lambda x, k, rows: self.student(x, k, positive[rows], negative[rows], rows_of(w, rows)),
+            self.schedule, self.rng,
         )  # fmt: skip
         targets.w = w
         return targets, positive, negative
@@ -124,7 +152,7 @@ class NoisedData:
         """``total`` and its parts, for one batch."""
         fresh = not self.recent or step % self.config.target_reuse == 0
         batch = self.recent.add(self._new()) if fresh else self.recent.draw(self.rng)
-        return weighted(self.config, self.student, *batch)
+        return weighted(self.config, self.student, *batch, self.schedule)
 
 
 class GuidedTrajectories:
@@ -138,8 +166,12 @@ class GuidedTrajectories:
         self.scheduler_config, self.shape, self.student = scheduler_config, shape, run.modules["student"]
         stages = round(1 / config.stage_length)
         self.bank = run.track(
-            "bank", TrajectoryBank(config.bank_size, stages, schedule, run.rng, run.accelerator.device)
-        )
+            "bank",
+            TrajectoryBank(
+                config.bank_size, stages, schedule, run.rng, run.accelerator.device,
+                1 if config.stage_start_probability == 1 else config.substeps, config.stage_start_probability,
+            ),
+        )  # fmt: skip
 
     def _grow(self) -> None:
         _, positives, negatives = self.prompts.draw()
@@ -150,6 +182,7 @@ class GuidedTrajectories:
             lambda x, t, p, n: self.teacher(x, t, p, n, rows_of(w, every)), noise,
             self.prompts.encode(positives), self.prompts.encode(negatives), self.bank.stages,
             self.config.substeps, self.config.teacher_solver, self.scheduler_config,
+            self.config.substeps // self.bank.span,
         )  # fmt: skip
         self.bank.add(states, guided, positives, negatives, w)
 
@@ -168,4 +201,4 @@ class GuidedTrajectories:
             rows, self.student, self.teacher, positive, negative, config.replace_probability, config.replace_depth,
             need_guided=config.cfg_weight > 0,
         )  # fmt: skip
-        return weighted(config, self.student, targets, positive, negative)
+        return weighted(config, self.student, targets, positive, negative, self.bank.schedule)

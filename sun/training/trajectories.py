@@ -27,8 +27,8 @@ Guided = Callable[..., Tensor]
 
 @dataclass
 class Trajectory:
-    """One picture's path: ``states`` [S + 1, 4, h, w] at the stage boundaries, ``guided`` [S, 4, h, w] the teacher's
-    prediction at each boundary but the last, the two prompts, and the guidance scale (0: the adapter's own)."""
+    """One picture's path: ``states`` [S + 1, 4, h, w] at the kept times, ``guided`` [S, 4, h, w] the teacher's
+    prediction at each of them but the last, the two prompts, and the guidance scale (0: the adapter's own)."""
 
     states: Tensor
     guided: Tensor
@@ -40,31 +40,42 @@ class Trajectory:
 @torch.no_grad()
 def run_teacher(
     teacher: Guided, noise: Tensor, positive: Tensor, negative: Tensor, stages: int, substeps: int, solver: str,
-    scheduler_config: Mapping[str, Any],
+    scheduler_config: Mapping[str, Any], every: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(states [B, S + 1, ...], guided [B, S, ...]) of ``stages`` x ``substeps`` steps of ``solver`` from ``noise``."""
+    """(states [B, S + 1, ...], guided [B, S, ...]) of ``stages`` x ``substeps`` steps of ``solver`` from ``noise``.
+
+    Every ``every``-th step is kept, by default the stage boundaries alone: S = stages x substeps / every.
+    """
+    every = every or substeps
     scheduler = make_scheduler(solver, scheduler_config)
     scheduler.set_timesteps(stages * substeps, device=noise.device)
     x, states, guided = noise, [noise], []
     for i, t in enumerate(scheduler.timesteps):
         predicted = teacher(x, t.expand(len(x)), positive, negative).float()
-        if i % substeps == 0:
+        if i % every == 0:
             guided.append(predicted)
         x = scheduler.step(predicted, t, x, return_dict=False)[0]
-        if (i + 1) % substeps == 0:
+        if (i + 1) % every == 0:
             states.append(x)
     return torch.stack(states, 1), torch.stack(guided, 1)
 
 
 class TrajectoryBank:
-    """The latest ``size`` trajectories; draws batches of (boundary, next boundary) from them."""
+    """The latest ``size`` trajectories; draws batches of (a time, the time one stage later) from them.
 
-    def __init__(self, size: int, stages: int, schedule: NoiseSchedule, rng: random.Random, device: torch.device):
+    ``span`` times are kept of each stage: 1 is its start alone. With more, a drawn time is a stage's start with
+    ``start_probability``, else any of them, so that the student also learns the times of other step counts.
+    """
+
+    def __init__(
+        self, size: int, stages: int, schedule: NoiseSchedule, rng: random.Random, device: torch.device,
+        span: int = 1, start_probability: float = 1.0,
+    ):  # fmt: skip
         self.rows: deque[Trajectory] = deque(maxlen=size)
         self.schedule, self.rng, self.device = schedule, rng, device
         total = schedule.num_train_timesteps
-        self.times = torch.tensor([*trailing_timesteps(stages, total), -1], device=device)
-        self.stages = stages
+        self.times = torch.tensor([*trailing_timesteps(stages * span, total), -1], device=device)
+        self.stages, self.span, self.start_probability = stages, span, start_probability
 
     def add(
         self, states: Tensor, guided: Tensor, positives: list[str], negatives: list[str], w: Tensor | None = None
@@ -76,14 +87,20 @@ class TrajectoryBank:
     def pick(self, count: int) -> list[Trajectory]:
         return [self.rows[self.rng.randrange(len(self.rows))] for _ in range(count)]
 
+    def _draw_time(self) -> int:
+        if self.rng.random() < self.start_probability:
+            return self.span * self.rng.randrange(self.stages)
+        return self.rng.randrange(self.stages * self.span)
+
     @torch.no_grad()
     def stage_batch(
         self, rows: list[Trajectory], student: Guided, teacher: Guided, positive: Tensor, negative: Tensor,
         replace_probability: float, replace_depth: int, need_guided: bool,
     ) -> StageTargets:  # fmt: skip
-        """A random stage of every row. With ``replace_probability`` its input is where the student itself arrives
+        """A random time of every row. With ``replace_probability`` its input is where the student itself arrives
         from up to ``replace_depth`` stages earlier; the target stays the teacher's next state (Eq. 12-13)."""
-        stage = torch.tensor([self.rng.randrange(self.stages) for _ in rows])
+        span, last = self.span, len(self.times) - 1
+        place = torch.tensor([self._draw_time() for _ in rows])
         depth = torch.tensor(
             [
                 self.rng.randint(1, replace_depth) if self.rng.random() < replace_probability else 0
@@ -91,18 +108,20 @@ class TrajectoryBank:
             ]
         )
         w = self._scales(rows)
-        begin = (stage - depth).clamp_min(0)
-        x = torch.stack([r.states[k] for r, k in zip(rows, begin.tolist(), strict=True)]).to(self.device)
-        for k in range(self.stages - 1):
-            moving = ((begin <= k) & (k < stage)).nonzero().flatten().to(self.device)
-            if len(moving):
-                now, then = (self.times[i].expand(len(moving)) for i in (k, k + 1))
-                noise = student(x[moving], now, positive[moving], negative[moving], None if w is None else w[moving])
-                x[moving] = ddim_update(x[moving], noise, now, then, self.schedule)
-        goal = torch.stack([r.states[k + 1] for r, k in zip(rows, stage.tolist(), strict=True)]).to(self.device)
-        guided = torch.stack([r.guided[k] for r, k in zip(rows, stage.tolist(), strict=True)]).to(self.device)
-        t, s = self.times[stage.to(self.device)], self.times[stage.to(self.device) + 1]
-        replaced = (begin < stage).to(self.device)
+        at = place - span * torch.minimum(depth, place // span)  # where the student begins
+        replaced = (at < place).to(self.device)
+        x = torch.stack([r.states[k] for r, k in zip(rows, at.tolist(), strict=True)]).to(self.device)
+        while (at < place).any():
+            moving = (at < place).nonzero().flatten()
+            now, then = (self.times[k.to(self.device)] for k in (at[moving], at[moving] + span))
+            at[moving] += span
+            moving = moving.to(self.device)
+            noise = student(x[moving], now, positive[moving], negative[moving], None if w is None else w[moving])
+            x[moving] = ddim_update(x[moving], noise, now, then, self.schedule)
+        following = (place + span).clamp_max(last)
+        goal = torch.stack([r.states[k] for r, k in zip(rows, following.tolist(), strict=True)]).to(self.device)
+        guided = torch.stack([r.guided[k] for r, k in zip(rows, place.tolist(), strict=True)]).to(self.device)
+        t, s = self.times[place.to(self.device)], self.times[following.to(self.device)]
         if need_guided and replaced.any():
             again = replaced.nonzero().flatten()
             guided[again] = teacher(
@@ -119,7 +138,7 @@ class TrajectoryBank:
         x = torch.stack([r.states[0] for r in rows]).to(self.device)
         w = self._scales(rows)
         for k in range(self.stages):
-            now, then = (self.times[i].expand(len(x)) for i in (k, k + 1))
+            now, then = (self.times[i * self.span].expand(len(x)) for i in (k, k + 1))
             x = ddim_update(x, student(x, now, positive, negative, w), now, then, self.schedule)
         goal = torch.stack([r.states[-1] for r in rows]).to(self.device)
         return (x - goal).square().mean()

@@ -16,6 +16,7 @@ from sun.emoji.base import sd15_scheduler
 from sun.training.algorithm import NoiseSchedule, ddim_update
 from sun.training.run import RunConfig
 from sun.training.sun import SunTrainConfig, train_sun
+from sun.training.targets import state_weights
 from sun.training.trajectories import TrajectoryBank, run_teacher
 
 SCHEDULE = NoiseSchedule(sd15_scheduler().alphas_cumprod)
@@ -27,12 +28,14 @@ def bend(x: Tensor, t: Tensor, *_: object) -> Tensor:
     return 0.5 * x + (t / 1000).view(-1, 1, 1, 1)
 
 
-def bank(count: int = 6, teacher=bend, solver: str = "ddim") -> TrajectoryBank:
+def bank(
+    count: int = 6, teacher=bend, solver: str = "ddim", span: int = 1, start_probability: float = 1.0
+) -> TrajectoryBank:
     torch.manual_seed(0)
     text = torch.zeros(count, 77, 8)
     noise = torch.randn(count, *SHAPE)
-    states, guided = run_teacher(teacher, noise, text, text, 4, 3, solver, sd15_scheduler().config)
-    filled = TrajectoryBank(count, 4, SCHEDULE, random.Random(0), torch.device("cpu"))
+    states, guided = run_teacher(teacher, noise, text, text, 4, 3, solver, sd15_scheduler().config, 3 // span)
+    filled = TrajectoryBank(count, 4, SCHEDULE, random.Random(0), torch.device("cpu"), span, start_probability)
     filled.add(states, guided, [f"p{i}" for i in range(count)], [f"n{i}" for i in range(count)])
     return filled
 
@@ -74,6 +77,46 @@ def test_every_target_leads_to_the_teachers_next_state(replace: float, depth: in
         assert targets.replaced.sum() == sum(k > 0 for k in stage)
 
 
+@pytest.mark.parametrize(("replace", "depth"), [(0.0, 1), (1.0, 2)])
+def test_between_the_stages_a_target_is_the_state_one_stage_later(replace: float, depth: int) -> None:
+    filled = bank(48, span=3, start_probability=0.25)
+    rows, text = list(filled.rows), torch.zeros(48, 77, 8)
+    assert rows[0].states.shape == (13, *SHAPE)
+    path = [999, 916, 832, 749, 666, 582, 499, 416, 332, 249, 166, 82, -1]
+    assert filled.times.tolist() == path
+
+    def student(x: Tensor, t: Tensor, *_: object) -> Tensor:
+        return 0.9 * bend(x, t)
+
+    targets = filled.stage_batch(rows, student, bend, text, text, replace, depth, need_guided=True)
+    places = [path.index(t) for t in targets.t.tolist()]
+    assert len(set(places)) > 8
+    assert sum(k % 3 == 0 for k in places) > len(places) / 3
+    ends = torch.tensor([path[min(k + 3, 12)] for k in places])
+    arrived = ddim_update(targets.x_t, targets.e_step, targets.t, ends, SCHEDULE)
+    goal = torch.stack([r.states[min(k + 3, 12)] for r, k in zip(rows, places, strict=True)])
+    torch.testing.assert_close(arrived, goal, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(targets.e_cfg, bend(targets.x_t, targets.t, text, text), rtol=1e-4, atol=1e-4)
+    assert targets.replaced.sum() == (sum(k >= 3 for k in places) if replace else 0)
+    for i, (row, place) in enumerate(zip(rows, places, strict=True)):
+        if not targets.replaced[i]:
+            torch.testing.assert_close(targets.x_t[i], row.states[place])
+
+
+def test_weights_turn_the_error_of_the_noise_into_that_of_the_next_state() -> None:
+    torch.manual_seed(0)
+    t = torch.tensor([999, 749, 499, 249, 600, 100])
+    s = (t - 250).clamp_min(-1)
+    x, right, wrong = torch.randn(3, 6, *SHAPE)
+    moved = [ddim_update(x, e, t, s, SCHEDULE) for e in (right, wrong)]
+    states = (moved[0] - moved[1]).square().mean((1, 2, 3))
+    noises = (right - wrong).square().mean((1, 2, 3))
+    weights = state_weights(SunTrainConfig(), t, SCHEDULE)
+    torch.testing.assert_close(weights / weights[0], (states / noises) / (states / noises)[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(weights[:4].mean(), torch.tensor(1.0))
+    assert weights[0] > weights[1] > weights[2] > 0
+
+
 def test_a_student_that_equals_a_straight_teacher_has_no_distance() -> None:
     def straight(x: Tensor, *_: object) -> Tensor:
         return torch.full_like(x, 0.3)
@@ -100,12 +143,17 @@ def test_the_bank_keeps_the_latest_trajectories() -> None:
     assert [r.positive for r in filled.rows] == ["p2", "p3", "p4", "p5"]
 
 
-@pytest.mark.parametrize("rollout", [0.0, 1.0])
-def test_training_on_trajectories(tiny_model: Path, pictures: Path, tmp_path: Path, rollout: float) -> None:
+@pytest.mark.parametrize(
+    ("rollout", "starts", "error"), [(0.0, 1.0, "noise"), (0.0, 0.5, "state"), (1.0, 1.0, "noise")]
+)
+def test_training_on_trajectories(
+    tiny_model: Path, pictures: Path, tmp_path: Path, rollout: float, starts: float, error: str
+) -> None:
     run = RunConfig(output=str(tmp_path / "run"), steps=3, batch_size=3, precision="fp32", ema_decay=0.5, lr=1e-3)
     config = SunTrainConfig(
         run=run, model=str(tiny_model), data=str(pictures), substeps=2, guidance_scale=3.0, trajectories=True,
         resolution=128, replace_probability=0.5, replace_depth=3, target_reuse=2, rollout_probability=rollout,
+        stage_start_probability=starts, msc_error=error,
     )  # fmt: skip
     adapter = sun.SunAdapter.load(train_sun(config))
     assert adapter.info.training["trajectories"] is True
@@ -126,6 +174,11 @@ def test_an_adapter_that_takes_the_guidance_scale(
     assert adapter.info.guidance_scale == 3.0
     slopes = [p for name, p in adapter.named_parameters() if name.endswith("_w")]
     assert all(p.abs().max() > 0 for p in slopes)
+
+
+def test_an_unknown_error_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(ConfigError, match="msc_error is noise or state"):
+        train_sun(SunTrainConfig(model=str(tiny_model), msc_error="pixels"))
 
 
 def test_a_guidance_range_must_hold_the_scale(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
