@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import files
-from .attention import Attend, attend, attention_normalization
+from .attention import Attend, attend, attention_normalization, scale_and_shift
 from .files import Layout, SunFileError, SunInfo
 from .layers import guess_layers, layers_of_unet
 
@@ -24,7 +24,8 @@ class SunLayer(nn.Module):
 
     channels: width C of the layer. text_width: width of the text embeddings. positive: with the positive branch.
     linear: class of the projections, for hosts with their own (ComfyUI's ``comfy.ops.manual_cast.Linear``).
-    guided: alpha and beta depend on the guidance scale.
+    guided: alpha and beta depend on the guidance scale. normalized: with Attention Normalization; without, alpha and
+    beta scale and shift the branch as it is (the paper's Fig. 8).
     """
 
     def __init__(
@@ -37,9 +38,11 @@ class SunLayer(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         guided: bool = False,
+        normalized: bool = True,
     ) -> None:
         super().__init__()
         self.channels, self.text_width, self.positive, self.guided = channels, text_width, positive, guided
+        self.normalize = attention_normalization if normalized else scale_and_shift
 
         def projection() -> nn.Module:
             return linear(text_width, channels, bias=False, device=device, dtype=dtype)
@@ -93,16 +96,14 @@ class SunLayer(nn.Module):
             return z_p
         key, value = self.to_k_neg(negative).to(query.dtype), self.to_v_neg(negative).to(query.dtype)
         z_n = attend(query, key, value, heads)
-        change = -attention_normalization(
-            z_n, z_p, self._scale("alpha_neg", guidance), self._scale("beta_neg", guidance)
-        )
+        change = -self.normalize(z_n, z_p, self._scale("alpha_neg", guidance), self._scale("beta_neg", guidance))
         if self.positive:
             if positive is None:
                 raise ValueError("This adapter has a positive branch: pass the positive text embeddings as `positive`.")
             key, value = self.to_k_pos(positive).to(query.dtype), self.to_v_pos(positive).to(query.dtype)
             mask = () if positive_mask is None else (positive_mask,)
             z_e = attend(query, key, value, heads, *mask)
-            change = change + attention_normalization(
+            change = change + self.normalize(
                 z_e, z_p, self._scale("alpha_pos", guidance), self._scale("beta_pos", guidance)
             )
         return (z_p + strength * change).to(z_p.dtype)
@@ -112,6 +113,7 @@ class SunAdapter(nn.Module):
     """All layers of an adapter, in the order of ``unet.attn_processors`` (down, up, middle).
 
     channels: width of each layer. names: readable layer names for files; derived from the widths if not given.
+    info: what the file says of it; ``info.normalized`` decides whether the layers normalize.
     """
 
     def __init__(
@@ -131,7 +133,8 @@ class SunAdapter(nn.Module):
         self.text_width, self.positive, self.guided = text_width, positive, guided
         self.info = replace(info or SunInfo(), branches="negative+positive" if positive else "negative")
         self.layers = nn.ModuleList(
-            SunLayer(c, text_width, positive, linear, device, dtype, guided=guided) for c in channels
+            SunLayer(c, text_width, positive, linear, device, dtype, guided=guided, normalized=self.info.normalized)
+            for c in channels
         )
         if names is None:
             guessed = guess_layers(channels)

@@ -35,9 +35,8 @@ def attention_normalization(
     """Attention Normalization: g(Zn) = alpha * Zn * ||Zp|| / ||Zn|| + beta (Eq. 5).
 
     z_n, z_p [B, T, C]; alpha, beta [C], or [B, 1, C] where images differ. The norms are Frobenius norms over one image
-    (tokens and channels), so that a
-    picture does not depend on its batch mates, and everything is computed in float32 or better. A branch that is
-    zero gives beta. Returns [B, T, C] in float32 (float64 for float64 input).
+    (tokens and channels), so that a picture does not depend on its batch mates, and everything is computed in float32
+    or better. A branch that is zero gives beta. Returns [B, T, C] in float32 (float64 for float64 input).
     """
     dtype = torch.promote_types(z_p.dtype, torch.float32)
     norm_p = torch.linalg.vector_norm(z_p, dim=(-2, -1), keepdim=True, dtype=dtype)
@@ -45,3 +44,9 @@ def attention_normalization(
     alpha = alpha.to(device=z_n.device, dtype=dtype)
     beta = beta.to(device=z_n.device, dtype=dtype)
     return z_n.to(dtype) * (alpha * (norm_p / norm_n.clamp(min=eps))) + beta
+
+
+def scale_and_shift(z_n: torch.Tensor, z_p: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """alpha * Zn + beta: what the paper compares Attention Normalization with (Fig. 8). Shapes and dtypes as there."""
+    dtype = torch.promote_types(z_p.dtype, torch.float32)
+    return z_n.to(dtype) * alpha.to(z_n.device, dtype) + beta.to(z_n.device, dtype)

@@ -61,6 +61,8 @@ class SunInfo:
     """w, the classifier-free guidance scale fixed in the weights; where an adapter takes any, the one by default."""
     stage_length: float | None = None
     """Delta, the share of the time axis one step covers (0.25: four steps)."""
+    normalized: bool = True
+    """With Attention Normalization (Eq. 5), as every adapter but one trained to see what it is good for."""
     branches: str = ""
     """"negative" (the paper) or "negative+positive" (the authors' release)."""
     training: dict[str, Any] = field(default_factory=dict)
@@ -184,6 +186,8 @@ def write(content: AdapterTensors, path: str | os.PathLike[str], layout: Layout 
             f"{path} was not written: the authors' layout has one guidance scale, and this adapter takes any. "
             "Fix one with `bake` (sun convert --guidance 7) first."
         )
+    if layout == "official" and not content.info.normalized:
+        raise SunFileError(f"{path} was not written: the authors' layout always means Attention Normalization.")
     label = NEGATIVE_PARTS | POSITIVE_PARTS
     tensors: dict[str, torch.Tensor] = {}
     for i, (name, layer) in enumerate(zip(content.names, content.layers, strict=True)):
@@ -316,7 +320,7 @@ def _check_declared(metadata: Mapping[str, str], layers: Sequence[Mapping[str, t
 
 # --- metadata ----------------------------------------------------------------------------------------------------
 
-_OWN_KEYS = ("format", "base_model", "w", "stage_length", "branches", "layers", "text_width", "training")
+_OWN_KEYS = ("format", "base_model", "w", "stage_length", "branches", "layers", "text_width", "training", "normalized")
 
 
 def _info_from_metadata(metadata: Mapping[str, str], where: str) -> SunInfo:
@@ -339,7 +343,16 @@ def _info_from_metadata(metadata: Mapping[str, str], where: str) -> SunInfo:
         training = None
     if not isinstance(training, dict):
         raise SunFileError(f"{where}: header entry 'training' is not a JSON object. Get the file again.")
-    return SunInfo(metadata.get("base_model", ""), number("w"), number("stage_length"), "", training, notes)
+    if metadata.get("normalized", "true") not in ("true", "false"):
+        raise SunFileError(f"{where}: header entry normalized = {_short(metadata['normalized'])} is not true or false.")
+    return SunInfo(
+        base_model=metadata.get("base_model", ""),
+        guidance_scale=number("w"),
+        stage_length=number("stage_length"),
+        normalized=metadata.get("normalized") != "false",
+        training=training,
+        notes=notes,
+    )
 
 
 def _metadata(content: AdapterTensors) -> dict[str, str]:
@@ -356,6 +369,8 @@ def _metadata(content: AdapterTensors) -> dict[str, str]:
         metadata["w"] = repr(float(info.guidance_scale))
     if info.stage_length is not None:
         metadata["stage_length"] = repr(float(info.stage_length))
+    if not info.normalized:
+        metadata["normalized"] = "false"
     if info.training:
         metadata["training"] = json.dumps(info.training, sort_keys=True, default=str)
     return metadata

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..adapter import SunAdapter
 from ..config import ConfigError
+from ..files import SunInfo
 from ..pipelines import attach, detach
 from ..text import encode_texts
 from .algorithm import NoiseSchedule, guided_noise
@@ -53,6 +54,7 @@ class SunTrainConfig:
     substeps: int = 6
     replace_probability: float = 0.1
     positive_branch: bool = True
+    attention_normalization: bool = True
     init_alpha: float = 0.5
     init_adapter: str = ""
     empty_captions: float = 0.0
@@ -205,8 +207,9 @@ def make_adapter(config: SunTrainConfig, unet: Any) -> SunAdapter:
     else:
         guided = any(config.guidance_range)
         adapter = SunAdapter.from_unet(
-            unet, positive=config.positive_branch, alpha=config.init_alpha, w=config.guidance_scale, guided=guided
-        )
+            unet, positive=config.positive_branch, alpha=config.init_alpha, w=config.guidance_scale, guided=guided,
+            info=SunInfo(normalized=config.attention_normalization),
+        )  # fmt: skip
     return adapter.float().requires_grad_(True).train()
 
 

@@ -8,6 +8,7 @@ from tiny import STAGES, TEXT_WIDTH, make_unet
 from torch import nn
 
 from sun import SunAdapter, SunFileError, SunInfo
+from sun.attention import attend
 from sun.layers import layers_from_structure, layers_of_unet
 
 SD15 = tuple(layer.channels for layer in layers_from_structure((320, 640, 1280, 1280)))
@@ -88,3 +89,32 @@ def test_names_must_match_the_layers():
 
 def test_tiny_models_have_three_widths():
     assert set(STAGES) == {8, 16, 24}  # else the checks of widths in these tests would check nothing
+
+
+@pytest.mark.parametrize("positive", [True, False])
+def test_without_attention_normalization_alpha_and_beta_scale_the_branch_itself(tmp_path, positive):
+    torch.manual_seed(0)
+    adapter = SunAdapter([8] * 16, 12, positive, info=SunInfo(normalized=False))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    adapter.save(tmp_path / "plain.safetensors")
+    loaded = SunAdapter.load(tmp_path / "plain.safetensors")
+    assert not loaded.info.normalized
+    layer = loaded.sun_layers()[3]
+    query, z_p, negative, text = (
+        torch.randn(2, 5, 8),
+        torch.randn(2, 5, 8),
+        torch.randn(2, 4, 12),
+        torch.randn(2, 6, 12),
+    )
+    z = layer(query, z_p, negative, text, heads=2)
+    z_n = attend(query, layer.to_k_neg(negative), layer.to_v_neg(negative), 2)
+    expected = z_p - (layer.alpha_neg * z_n + layer.beta_neg)
+    if positive:
+        z_e = attend(query, layer.to_k_pos(text), layer.to_v_pos(text), 2)
+        expected = expected + layer.alpha_pos * z_e + layer.beta_pos
+    torch.testing.assert_close(z, expected)
+    with pytest.raises(SunFileError, match="Attention Normalization"):
+        adapter.save(tmp_path / "theirs.safetensors", layout="official")
+    assert SunAdapter([8], 12).info.normalized
