@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import ConfigError, apply
 
-PARTS = ("distances", "negatives", "time")
+PARTS = ("distances", "negatives", "time", "edits")
 
 
 @dataclass
@@ -58,7 +58,7 @@ class EvaluateConfig:
     batch_size: int = 64
     seed: int = 20_000
     resolution: int = 0
-    measure: tuple[str, ...] = PARTS
+    measure: tuple[str, ...] = PARTS[:3]
     negative_pairs: int = 128
     negative_groups: tuple[str, ...] = ("seen",)
     negative_ceiling: str = ""  # another solver for the reference, such as unipc-25: how far two references agree
@@ -66,6 +66,8 @@ class EvaluateConfig:
     contrast: str = ""
     clip_model: str = ""
     inception: str = ""
+    edits: tuple[str, ...] = ("img2img-0.75", "img2img-0.5", "inpaint-1")  # kind and strength
+    edit_prompts: int = 64
     set_draws: int = 0  # bootstrap draws for the interval of the set distance; 0: none
     timing_batch: int = 4
     timing_rounds: int = 5
@@ -111,6 +113,7 @@ def method_names(config: EvaluateConfig) -> list[str]:
 
 def check(config: EvaluateConfig) -> None:
     """Raise ConfigError for settings that would fail only after hours."""
+    from .edits import parse_edit
     from .methods import load_peer, parse_method
     from .sampler import PRECISIONS
 
@@ -118,6 +121,8 @@ def check(config: EvaluateConfig) -> None:
         raise ConfigError(f"precision takes {', '.join(PRECISIONS)}, not {config.precision!r}.")
     if unknown := [part for part in config.measure if part not in PARTS]:
         raise ConfigError(f"measure takes {', '.join(PARTS)}, not {', '.join(unknown)}.")
+    for name in config.edits:
+        parse_edit(name)
     for name in method_names(config):
         call = parse_method(name)
         if call.method.name in ("nasa", "nag"):

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..recipe import fingerprint
 from .cells import CellStore, Tensors, fingerprint_module
 from .config import EvaluateConfig, method_names
+from .edits import Edits
 from .features import Features
 from .methods import REFERENCE, parse_method
 from .metrics import frechet_distance, frechet_interval, kernel_statistics, map_distance, mean_and_interval, psnr, ssim
@@ -103,7 +104,7 @@ class ModelEvaluation:
         }
 
         def compute(rows: slice) -> Tensors:
-            pixels, theirs = self._pixels(latents[rows]), self._reference(reference[rows], rows.start)
+            pixels, theirs = self.pixels(latents[rows]), self._reference(reference[rows], rows.start)
             out = {
                 "mse": (latents[rows] - reference[rows]).square().mean((1, 2, 3)),
                 "psnr": psnr(pixels, theirs),
@@ -124,14 +125,15 @@ class ModelEvaluation:
         with self.sampler.autocast(self.config.precision if self.features.network is None else "fp32"):
             return self.features.of_sets(pixels, latents).float()
 
-    def _pixels(self, latents: Tensor) -> Tensor:
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Decoded [B, 3, H, W] in -1..1, in the evaluation's number format."""
         with self.sampler.autocast(self.config.precision):
             return self.sampler.pixels(latents)
 
     def _reference(self, latents: Tensor, begin: int) -> Tensor:
         """Decoded once and kept as bytes: every method is compared with the same pictures."""
         if begin not in self._reference_pixels:
-            self._reference_pixels[begin] = ((self._pixels(latents) + 1) * 127.5).round().byte().cpu()
+            self._reference_pixels[begin] = ((self.pixels(latents) + 1) * 127.5).round().byte().cpu()
         return self._reference_pixels[begin].to(self.sampler.device).float() / 127.5 - 1
 
     def _agreements(self, pixels: Tensor, positives: list[str], negatives: list[str]) -> Tensors:
@@ -183,6 +185,8 @@ class ModelEvaluation:
             out["floor"] = {**self.row("floor"), "what": "the reference again with other noise"}
         if "negatives" in config.measure:
             out["negative_prompt"] = self.negative_prompt()
+        if "edits" in config.measure:
+            out["edits"] = Edits(self).figures(OTHER_NOISE)
         if "time" in config.measure:
             out |= {"unet_call": times["unet_call"], "machine": times["machine"]}
         return out | {
@@ -271,7 +275,7 @@ class ModelEvaluation:
 
         def compute(rows: slice) -> Tensors:
             with torch.no_grad():
-                return self._agreements(self._pixels(latents[rows]), positives[rows], negatives[rows])
+                return self._agreements(self.pixels(latents[rows]), positives[rows], negatives[rows])
 
         return self.store.get(f"{self.name} {method} agreements", key, len(latents), self.config.batch_size, compute)
 

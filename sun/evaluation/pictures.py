@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from ..config import ConfigError
-from ..images import grid, save_png, write_atomically
+from ..images import grid, save_png, to_images, write_atomically
+from .cells import Tensors
+from .edits import Edits
 from .methods import REFERENCE, parse_method
 from .model import ModelEvaluation
 
@@ -20,12 +25,27 @@ CELL = 192  # pixels a picture of a grid has at least, so that its labels can be
 
 def save_comparison(evaluation: ModelEvaluation, path: Path, count: int) -> None:
     """A grid of the first ``count`` prompts: the reference, then a row a method, all from the same noise."""
+    _save_rows(evaluation, evaluation.run, path, count)
+
+
+def save_edits(evaluation: ModelEvaluation, folder: Path, count: int) -> None:
+    """``EDIT.png`` for every edit: the pictures it begins at, the reference's edit, then a row a method."""
+    edits = Edits(evaluation)
+    for name in evaluation.config.edits:
+        _save_rows(evaluation, partial(edits.run, name), folder / f"{name}.png", count, edits.starts())
+
+
+def _save_rows(
+    evaluation: ModelEvaluation, run_of: Callable[[str], Tensors], path: Path, count: int, starts: Tensor | None = None
+) -> None:
     rows: list[list[Image.Image]] = []
     labels = []
+    if starts is not None:
+        rows.append(to_images(evaluation.pixels(starts[:count])))
+        labels.append("begins at")
     for method in dict.fromkeys((REFERENCE, *evaluation.methods)):
-        run = evaluation.run(method)
-        with evaluation.sampler.autocast(evaluation.config.precision):
-            rows.append(evaluation.sampler.decode(run["latents"][:count]))
+        run = run_of(method)
+        rows.append(to_images(evaluation.pixels(run["latents"][:count])))
         call = parse_method(method)
         inside = method[len(call.method.name) : -len(f"-{call.steps}")]
         kind = "reference: " if method == REFERENCE else ""

@@ -84,7 +84,7 @@ def report(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _write_model(folder: Path, name: str, evaluation: ModelEvaluation, figures: dict[str, Any]) -> None:
-    from .pictures import save_comparison, save_plots
+    from .pictures import save_comparison, save_edits, save_plots
     from .tables import markdown
 
     own = folder / file_name(name)
@@ -93,6 +93,8 @@ def _write_model(folder: Path, name: str, evaluation: ModelEvaluation, figures: 
     save_plots(name, figures["models"][name], own)
     if "distances" in evaluation.config.measure:
         save_comparison(evaluation, own / "grid.png", evaluation.config.grid_prompts)
+    if "edits" in evaluation.config.measure:
+        save_edits(evaluation, own, evaluation.config.grid_prompts)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,8 +31,26 @@ class Sample:
     seconds: float
 
 
-Run = Callable[[list[str], list[str], Tensor], Sample]
-"""(prompts, negatives, noise [B, 4, h, w]) -> their sample."""
+@dataclass(frozen=True)
+class Edit:
+    """Denoising that begins at a picture: ``init`` [B, 4, h, w] in model units.
+
+    strength: the share of the steps that run, above 0; 1 begins at pure noise. mask [1 or B, 1, h, w]: 1 where the
+    picture is made anew; elsewhere ``init`` is put back after every step, at that step's noise level.
+    """
+
+    init: Tensor
+    strength: float = 1.0
+    mask: Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> Edit:
+        return replace(self, init=self.init[rows])
+
+
+class Run(Protocol):
+    """A method at work: prompts, negatives and noise [B, 4, h, w] to their sample."""
+
+    def __call__(self, prompts: list[str], negatives: list[str], noise: Tensor, edit: Edit | None = None) -> Sample: ...
 
 
 class CallCounter:
@@ -97,32 +116,42 @@ class Sampler:
         if "strength" in call.method.options and "strength" not in call.options:
             call = replace(call, options={**call.options, "strength": str(strength)})
         with call.method.prepare(self.assets, call) as ready:
-            yield lambda prompts, negatives, noise: self._run(ready, call, prompts, negatives, noise)
+            yield partial(self._run, ready, call)
 
     def __call__(
-        self, method: str, prompts: list[str], negatives: list[str], noise: Tensor, strength: float = 1.0
-    ) -> Sample:
+        self, method: str, prompts: list[str], negatives: list[str], noise: Tensor, strength: float = 1.0,
+        edit: Edit | None = None,
+    ) -> Sample:  # fmt: skip
         """Denoise ``noise`` with ``method``. Text encoding is outside the timing, as it is the same for all."""
         with self.prepared(method, strength) as run:
-            return run(prompts, negatives, noise)
+            return run(prompts, negatives, noise, edit)
 
     @torch.no_grad()
     def _run(
-        self, ready: Prepared, call: MethodCall, prompts: list[str], negatives: list[str], noise: Tensor
-    ) -> Sample:
+        self, ready: Prepared, call: MethodCall, prompts: list[str], negatives: list[str], noise: Tensor,
+        edit: Edit | None = None,
+    ) -> Sample:  # fmt: skip
         scheduler = scheduler_of(call, self.scheduler_config)
         scheduler.set_timesteps(call.steps, device=self.device)
         positive = self.encode(prompts)
         negative = self.encode(negatives) if call.method.uses_negative else positive
         dtype = ready.unet.dtype
+        begin = 0
         x = noise.float() * scheduler.init_noise_sigma
+        if edit is not None and edit.strength < 1:
+            begin = min(round((1 - edit.strength) * call.steps), call.steps - 1)
+            if hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(begin)
+            x = noised(scheduler, edit.init, noise, begin)
         extra = {"generator": picture_generators(noise)} if call.scheduler == "lcm" else {}
         with CallCounter(ready.unet) as counter:
             self.synchronize()
             began = time.perf_counter()
-            for t in scheduler.timesteps:
+            for i, t in enumerate(scheduler.timesteps[begin:], begin + 1):
                 predicted = ready.predict(scheduler.scale_model_input(x, t).to(dtype), t, positive, negative)
                 x = scheduler.step(predicted, t, x, return_dict=False, **extra)[0]
+                if edit is not None and edit.mask is not None:
+                    x = edit.mask * x + (1 - edit.mask) * noised(scheduler, edit.init, noise, i)
             self.synchronize()
             seconds = time.perf_counter() - began
         return Sample(x.float(), counter.rows / len(noise), seconds / len(noise))
@@ -174,6 +203,14 @@ class Sampler:
 
     def scheduler_alpha(self, t: int) -> float:
         return float(make_scheduler("ddim", self.scheduler_config).alphas_cumprod[t])
+
+
+def noised(scheduler: Any, init: Tensor, noise: Tensor, place: int) -> Tensor:
+    """``init`` with as much of ``noise`` as the state before step ``place`` has; none after the last."""
+    if place == len(scheduler.timesteps):
+        return init.float()
+    noisy: Tensor = scheduler.add_noise(init.float(), noise.float(), scheduler.timesteps[place].repeat(len(init)))
+    return noisy
 
 
 def picture_generators(noise: Tensor) -> list[torch.Generator]:

@@ -118,6 +118,10 @@ def _model(name: str, model: dict[str, Any]) -> str:
         )
     if ceiling := model.get("negative_prompt", {}).get("ceiling"):
         parts.append("The reference against itself (ceiling):\n\n" + _figures(ceiling, NEGATIVE_COLUMNS))
+    for name, found in model.get("edits", {}).items():
+        parts.append(
+            f"Editing, {name}: distance to the reference's edit of the same picture.\n\n" + _figures(found, COLUMNS)
+        )
     if "unet_call" in model:
         calls = [[n, f"{r['seconds']:.4f}", f"{r['ratio']:.3f}"] for n, r in model["unet_call"].items()]
         machine = ", ".join(f"{k} {v}" for k, v in model["machine"].items())

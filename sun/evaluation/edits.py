@@ -1,0 +1,107 @@
+"""img2img and inpainting, measured: every method edits the same pictures, and is compared with the reference's edit.
+
+A prompt's starting picture is the reference's picture of the prompt before it, so that no data is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..config import ConfigError
+from .cells import Tensors
+from .methods import REFERENCE, parse_method
+from .metrics import map_distance, mean_and_interval, psnr, ssim
+from .sampler import Edit
+
+if TYPE_CHECKING:
+    from .model import ModelEvaluation
+
+KINDS = ("img2img", "inpaint")
+
+
+def parse_edit(name: str) -> tuple[str, float]:
+    """``img2img-0.5`` -> (kind, strength). Raises ConfigError."""
+    kind, _, number = name.rpartition("-")
+    try:
+        strength = float(number)
+    except ValueError:
+        strength = 0.0
+    if kind not in KINDS or not 0 < strength <= 1:
+        raise ConfigError(f"edits are {' or '.join(KINDS)} with a strength of 0 to 1, as img2img-0.5, not {name!r}.")
+    return kind, strength
+
+
+def centre_mask(height: int, width: int) -> Tensor:
+    """[1, 1, h, w]: the middle half of each side is made anew."""
+    mask = torch.zeros(1, 1, height, width)
+    mask[..., height // 4 : height - height // 4, width // 4 : width - width // 4] = 1
+    return mask
+
+
+class Edits:
+    """The edits of one :class:`~.model.ModelEvaluation`."""
+
+    def __init__(self, evaluation: ModelEvaluation):
+        self.of = evaluation
+        self.count = min(evaluation.config.edit_prompts, len(evaluation.prompts.positives))
+
+    def starts(self) -> Tensor:
+        """Latents [N, 4, h, w] that the edits begin at."""
+        return self.of.run(REFERENCE)["latents"][: self.count].roll(1, 0)
+
+    def edit(self, name: str) -> Edit:
+        kind, strength = parse_edit(name)
+        starts = self.starts().to(self.of.sampler.device)
+        mask = centre_mask(*starts.shape[2:]).to(starts.device) if kind == "inpaint" else None
+        return Edit(starts, strength, mask)
+
+    def run(self, name: str, method: str, seed_offset: int = 0) -> Tensors:
+        """``latents`` [N, 4, h, w] and ``unet_calls`` [N] of ``method``."""
+        evaluation, seed = self.of, self.of.config.seed + seed_offset
+        positives, negatives = (t[: self.count] for t in (evaluation.prompts.positives, evaluation.prompts.negatives))
+        edit = self.edit(name)
+
+        def compute(rows: slice) -> Tensors:
+            noise = evaluation.sampler.noise(rows.stop - rows.start, seed + rows.start)
+            with evaluation.sampler.autocast(evaluation.config.precision):
+                made = evaluation.sampler(method, positives[rows], negatives[rows], noise, edit=edit[rows])
+            return {"latents": made.latents, "unet_calls": torch.full((len(noise),), made.unet_calls)}
+
+        key = {
+            "edit": name,
+            "sample": evaluation.sample_key(method, positives, negatives, seed),
+            "start": evaluation.sample_key(REFERENCE, positives, negatives, evaluation.config.seed),
+        }
+        label = f"{evaluation.name} {name} {method}{' other noise' if seed_offset else ''}"
+        return evaluation.store.get(label, key, self.count, evaluation.config.batch_size, compute)
+
+    def figures(self, floor_offset: int) -> dict[str, dict[str, Any]]:
+        """For every edit, a row a method and ``floor``, the reference's edit with other noise."""
+        found: dict[str, dict[str, Any]] = {}
+        for name in self.of.config.edits:
+            reference = self.run(name, REFERENCE)
+            table = {REFERENCE: {"unet_calls": float(reference["unet_calls"].mean())}}
+            for method in self.of.methods:
+                if parse_method(method).text != REFERENCE:
+                    table[method] = self._row(self.run(name, method), reference)
+            table["floor"] = self._row(self.run(name, REFERENCE, floor_offset), reference)
+            found[name] = table
+        return found
+
+    def _row(self, made: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Any]:
+        pixels, theirs = (self.of.pixels(run["latents"]) for run in (made, reference))
+        row: dict[str, Any] = {"unet_calls": float(made["unet_calls"].mean())}
+        error = (made["latents"] - reference["latents"]).square().mean((1, 2, 3))
+        row |= mean_and_interval("paired_mse", error.double())
+        row |= mean_and_interval("paired_psnr", psnr(pixels, theirs).double())
+        row |= mean_and_interval("paired_ssim", ssim(pixels, theirs).double())
+        network = self.of.features.network
+        if network is not None:
+            with torch.no_grad():
+                distance = map_distance(network.image_maps(pixels), network.image_maps(theirs))
+            row |= mean_and_interval("feature_distance", distance)
+        return row
