@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import configured
+from ..config import assign, configured, read_config
 from .app import app, emoji_app
 from .options import ConfigFile, Settings
 from .show import out
@@ -107,6 +107,31 @@ add_trainer(
         "sun train-peer guided-distill --config configs/peers-guided-distill.toml --model my-model --data emoji:fluent",
     ),
 )  # fmt: skip
+
+
+@app.command(
+    "train-variants",
+    epilog="""Example:
+
+sun train-variants --config configs/ablations-emoji.toml --minutes 6""",
+)
+def train_variants_command(
+    config: Annotated[Path, typer.Option(help="TOML or JSON file: settings, and tables variants.NAME with changes.")],
+    only: Annotated[str, typer.Option(help="Names of the variants wanted, separated by commas. (default: all)")] = "",
+    minutes: Annotated[float | None, typer.Option(help="Length of each run in minutes.", min=0.0)] = None,
+    settings: Settings = None,
+) -> None:
+    """Train several SUN adapters that differ in a few settings, one after the other; goes on where it stopped."""
+    from ..training.variants import train_variants, variant_configs
+
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    configs = variant_configs(read_config(config), names, str(config))
+    for variant in configs.values():
+        if minutes is not None:
+            variant.run.minutes = minutes
+        assign(variant, settings or [])
+    for name, adapter in train_variants(configs):
+        out.print(f"{name}: {adapter}", soft_wrap=True)
 
 
 @emoji_app.command("ship")
