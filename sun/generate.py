@@ -180,7 +180,25 @@ def complete(recipe: Recipe, loaded: Loaded | None = None) -> Recipe:
         recipe = replace(recipe, width=width, height=height)
     if recipe.width % 8 or recipe.height % 8 or recipe.width < 0 or recipe.height < 0:
         raise RecipeError(f"the size {recipe.width}x{recipe.height} is impossible. Both sides must be multiples of 8.")
+    if loaded:
+        recipe = replace(recipe, guidance=_guidance(recipe, loaded))
     return replace(recipe, dtype=str(_dtype(recipe)).removeprefix("torch."), device=_device(recipe.device))
+
+
+def _guidance(recipe: Recipe, loaded: Loaded) -> float | None:
+    """The scale this run uses; None with an adapter that has its own fixed in the weights. Raises RecipeError."""
+    adapter = loaded.adapter
+    if adapter is None:
+        return 7.5 if recipe.guidance is None else recipe.guidance
+    if adapter.guided:
+        return adapter.info.guidance_scale if recipe.guidance is None else recipe.guidance
+    if recipe.guidance is not None:
+        own = adapter.info.guidance_scale
+        raise RecipeError(
+            f"this adapter's guidance scale is fixed{f' at {own:g}' if own else ''}. Leave --guidance out, use "
+            "--sun-strength, or take an adapter that takes the scale."
+        )
+    return None
 
 
 def noise(recipe: Recipe, loaded: Loaded) -> torch.Tensor:
@@ -215,7 +233,7 @@ def generate(loaded: Loaded, recipe: Recipe, on_step: OnStep | None = None) -> D
             images = pipe(
                 prompt=[recipe.prompt] * recipe.batch,
                 negative_prompt=[recipe.negative] * recipe.batch,
-                guidance_scale=1.0 if loaded.adapter else recipe.guidance,
+                guidance_scale=1.0 if recipe.guidance is None else recipe.guidance,
                 generator=_generators(recipe),
                 callback_on_step_end=after_step,
                 callback_on_step_end_tensor_inputs=["latents"],

@@ -38,8 +38,8 @@ class Recipe:
     """Pixels; 0 is the model's own size, or that of ``init``."""
     scheduler: str = "ddim"
     sun_strength: float = 1.0
-    guidance: float = 7.5
-    """Classifier-free guidance scale, for runs without an adapter only."""
+    guidance: float | None = None
+    """Guidance scale of runs without an adapter (None: 7.5) and of adapters that take one (None: their own)."""
     init: str = ""
     strength: float | None = None
     """How much of ``init`` is repainted, 0 to 1; None: 0.5, or 1 under a mask."""
@@ -113,7 +113,7 @@ def parameters(recipe: Recipe, prints: Mapping[str, str] | None = None, version:
         "Steps": recipe.steps,
         "Sampler": _A1111_SAMPLERS[recipe.scheduler],
         "Schedule type": "Simple",
-        "CFG scale": 1 if with_sun else recipe.guidance,
+        "CFG scale": 1 if with_sun and recipe.guidance is None else recipe.guidance,
         "Seed": recipe.seed + (recipe.index or 0),
         "Size": f"{recipe.width}x{recipe.height}",
         "Model": "emoji-diffusion" if recipe.model == "emoji" else Path(recipe.model).stem,

@@ -62,7 +62,10 @@ def generate(
     size: Size = "",
     scheduler: Annotated[Scheduler, typer.Option(help="ddim is what SUN is trained for.")] = Scheduler.ddim,
     sun_strength: Strength = 1.0,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; only with --adapter none.")] = 7.5,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Guidance scale: with --adapter none (7.5), or an adapter that takes it (its own).", min=0.0),
+    ] = None,
     init: Annotated[str, typer.Option(help="Picture to start from.", metavar="IMAGE")] = "",
     strength: Annotated[
         float | None,

@@ -117,7 +117,7 @@ It exists so that this project can train, test and show SUN on a real diffusion 
 - Names and categories: `{METADATA_PACKAGE}` (npm), MIT.
 - Captions are written by `sun/emoji/scenes.py`: the emoji's names and a random part of size, place, background colour,
   mirroring and category; one scene in five shows two emoji. The emoji are the about 120
-  `everyday` ones of `sun/emoji/vocabulary.txt`, unless the notes below name another vocabulary.
+  `everyday` ones of `sun/emoji/vocabulary.json`, unless the notes below name another vocabulary.
 
 The weights are derived from the pictures and carry their licence, CC-BY 4.0.
 

@@ -1,7 +1,8 @@
 """Emoji artwork and names, fetched by package name through the npm client.
 
-Every style is one published package; nothing is bundled with this project. Licences are recorded in
-``LICENCES`` and repeated in the model cards of whatever is trained on them.
+Every style is one published package; of its pictures none is bundled with this project. Licences are recorded in
+``STYLES`` and repeated in the model cards of whatever is trained on them. ``vocabulary.json`` holds names and codes of
+the emoji that are used by default, from the package ``emoji-datasource`` (MIT).
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import tarfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from ..config import ConfigError
+
 METADATA_PACKAGE = "emoji-datasource@16.0.0"
-
-
 VOCABULARIES = ("everyday", "wide", "all")
+VOCABULARY_FILE = Path(__file__).parent / "vocabulary.json"
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def cache_dir() -> Path:
 def fetch_package(spec: str) -> Path:
     """Path of the ``.tgz`` of an npm package such as ``openmoji@17.0.0``, downloaded once.
 
-    Raises ``RuntimeError`` naming the missing tool or the failed command.
+    Raises ConfigError naming the missing tool or the failed command.
     """
     folder = cache_dir() / "packages"
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,10 +90,10 @@ def fetch_package(spec: str) -> Path:
         return target
     npm = shutil.which("npm")
     if npm is None:
-        raise RuntimeError(f"npm is needed to download the emoji package {spec}: install Node.js, then run this again.")
+        raise ConfigError(f"npm is needed to download the emoji package {spec}: install Node.js, then run this again.")
     done = subprocess.run([npm, "pack", spec, "--silent"], cwd=folder, capture_output=True, text=True)
     if done.returncode != 0 or not target.exists():
-        raise RuntimeError(f"`npm pack {spec}` failed in {folder}:\n{done.stderr.strip() or done.stdout.strip()}")
+        raise ConfigError(f"`npm pack {spec}` failed in {folder}:\n{done.stderr.strip() or done.stdout.strip()}")
     return target
 
 
@@ -106,16 +109,6 @@ def _keys(code: str) -> list[str]:
     return [code, bare, *stripped]
 
 
-def _caption_names(vocabulary: str) -> dict[str, str]:
-    """Unicode name -> caption name of the lines of ``vocabulary.txt`` that ``everyday`` or ``wide`` takes."""
-    names: dict[str, str] = {}
-    for line in (Path(__file__).parent / "vocabulary.txt").read_text().splitlines():
-        if line.strip() and not line.startswith("#") and (vocabulary == "wide" or not line.startswith("+")):
-            name, _, caption = (part.strip() for part in line.removeprefix("+").partition("="))
-            names[name] = caption or name
-    return names
-
-
 def _unambiguous(emojis: list[Emoji]) -> list[Emoji]:
     """Without aliases that are also another emoji's name or alias."""
     uses = Counter(n for e in emojis for n in {e.name, *e.aliases})
@@ -126,34 +119,40 @@ def load_metadata(vocabulary: str = "everyday") -> list[Emoji]:
     """The emoji this project trains on, in Unicode order.
 
     ``vocabulary``: ``everyday`` (about 120 things recognised at a glance) or ``wide`` (about 270), both listed in
-    ``vocabulary.txt``, or ``all`` (about 1,300; flags, letters and persons that differ by gender or skin alone
-    left out).
+    ``vocabulary.json``, or ``all`` (about 1,300, from a package; flags, letters and persons that differ by gender or
+    skin alone left out). Raises ConfigError.
     """
     if vocabulary not in VOCABULARIES:
-        raise ValueError(f"vocabulary must be one of {', '.join(VOCABULARIES)}, not {vocabulary!r}")
+        raise ConfigError(f"the vocabulary (emojis) is one of {', '.join(VOCABULARIES)}, not {vocabulary!r}.")
+    listed = json.loads(VOCABULARY_FILE.read_text(encoding="utf-8"))
+    if vocabulary != "all":
+        chosen = [row for row in listed if vocabulary == "wide" or row["everyday"]]
+        return _unambiguous([_emoji(row) for row in chosen])
     with tarfile.open(fetch_package(METADATA_PACKAGE)) as tar:
         member = tar.extractfile("package/emoji.json")
         assert member is not None
         rows = json.load(member)
-    renamed = _caption_names("wide" if vocabulary == "all" else vocabulary)
+    names = {row["code"]: row["name"] for row in listed}
     found = []
     for row in sorted(rows, key=lambda r: r["sort_order"]):
         if row["category"] in _SKIPPED_CATEGORIES or row["subcategory"] in _SKIPPED_SUBCATEGORIES:
             continue
         if row["category"] == "People & Body" and _GENDERED.match(row["short_name"]):
             continue
-        name = _clean(row["name"])
-        if vocabulary != "all" and name not in renamed:
-            continue
+        code = row["unified"].lower()
         aliases = tuple(dict.fromkeys(_clean(a) for a in row["short_names"]))
-        found.append(
-            Emoji(row["unified"].lower(), renamed.get(name, name), aliases, row["category"], row["subcategory"])
-        )
+        found.append(Emoji(code, names.get(code, _clean(row["name"])), aliases, row["category"], row["subcategory"]))
     return _unambiguous(found)
 
 
+def _emoji(row: dict[str, Any]) -> Emoji:
+    return Emoji(row["code"], row["name"], tuple(row["aliases"]), row["category"], row["subcategory"])
+
+
 def load_pictures(style: str, emojis: list[Emoji], size: int = 128) -> dict[str, Image.Image]:
-    """RGBA pictures of ``size`` x ``size`` pixels by emoji code, for every emoji the style has."""
+    """RGBA pictures of ``size`` x ``size`` pixels by emoji code, for every emoji the style has. Raises ConfigError."""
+    if style not in STYLES:
+        raise ConfigError(f"there is no emoji style {style!r}; there are: {', '.join(STYLES)}.")
     spec = STYLES[style]
     pictures: dict[str, Image.Image] = {}
     wanted = {f"{spec.folder}/{key}.{spec.suffix}".lower(): e.code for e in emojis for key in _keys(e.code)}
@@ -170,8 +169,10 @@ def load_pictures(style: str, emojis: list[Emoji], size: int = 128) -> dict[str,
 
 def _rasterise(data: bytes, suffix: str, size: int) -> Image.Image:
     if suffix == "svg":
-        import resvg_py
-
+        try:
+            import resvg_py
+        except ModuleNotFoundError as error:
+            raise ConfigError('drawing SVG needs resvg_py. In a clone: pip install -e ".[emoji]"') from error
         data = bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), width=size, height=size))
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS)

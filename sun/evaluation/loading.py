@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from ..adapter import SunAdapter
 from ..config import ConfigError
@@ -18,6 +19,7 @@ from .methods import MethodCall, parse_method
 from .sampler import WEIGHTS, Sampler
 
 DEFAULT_W = 8.0
+PEERS = ("lcm_lora", "guided_distill")
 
 
 def load_sampler(config: EvaluateConfig, spec: ModelSpec | None = None) -> Sampler:
@@ -118,17 +120,25 @@ def missing_asset(spec: ModelSpec, method: str, adapters: Mapping[str, str], shi
 
 
 def check_models(config: EvaluateConfig, specs: Mapping[str, ModelSpec]) -> None:
-    """Look for every file of every model before the first is measured. Raises ConfigError."""
+    """Look for every file of every model before the first is measured; with ``skip_missing`` a peer may lack its own.
+
+    Raises ConfigError.
+    """
     methods = method_names(config)
     for name, spec in specs.items():
         files = {
             "model": "" if spec.model in ("emoji", "random") else spec.model,
             "lora": split_lora(spec.lora)[0],
             "adapter": "" if spec.adapter in ("emoji", "init") else spec.adapter,
-            **{kind: getattr(spec, kind) for kind in ("unet", "lcm_lora", "guided_distill")},
+            "unet": spec.unet,
+            **{kind: getattr(spec, kind) for kind in PEERS},
         }
         for setting, path in files.items():
             if path and not Path(path).exists():
+                if config.skip_missing and setting in PEERS:
+                    setattr(spec, setting, "")
+                    tqdm.write(f"{name}: no {setting}, {path} is not there")
+                    continue
                 raise ConfigError(f"models.{name}: {setting} = {path} does not exist. Check the path.")
         if not config.skip_missing:
             for method in methods:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import ConfigError
-from .samples import UNREADABLE, DataError, Encode, Lanes, Order, Skipped, crop, encode_pixels, to_tensor
+from .samples import UNREADABLE, DataError, Encode, Lanes, Order, Skipped, crop, encode_pixels, is_emoji, to_tensor
 
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 CACHES = ("", "latents", "latents+text")
@@ -61,7 +61,7 @@ def build_source(
     """
     if cache not in CACHES:
         raise ConfigError(f"cache takes latents, latents+text or nothing, not {cache!r}.")
-    if data.startswith("emoji"):
+    if is_emoji(data):
         return EmojiSource(data.partition(":")[2] or "twemoji", vae, resolution, rng, device)
     folder = Path(data)
     if data.endswith(".tar") or "{" in data or "::" in data or next(folder.glob("*.tar"), None):
@@ -70,7 +70,7 @@ def build_source(
         try:
             from .shards import ShardSource, list_shards
         except ImportError as error:
-            raise ConfigError(f'shards need webdataset: pip install "speedupnet-sun[train]" ({error}).') from error
+            raise ConfigError(f'shards need webdataset: in a clone, pip install -e ".[train]" ({error}).') from error
         return ShardSource(list_shards(data), vae, resolution, device, seed, workers, Lanes.current())
     pairs = list_folder(folder)
     skipped = Skipped()

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from .samples import DataError
+from .samples import DataError, is_emoji
 
 _LISTS = Path(__file__).parent / "negatives"
 
@@ -25,7 +25,7 @@ class NegativePrompts:
 
         Raises FileNotFoundError, or DataError for a file without a phrase.
         """
-        path = Path(source) if source != "auto" else _LISTS / ("emoji.txt" if data.startswith("emoji") else "photo.txt")
+        path = Path(source) if source != "auto" else _LISTS / ("emoji.txt" if is_emoji(data) else "photo.txt")
         if not path.exists():
             raise FileNotFoundError(
                 f"no list of negative phrases at {path}: give a text file with one phrase a line, or auto."

@@ -23,6 +23,11 @@ Encode = Callable[[list[str]], Tensor]
 UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
+def is_emoji(data: str) -> bool:
+    """``emoji`` or ``emoji:STYLE``: scenes that this project renders, rather than a folder or shards."""
+    return data == "emoji" or data.startswith("emoji:")
+
+
 class DataError(ValueError):
     """Training data that cannot be used; the message says what is wrong where, and what to do."""
 

@@ -22,6 +22,7 @@ from .algorithm import NoiseSchedule, guided_noise
 from .data import build_source
 from .negatives import NegativePrompts
 from .run import RunConfig, TrainingRun
+from .samples import is_emoji
 from .speed import use_fast_attention
 from .targets import GuidedTrajectories, NoisedData, Prompts
 
@@ -253,7 +254,7 @@ def sample_grid(config: SunTrainConfig, run: TrainingRun, pipe: Any) -> None:
 
 
 def sample_prompts(config: SunTrainConfig) -> tuple[list[str], list[str]]:
-    if config.model == "emoji" or config.data.startswith("emoji"):
+    if config.model == "emoji" or is_emoji(config.data):
         from ..emoji.base import SAMPLE_PROMPTS
 
         return list(SAMPLE_PROMPTS[:8]), ["", "", "white background", "", "small", "", "pink background, blurry", ""]

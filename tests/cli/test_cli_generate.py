@@ -14,6 +14,7 @@ from PIL import Image
 from tiny import make_adapter
 from typer.testing import Result
 
+from sun.adapter import SunAdapter
 from sun.generate import complete, generate, load, noise
 from sun.recipe import Recipe, parameters, read_recipe, split_lora
 
@@ -230,6 +231,37 @@ def test_without_an_adapter_guidance_costs_two_calls_a_step(sun: Run, tmp_path: 
     common = ("generate", "a", "--model", model_folder, "--adapter", "none", "--seed", 1, "--out", tmp_path / "x.png")
     assert "8 U-Net calls" in sun(*common, "--guidance", 5).output
     assert "4 U-Net calls" in sun(*common, "--guidance", 1).output
+
+
+def test_an_adapter_that_takes_the_guidance_scale_gets_it(
+    sun: Run, tmp_path: Path, model_folder: Path, make_pipeline: Callable[..., Any]
+) -> None:
+    made = SunAdapter.from_unet(make_pipeline().unet, w=4.0, guided=True)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if name.endswith("_w"):
+                parameter.fill_(0.3)
+    adapter = tmp_path / "any.safetensors"
+    made.save(adapter)
+
+    def draw(name: str, *options: object) -> tuple[bytes, str]:
+        target = tmp_path / f"{name}.png"
+        sun("generate", "a", "--model", model_folder, "--adapter", adapter, "--seed", 1, "--out", target, *options)
+        with Image.open(target) as image:
+            return image.tobytes(), image.info["parameters"]
+
+    own, text = draw("own")
+    assert own == draw("four", "--guidance", 4)[0]
+    assert "CFG scale: 4" in text
+    six, text = draw("six", "--guidance", 6)
+    assert six != own
+    assert "CFG scale: 6" in text
+    # The same as the adapter with 6 fixed in its weights.
+    made.bake(6.0).save(adapter)
+    fixed = np.frombuffer(draw("fixed")[0], np.uint8).astype(int)
+    assert np.abs(fixed - np.frombuffer(six, np.uint8)).max() <= 1
+    refused = sun("generate", "a", "--model", model_folder, "--adapter", adapter, "--guidance", 6, code=2)
+    assert "fixed at 6" in " ".join(refused.output.split())
 
 
 def test_a_changed_or_missing_file_is_told(tiny: Run, sun: Run, tmp_path: Path, photo: Path) -> None:

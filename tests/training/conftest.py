@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
+from sun.emoji import sources
 from sun.emoji.base import BaseConfig, build_text_encoder, build_tokenizer, sd15_scheduler
 from sun.emoji.sources import METADATA_PACKAGE, STYLES, Emoji
 from sun.training.run import RunConfig
@@ -54,6 +56,9 @@ def draw_square(colour: str, suffix: str) -> bytes:
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache that holds the metadata and the packages of every style, with six coloured squares for pictures."""
     monkeypatch.setenv("SUN_CACHE", str(tmp_path / "cache"))
+    listed = [{**asdict(e), "everyday": True} for e in EMOJIS]
+    (tmp_path / "vocabulary.json").write_text(json.dumps(listed))
+    monkeypatch.setattr(sources, "VOCABULARY_FILE", tmp_path / "vocabulary.json")
     rows = [
         {"unified": e.code.upper(), "name": e.name.upper(), "short_name": e.aliases[0], "short_names": list(e.aliases),
          "category": e.category, "subcategory": e.subcategory, "sort_order": i}

@@ -13,6 +13,7 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from sun.config import ConfigError
 from sun.emoji import scenes, sources
 from sun.emoji.base import (
     SAMPLE_PROMPTS,
@@ -33,29 +34,33 @@ def test_metadata_leaves_flags_out(packages: Path) -> None:
     assert [e.name for e in sources.load_metadata("all")] == [e.name for e in EMOJIS]
 
 
-@pytest.mark.parametrize("vocabulary", ["everyday", "wide"])
-def test_a_vocabulary_is_a_renamed_selection(packages: Path, vocabulary: str) -> None:
-    known = sources._caption_names(vocabulary)
-    found = sources.load_metadata(vocabulary)
-    assert [e.name for e in found] == [known[e.name] for e in EMOJIS if e.name in known]
-    assert known["aubergine"] == "eggplant"
-    assert len(set(known.values())) == len(known)
-
-
 def test_the_everyday_vocabulary_is_the_smaller_one() -> None:
-    everyday, wide = (sources._caption_names(v) for v in ("everyday", "wide"))
+    everyday, wide = (sources.load_metadata(v) for v in ("everyday", "wide"))
     assert 100 < len(everyday) < 130
     assert len(wide) > 250
-    assert everyday.items() < wide.items()
-    named = " ".join(everyday.values())
+    names = [e.name for e in everyday]
+    assert set(names) < {e.name for e in wide}
+    assert len(set(names)) == len(names)
+    assert "eggplant" in names
     for prompt in SAMPLE_PROMPTS:
         subject = prompt.split(",")[0].removeprefix("large ").removeprefix("small ").split(" and ")[0]
-        assert subject.split(" next to ")[0] in named
+        assert subject.split(" next to ")[0] in names
 
 
-def test_an_unknown_vocabulary_is_refused(packages: Path) -> None:
-    with pytest.raises(ValueError, match="everyday, wide, all"):
+def test_all_emoji_have_the_names_of_the_vocabulary(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = json.loads(sources.VOCABULARY_FILE.read_text())
+    listed[1] |= {"name": "fruit", "everyday": False}
+    sources.VOCABULARY_FILE.write_text(json.dumps(listed))
+    assert [e.name for e in sources.load_metadata("all")][:3] == ["polar bear", "fruit", "snake"]
+    assert [e.name for e in sources.load_metadata("everyday")][:2] == ["polar bear", "snake"]
+    assert [e.name for e in sources.load_metadata("wide")][:2] == ["polar bear", "fruit"]
+
+
+def test_what_does_not_exist_is_named(packages: Path) -> None:
+    with pytest.raises(ConfigError, match="everyday, wide, all"):
         sources.load_metadata("some")
+    with pytest.raises(ConfigError, match="twemoji, openmoji, fluent, google"):
+        sources.load_pictures("noto", EMOJIS)
 
 
 def test_an_alias_that_two_emoji_share_is_nobodys() -> None:
@@ -74,8 +79,9 @@ def test_pictures_are_rendered_at_the_asked_size(packages: Path) -> None:
 def test_without_npm_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUN_CACHE", str(tmp_path))
     monkeypatch.setattr("shutil.which", lambda _: None)
-    with pytest.raises(RuntimeError, match=r"install Node\.js"):
-        sources.load_metadata()
+    with pytest.raises(ConfigError, match=r"install Node\.js"):
+        sources.load_metadata("all")
+    assert sources.load_metadata("everyday")  # its names are in the package
 
 
 @pytest.mark.parametrize("style", sorted(sources.STYLES))

@@ -62,3 +62,21 @@ def test_a_table_is_no_text() -> None:
     result = CliRunner().invoke(app, ["evaluate", "--set", "models=emoji"])
     assert result.exit_code == 2
     assert "--config file" in result.output
+
+
+def test_the_shipped_model_is_measured_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's command, on fewer prompts, where nothing can be downloaded."""
+    monkeypatch.setenv("SUN_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setenv("PATH", "")
+    target = tmp_path / "figures.json"
+    arguments = ["evaluate", "--prompts", "4", "--json", str(target), "--set", "negative_pairs=2",
+                 "--set", "timing_rounds=1", "--set", "timing_batch=1"]  # fmt: skip
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    found = json.loads(target.read_text())
+    calls = {"ddim-4": 8, "dpmpp-4": 8, "cond-25": 25, "sun-4": 4, "sun-8": 8}
+    assert {name: row["unet_calls"] for name, row in found["methods"].items()} == calls
+    for row in found["methods"].values():
+        assert {"seconds", "paired_mse", "set_distance"} <= set(row)
+    assert found["guidance_scale"] == 4.0
+    assert -1 <= found["negative_prompt"]["sun-4"]["cosine"] <= 1

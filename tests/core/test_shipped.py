@@ -1,0 +1,77 @@
+"""What the package ships: small, half precision, Stable Diffusion 1.x in every part, and described."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from sun import SunAdapter
+from sun.layers import layers_from_structure
+from sun.shipped import EMOJI_DIFFUSION, EMOJI_SUN
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def settings(part: str, name: str = "config.json") -> dict:
+    return json.loads((EMOJI_DIFFUSION / part / name).read_text(encoding="utf-8"))
+
+
+def test_weights_are_small_and_in_half_precision():
+    files = [*EMOJI_DIFFUSION.rglob("*.safetensors"), EMOJI_SUN]
+    assert sum(f.stat().st_size for f in files[:-1]) <= 30e6
+    assert EMOJI_SUN.stat().st_size <= 4e6
+    assert len(files) == 4
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            kinds = {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
+        assert kinds <= {"F16", "I64"}, file
+
+
+def test_all_weights_together_are_small():
+    try:
+        tracked = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    files = [REPOSITORY / name for name in tracked.decode().split("\0") if name.endswith(".safetensors")]
+    assert 10e6 < sum(f.stat().st_size for f in files) <= 40e6
+    assert not [name for name in tracked.decode().split("\0") if name.endswith((".ckpt", ".bin", ".pt", ".pth"))]
+
+
+def test_emoji_diffusion_is_a_stable_diffusion_1():
+    unet, text, vae = settings("unet"), settings("text_encoder"), settings("vae")
+    assert len(unet["block_out_channels"]) == 4
+    assert unet["layers_per_block"] == 2
+    assert len(layers_from_structure(tuple(unet["block_out_channels"]))) == 16
+    assert unet["cross_attention_dim"] == text["hidden_size"]
+    assert (unet["in_channels"], vae["latent_channels"]) == (4, 4)
+    assert (vae["_class_name"], len(vae["decoder_block_out_channels"])) == ("AutoencoderTiny", 4)
+    assert text["max_position_embeddings"] == settings("tokenizer", "tokenizer_config.json")["model_max_length"] == 77
+    schedule = settings("scheduler", "scheduler_config.json")
+    assert (schedule["beta_schedule"], schedule["beta_start"], schedule["beta_end"]) == (
+        "scaled_linear", 0.00085, 0.012,
+    )  # fmt: skip
+    assert (schedule["prediction_type"], schedule["num_train_timesteps"]) == ("epsilon", 1000)
+
+
+def test_the_adapter_says_what_it_is_and_fits():
+    adapter = SunAdapter.load(EMOJI_SUN)
+    info, unet = adapter.info, settings("unet")
+    layers = layers_from_structure(tuple(unet["block_out_channels"]))
+    adapter.check_base([layer.channels for layer in layers], unet["cross_attention_dim"], "Emoji Diffusion")
+    assert (info.base_model, info.guidance_scale, info.stage_length) == ("Emoji Diffusion", 4.0, 0.25)
+    assert info.normalized
+    assert info.training["step"] > 100
+    assert all(torch.isfinite(p).all() for p in adapter.parameters())
+    assert "/" not in json.dumps({**info.training, "run": 0, "teacher_solver": 0})
+
+
+@pytest.mark.parametrize("card", [EMOJI_DIFFUSION / "README.md", EMOJI_SUN.with_suffix(".md")])
+def test_cards_give_licence_command_seed_and_figures(card):
+    text = card.read_text(encoding="utf-8").lower()
+    for fact in ("cc-by 4.0", "sun train", "seed", "minutes", "loss", "twemoji"):
+        assert fact in text, fact
