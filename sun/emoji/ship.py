@@ -151,6 +151,9 @@ def ship_adapter(run_folder: str | Path, destination: str | Path, notes: str = "
     info = SunAdapter.load(target).info
     training = info.training
     run = training["run"]
+    processes = training.get("processes", 1)
+    launcher = f"torchrun --nproc_per_node {processes} -m " if processes > 1 else ""
+    command = f"sun train --config configs/emoji-sun.toml --minutes {run['minutes']:g} --batch-size {run['batch_size']}"
     settings = {k: v for k, v in training.items() if k not in ("run", "losses", "step", "seconds", "processes")}
     target.with_suffix(".md").write_text(
         f"""# SUN adapter for {info.base_model}
@@ -159,9 +162,9 @@ def ship_adapter(run_folder: str | Path, destination: str | Path, notes: str = "
 
 Data: the same as Emoji Diffusion's (see its card); licence CC-BY 4.0 with attribution to Twemoji.
 
-Command: `sun train --config configs/emoji-sun.toml`
+Command: `{launcher}{command}`
 
-{training["step"]} steps of batch {training.get("processes", 1)} x {run["batch_size"]}, {training["seconds"] / 60:.0f} minutes, seed {run["seed"]}, on
+{training["step"]} steps of batch {processes} x {run["batch_size"]}, {training["seconds"] / 60:.0f} minutes, seed {run["seed"]}, on
 {describe_machine()}. Losses at the end: {", ".join(f"{k} {v:.4f}" for k, v in training["losses"].items())}.
 
 | setting | value |
