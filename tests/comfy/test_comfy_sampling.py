@@ -419,6 +419,32 @@ def test_interrupting_leaves_nothing_patched(
     assert torch.equal(run.sun(model), expected)
 
 
+@pytest.mark.parametrize("steps_done", [1, 3])
+def test_the_cancel_button_leaves_nothing_patched(
+    host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace, monkeypatch, steps_done: int
+) -> None:
+    """Cancel sets ComfyUI's flag, here while the sampler reports a step; the next operation of the U-Net finds it."""
+    from comfy import model_management
+
+    model = run.apply()
+    expected, plain = run.sun(model), run.ksampler(emoji.model)
+
+    def cancel(value: int, *_, **__) -> None:
+        if value == steps_done:
+            model_management.interrupt_current_processing()
+
+    with monkeypatch.context() as patched, run.count(model) as counts:
+        patched.setattr(host.comfy.utils, "PROGRESS_BAR_HOOK", cancel)
+        with pytest.raises(model_management.InterruptProcessingException):
+            run.sun(model)
+    assert counts.sun == 16 * steps_done
+    assert not model_management.processing_interrupted()
+    assert model.model.current_patcher is None
+    assert "sun" not in model.model_options["transformer_options"]
+    assert torch.equal(run.ksampler(emoji.model), plain)
+    assert torch.equal(run.sun(model), expected)
+
+
 def test_sampler_refuses_a_model_without_sun(run: SimpleNamespace, emoji: SimpleNamespace) -> None:
     with pytest.raises(ValueError, match="Put the node Apply SUN to Model between"):
         run.sun(emoji.model)
