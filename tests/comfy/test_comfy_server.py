@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comfy_helpers import make_adapter, make_emoji_stand_in
 from comfyui_host import REPOSITORY, STUBS
 from PIL import Image
 from workflows import to_prompt
@@ -96,16 +95,11 @@ class Server:
 
 
 def copy_pack(target: Path) -> None:
-    """What a user has in custom_nodes, with stand-ins for the models while they do not exist."""
+    """What a user has in custom_nodes."""
     for part in ("nodes", "sun", "web", "example_workflows"):
         shutil.copytree(REPOSITORY / part, target / part, ignore=shutil.ignore_patterns("__pycache__"))
     for part in ("__init__.py", "install.py"):
         shutil.copy(REPOSITORY / part, target / part)
-    model, adapter = target / "sun/models/emoji-diffusion", target / "sun/models/emoji-sun.safetensors"
-    if not (model / "unet").is_dir():
-        make_emoji_stand_in(model)
-    if not adapter.is_file():
-        make_adapter(model, adapter)
 
 
 @pytest.fixture(scope="module")
