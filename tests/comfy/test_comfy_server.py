@@ -23,6 +23,8 @@ from comfyui_host import REPOSITORY, STUBS
 from PIL import Image
 from workflows import to_prompt
 
+from sun.shipped import EMOJI_SUN
+
 pytestmark = pytest.mark.slow
 
 WORKFLOWS = REPOSITORY / "example_workflows"
@@ -39,6 +41,7 @@ class Server:
             self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
         arguments = [
             "--cpu", "--base-directory", str(base), "--listen", "127.0.0.1", "--port", self.url.rsplit(":", 1)[1],
+            "--extra-model-paths-config", str(base / "extra_model_paths.yaml"),
             "--database-url", f"sqlite:///{base}/user.db", "--disable-auto-launch", "--disable-api-nodes",
         ]  # fmt: skip
         self._file = self.log.open("w")
@@ -105,9 +108,14 @@ def copy_pack(target: Path) -> None:
 @pytest.fixture(scope="module")
 def server(comfyui_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     base = tmp_path_factory.mktemp("comfyui")
-    for folder in ("custom_nodes", "input", "output", "temp", "user", "models/checkpoints", "models/sun"):
+    shared = base / "shared" / "adapters"
+    for folder in ("custom_nodes", "input", "output", "temp", "user", "models/checkpoints", "models/sun", shared):
         (base / folder).mkdir(parents=True)
     copy_pack(base / "custom_nodes" / "SUN")
+    shutil.copy(EMOJI_SUN, shared / "elsewhere.safetensors")
+    (base / "extra_model_paths.yaml").write_text(
+        f"other_place:\n    base_path: {shared.parent}\n    sun: {shared.name}\n"
+    )
     server = Server(comfyui_folder, base)
     try:
         server.wait_until_ready()
@@ -179,6 +187,12 @@ def test_example_workflows_are_in_the_template_browser(server: Server) -> None:
     assert sorted(server.get("/workflow_templates")["SUN"]) == sorted(path.stem for path in WORKFLOWS.glob("*.json"))
     for path in WORKFLOWS.glob("*.json"):
         assert Image.open(path.with_suffix(".jpg")).size == (512, 512)
+
+
+def test_an_adapter_of_extra_model_paths_is_listed(server: Server) -> None:
+    info = server.get("/object_info/SUN_LoadAdapter")["SUN_LoadAdapter"]
+    _, options = info["input"]["required"]["adapter_name"]
+    assert "elsewhere.safetensors" in options["options"]
 
 
 def test_help_pages_are_served(server: Server) -> None:
