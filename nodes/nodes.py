@@ -141,7 +141,7 @@ class SunSampler(io.ComfyNode):
                     step=0.01,
                     tooltip=(
                         "Image to image: how much is painted anew. The first of the trained timesteps are left out, "
-                        "so 4 steps at 0.5 are the last 2 of the 4."
+                        "so 4 steps at 0.5 are the last 2 of the 4. Below 1 / steps (0.25 for 4) nothing is painted."
                     ),
                 ),
             ],

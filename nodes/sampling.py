@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from typing import Any
 
 import comfy.sample
@@ -13,6 +15,8 @@ from comfy.model_patcher import ModelPatcher
 
 from ..sun.schedule import denoise_timesteps
 from . import patch
+
+log = logging.getLogger(__name__)
 
 
 def trained_sigmas(model: ModelPatcher, steps: int, denoise: float = 1.0) -> torch.Tensor:
@@ -26,10 +30,18 @@ def trained_sigmas(model: ModelPatcher, steps: int, denoise: float = 1.0) -> tor
     return torch.cat([table[list(timesteps)].float().cpu(), torch.zeros(1)]) if timesteps else torch.zeros(0)
 
 
+def least_denoise(steps: int) -> float:
+    """The least denoise, in the widget's hundredths, at which one of `steps` steps is run."""
+    return math.ceil(100 / steps) / 100
+
+
 def sample(
     model: ModelPatcher, positive: list, negative: list, latent: dict[str, Any], seed: int, steps: int, denoise: float
 ) -> dict[str, Any]:
-    """Samples a LATENT with SUN. Raises ValueError, in a sentence, when the model has no SUN adapter."""
+    """Samples a LATENT with SUN. A denoise that leaves no step to run gives it back unchanged, with a warning.
+
+    Raises ValueError, in a sentence, when the model has no SUN adapter.
+    """
     if patch.settings_of(model) is None:
         raise ValueError(
             "This model has no SUN adapter, so 4 steps would only give a blur. "
@@ -54,4 +66,9 @@ def sample(
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=seed,
         )
+    else:
+        log.warning(
+            "SUN: denoise %g of %d steps leaves no step to run, so the latent comes back unchanged. "
+            "Set denoise to %g or more, or use more steps.", denoise, steps, least_denoise(steps),
+        )  # fmt: skip
     return {**latent, "samples": samples}

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file, in every import mode of pytest
-from comfy_helpers import Counts, make_adapter, make_emoji_stand_in
+from comfy_helpers import Counts
 from comfyui_host import REPOSITORY, STUBS, obtain_comfyui
 
 
@@ -88,13 +88,9 @@ def host(comfyui_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Simp
 
 
 @pytest.fixture(scope="session")
-def emoji_folder(host: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped model, or, before it exists, random weights of the same shape, put in its place."""
-    nodes = host.part("nodes.nodes")
-    if not (nodes.EMOJI_DIFFUSION / "unet").is_dir():
-        nodes.EMOJI_DIFFUSION = tmp_path_factory.mktemp("emoji-diffusion")
-        make_emoji_stand_in(nodes.EMOJI_DIFFUSION)
-    return nodes.EMOJI_DIFFUSION
+def emoji_folder(host: SimpleNamespace) -> Path:
+    """The shipped model."""
+    return host.part("nodes.nodes").EMOJI_DIFFUSION
 
 
 @pytest.fixture(scope="session")
@@ -105,17 +101,13 @@ def emoji(host: SimpleNamespace, emoji_folder: Path) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
-def adapter_file(host: SimpleNamespace, emoji_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped adapter, or a random one for the stand-in model."""
-    folders = host.part("nodes.folders")
-    if not folders.EMOJI_SUN.is_file():
-        folders.EMOJI_SUN = tmp_path_factory.mktemp("adapter") / "emoji-sun.safetensors"
-        make_adapter(emoji_folder, folders.EMOJI_SUN)
-    return folders.EMOJI_SUN
+def adapter_file(host: SimpleNamespace) -> Path:
+    """The shipped adapter."""
+    return host.part("nodes.folders").EMOJI_SUN
 
 
 @pytest.fixture(scope="session")
-def adapter(host: SimpleNamespace, adapter_file: Path) -> SimpleNamespace:
+def adapter(host: SimpleNamespace) -> SimpleNamespace:
     """SUN_ADAPTER from the node Load SUN Adapter."""
     load = host.nodes["SUN_LoadAdapter"]
     return load.execute(host.part("nodes.folders").SHIPPED).result[0]

@@ -34,7 +34,9 @@ def test_unet_equals_diffusers(emoji: SimpleNamespace, pipe) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("prompt", ["", "large polar bear, yellow background", "beetle next to copyright sign"])
+@pytest.mark.parametrize(
+    "prompt", ["", "large polar bear, yellow background", "cat face next to fish, purple background"]
+)
 def test_text_equals_diffusers(emoji: SimpleNamespace, pipe, prompt: str) -> None:
     ours, _ = emoji.clip.encode_from_tokens(emoji.clip.tokenize(prompt), return_pooled=True)
     theirs, _ = pipe.encode_prompt(prompt, "cpu", 1, False)

@@ -59,7 +59,32 @@ def test_denoise_keeps_the_trained_timesteps(run: SimpleNamespace) -> None:
     with run.count(model) as counts:
         run.sun(model, start=start, denoise=0.5)
     assert counts.timesteps == [499, 249]
-    assert torch.equal(run.sun(model, start=start, denoise=0.0), start["samples"])
+
+
+@pytest.mark.parametrize(("steps", "denoise", "least"), [(4, 0.2, 0.25), (3, 0.33, 0.34), (4, 0.0, 0.25)])
+def test_a_denoise_that_does_nothing_says_so(
+    run: SimpleNamespace, caplog: pytest.LogCaptureFixture, steps: int, denoise: float, least: float
+) -> None:
+    model = run.apply()
+    start = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))}
+    with run.count(model) as counts:
+        assert torch.equal(run.sun(model, start=start, steps=steps, denoise=denoise), start["samples"])
+        assert counts.unet == 0
+        assert f"denoise {denoise:g} of {steps} steps leaves no step to run" in caplog.text
+        assert f"Set denoise to {least:g} or more" in caplog.text
+        caplog.clear()
+        run.sun(model, start=start, steps=steps, denoise=least)
+    assert counts.unet == 1
+    assert "leaves no step" not in caplog.text
+
+
+def test_the_least_denoise_is_the_least(host: SimpleNamespace) -> None:
+    from sun.schedule import denoise_timesteps
+
+    for steps in range(1, 51):
+        least = host.part("nodes.sampling").least_denoise(steps)
+        assert len(denoise_timesteps(steps, least)) == 1
+        assert not denoise_timesteps(steps, round(least - 0.01, 2))
 
 
 def test_progress_and_preview(host: SimpleNamespace, run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,6 +413,32 @@ def test_interrupting_leaves_nothing_patched(
             run.sun(model)
     finally:
         handle.remove()
+    assert model.model.current_patcher is None
+    assert "sun" not in model.model_options["transformer_options"]
+    assert torch.equal(run.ksampler(emoji.model), plain)
+    assert torch.equal(run.sun(model), expected)
+
+
+@pytest.mark.parametrize("steps_done", [1, 3])
+def test_the_cancel_button_leaves_nothing_patched(
+    host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace, monkeypatch, steps_done: int
+) -> None:
+    """Cancel sets ComfyUI's flag, here while the sampler reports a step; the next operation of the U-Net finds it."""
+    from comfy import model_management
+
+    model = run.apply()
+    expected, plain = run.sun(model), run.ksampler(emoji.model)
+
+    def cancel(value: int, *_, **__) -> None:
+        if value == steps_done:
+            model_management.interrupt_current_processing()
+
+    with monkeypatch.context() as patched, run.count(model) as counts:
+        patched.setattr(host.comfy.utils, "PROGRESS_BAR_HOOK", cancel)
+        with pytest.raises(model_management.InterruptProcessingException):
+            run.sun(model)
+    assert counts.sun == 16 * steps_done
+    assert not model_management.processing_interrupted()
     assert model.model.current_patcher is None
     assert "sun" not in model.model_options["transformer_options"]
     assert torch.equal(run.ksampler(emoji.model), plain)

@@ -19,27 +19,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comfy_helpers import make_adapter, make_emoji_stand_in
 from comfyui_host import REPOSITORY, STUBS
 from PIL import Image
 from workflows import to_prompt
 
+from sun.shipped import EMOJI_SUN
+
 pytestmark = pytest.mark.slow
 
 WORKFLOWS = REPOSITORY / "example_workflows"
-PICTURE_TOLERANCE = 2  # of 255: ComfyUI cuts fractions of a grey level off, diffusers rounds them
+PICTURE_TOLERANCE = 2  # of 255: ComfyUI cuts fractions of a grey level off, `sun generate` rounds them
 
 
 class Server:
-    """A running ComfyUI. `base` is its base folder, `pack` the copy of this pack in it."""
+    """A running ComfyUI. `base` is its base folder, with a copy of this pack in it."""
 
     def __init__(self, comfyui: Path, base: Path) -> None:
-        self.base, self.pack, self.log = base, base / "custom_nodes" / "SUN", base / "log.txt"
+        self.base, self.log = base, base / "log.txt"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
         arguments = [
             "--cpu", "--base-directory", str(base), "--listen", "127.0.0.1", "--port", self.url.rsplit(":", 1)[1],
+            "--extra-model-paths-config", str(base / "extra_model_paths.yaml"),
             "--database-url", f"sqlite:///{base}/user.db", "--disable-auto-launch", "--disable-api-nodes",
         ]  # fmt: skip
         self._file = self.log.open("w")
@@ -96,24 +98,24 @@ class Server:
 
 
 def copy_pack(target: Path) -> None:
-    """What a user has in custom_nodes, with stand-ins for the models while they do not exist."""
+    """What a user has in custom_nodes."""
     for part in ("nodes", "sun", "web", "example_workflows"):
         shutil.copytree(REPOSITORY / part, target / part, ignore=shutil.ignore_patterns("__pycache__"))
     for part in ("__init__.py", "install.py"):
         shutil.copy(REPOSITORY / part, target / part)
-    model, adapter = target / "sun/models/emoji-diffusion", target / "sun/models/emoji-sun.safetensors"
-    if not (model / "unet").is_dir():
-        make_emoji_stand_in(model)
-    if not adapter.is_file():
-        make_adapter(model, adapter)
 
 
 @pytest.fixture(scope="module")
 def server(comfyui_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     base = tmp_path_factory.mktemp("comfyui")
-    for folder in ("custom_nodes", "input", "output", "temp", "user", "models/checkpoints", "models/sun"):
+    shared = base / "shared" / "adapters"
+    for folder in ("custom_nodes", "input", "output", "temp", "user", "models/checkpoints", "models/sun", shared):
         (base / folder).mkdir(parents=True)
     copy_pack(base / "custom_nodes" / "SUN")
+    shutil.copy(EMOJI_SUN, shared / "elsewhere.safetensors")
+    (base / "extra_model_paths.yaml").write_text(
+        f"other_place:\n    base_path: {shared.parent}\n    sun: {shared.name}\n"
+    )
     server = Server(comfyui_folder, base)
     try:
         server.wait_until_ready()
@@ -130,43 +132,35 @@ def node_of(prompt: dict[str, Any], kind: str) -> dict[str, Any]:
     return next(node["inputs"] for node in prompt.values() if node["class_type"] == kind)
 
 
-def diffusers_picture(
-    model: Path, adapter: Path, positive: str, negative: str, seed: int, steps: int, side: int
-) -> np.ndarray:
-    """The same picture by diffusers: same noise, same timesteps, last sigma 0. [H, W, 3], 0 to 255."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+def test_the_shipped_workflow_makes_the_picture_sun_generate_makes(server: Server, host: Any, emoji: Any) -> None:
+    """Nothing is handed over: from one seed both draw the same noise on the CPU and visit the same sigmas."""
+    from sun.generate import complete, generate, load, noise
+    from sun.recipe import Recipe
+    from sun.schedulers import make_scheduler
 
-    import sun
-
-    pipe = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
-    pipe.scheduler = DDIMScheduler.from_config(
-        pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True
-    )
-    pipe.set_progress_bar_config(disable=True)
-    sun.attach(pipe, sun.SunAdapter.load(adapter, dtype=torch.float32))
-    noise = torch.randn(1, 4, side // 8, side // 8, generator=torch.manual_seed(seed))
-    picture = pipe(
-        positive, negative_prompt=negative, num_inference_steps=steps, latents=noise, output_type="np"
-    ).images[0]
-    return picture * 255
-
-
-def test_the_shipped_workflow_makes_the_picture_diffusers_makes(server: Server) -> None:
     prompt = to_prompt(workflow("sun_emoji_txt2img"), server.get("/object_info"))
     (picture,) = server.run(prompt)
-    sampler = node_of(prompt, "SUN_Sampler")
-    expected = diffusers_picture(
-        server.pack / "sun/models/emoji-diffusion",
-        server.pack / "sun/models/emoji-sun.safetensors",
-        prompt[sampler["positive"][0]]["inputs"]["text"],
-        prompt[sampler["negative"][0]]["inputs"]["text"],
-        sampler["seed"],
-        sampler["steps"],
-        node_of(prompt, "EmptyLatentImage")["width"],
-    )
-    difference = np.abs(np.asarray(picture.convert("RGB"), dtype=np.float64) - expected)
-    print(f"ComfyUI's PNG against diffusers: at most {difference.max():.2f}, on average {difference.mean():.3f} of 255")
-    assert picture.size == (128, 128)
+    sampler, latent = node_of(prompt, "SUN_Sampler"), node_of(prompt, "EmptyLatentImage")
+    recipe = Recipe(
+        prompt=prompt[sampler["positive"][0]]["inputs"]["text"],
+        negative=prompt[sampler["negative"][0]]["inputs"]["text"],
+        seed=sampler["seed"], steps=sampler["steps"], width=latent["width"], height=latent["height"], device="cpu",
+    )  # fmt: skip
+    loaded = load(recipe)
+    recipe = complete(recipe, loaded)
+
+    start = noise(recipe, loaded)
+    assert torch.equal(start, host.comfy.sample.prepare_noise(torch.zeros_like(start), recipe.seed))
+    scheduler = make_scheduler(recipe.scheduler, loaded.pipe.scheduler.config)
+    scheduler.set_timesteps(recipe.steps)
+    signal = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], scheduler.final_alpha_cumprod[None]])
+    sigmas = host.part("nodes.sampling").trained_sigmas(emoji.model, recipe.steps)
+    torch.testing.assert_close((1 / signal - 1).sqrt(), sigmas, rtol=1e-5, atol=0)
+
+    (expected,) = generate(loaded, recipe).images
+    difference = np.abs(np.asarray(picture.convert("RGB"), dtype=int) - np.asarray(expected, dtype=int))
+    print(f"ComfyUI against `sun generate`: at most {difference.max()}, on average {difference.mean():.3f} of 255")
+    assert picture.size == expected.size == (128, 128)
     assert difference.max() <= PICTURE_TOLERANCE
     assert "SUN active: 16 layers, negative 77 tokens" in server.log.read_text()
 
@@ -185,6 +179,12 @@ def test_example_workflows_are_in_the_template_browser(server: Server) -> None:
     assert sorted(server.get("/workflow_templates")["SUN"]) == sorted(path.stem for path in WORKFLOWS.glob("*.json"))
     for path in WORKFLOWS.glob("*.json"):
         assert Image.open(path.with_suffix(".jpg")).size == (512, 512)
+
+
+def test_an_adapter_of_extra_model_paths_is_listed(server: Server) -> None:
+    info = server.get("/object_info/SUN_LoadAdapter")["SUN_LoadAdapter"]
+    _, options = info["input"]["required"]["adapter_name"]
+    assert "elsewhere.safetensors" in options["options"]
 
 
 def test_help_pages_are_served(server: Server) -> None:
