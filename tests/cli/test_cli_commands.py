@@ -216,6 +216,33 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert not list(tmp_path.rglob("*.png"))
 
 
+@pytest.mark.parametrize(
+    ("key", "part"),
+    [
+        ("transformer.blocks.0.attn.to_q.lora_A.weight", "holds no LoRA for a Stable Diffusion 1.x U-Net"),
+        ("lora_unet_nothing_of_it.lora_down.weight", "could not be loaded as a LoRA"),
+        ("conv_in.weight", "could not be loaded as a LoRA"),
+    ],
+)
+def test_a_lora_of_something_else_is_refused_in_a_sentence(tiny: Run, tmp_path: Path, key: str, part: str) -> None:
+    lora = tmp_path / "other.safetensors"
+    save_file({key: torch.zeros(2, 2), key.replace("down", "up").replace("_A", "_B"): torch.zeros(2, 2)}, lora)
+    output = tiny("generate", "a", "--lora", lora, "--out", tmp_path / "x.png", code=2).output
+    assert f"{lora} {part}" in output
+    assert "Unexpected" not in output
+
+
+@pytest.mark.parametrize(("folder", "part"), [("unet", "lacks"), ("text_encoder", "could not be loaded")])
+def test_a_controlnet_that_is_none_is_refused_in_a_sentence(
+    tiny: Run, tmp_path: Path, model_folder: Path, photo: Path, folder: str, part: str
+) -> None:
+    given = ("--controlnet", model_folder / folder, "--control", photo)
+    output = tiny("generate", "a", *given, "--out", tmp_path / "x.png", code=2).output
+    assert str(model_folder / folder) in output
+    assert part in output
+    assert "Unexpected" not in output
+
+
 def test_a_png_without_a_recipe_is_an_error(sun: Run, photo: Path) -> None:
     assert "holds no SUN recipe" in sun("generate", "--from", photo, code=2).output
     save_png(Image.open(photo), photo, {"sun": "{broken"})
