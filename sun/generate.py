@@ -257,7 +257,11 @@ def changes_since(recipe: Recipe, content: dict[str, Any]) -> list[str]:
     found = []
     for field, path in {**_shipped(recipe), **recipe.files()}.items():
         if not Path(path).exists():
-            raise RecipeError(f"the picture was made with {path} ({field}), which is not there. Put it back.")
+            option = f"--{field.split()[0]}"  # "lora 0" is given with --lora
+            raise RecipeError(
+                f"the picture was made with {path} ({field}), which is not there. "
+                f"Put it back, or name it with {option}."
+            )
         before = content.get("files", {}).get(field)
         if before and before != fingerprint(path):
             found.append(f"{path} ({field}) has changed since the picture was made")
