@@ -22,8 +22,13 @@ export PYTHONUTF8 := 1
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
 
+# constraints.txt pins versions that need it; pip's own message would not say so.
+CHECK_PYTHON = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "SUN needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+
 # torch goes in first and alone, so that nothing after it can choose another build.
 $(DEMO)/.installed: pyproject.toml constraints.txt
+	$(CHECK_PYTHON)
 	@echo "Installing into $(DEMO) (a few minutes, once)"
 	$(PYTHON) -m venv $(DEMO)
 	$(DEMO)/bin/python -m pip install $(PIP_FLAGS) torch==2.13.0
@@ -31,6 +36,7 @@ $(DEMO)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(TEST)/.installed: pyproject.toml constraints.txt tests/comfy/requirements.txt
+	$(CHECK_PYTHON)
 	@echo "Installing into $(TEST) (a few minutes, once)"
 	$(PYTHON) -m venv $(TEST)
 	$(TEST)/bin/python -m pip install $(PIP_FLAGS) torch==2.13.0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# Importing a module registers its commands.
-from .commands import adapters, benchmark, evaluation, pictures, training
+# Importing a module registers its commands; --help lists them in this order.
+from .commands import pictures, adapters, evaluation, training, benchmark  # isort: skip
 from .commands.app import app
 
 __all__ = ["adapters", "app", "benchmark", "evaluation", "main", "pictures", "training"]

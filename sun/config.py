@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ast
 import difflib
-import importlib
 import json
-import sys
+import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix.lower() == ".json" else _toml().loads(text)
+        content = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:  # both parsers' errors are ValueErrors
@@ -166,8 +165,3 @@ def _by_last_name(key: str, paths: list[str]) -> str:
 def _suggest(key: str, known: list[str]) -> str:
     near = difflib.get_close_matches(key, known + [k.rpartition(".")[2] for k in known], n=3)
     return f" Did you mean {' or '.join(dict.fromkeys(near))}?" if near else f" There are: {', '.join(known)}."
-
-
-def _toml() -> Any:
-    # tomllib is new in Python 3.11; before, it is the package tomli.
-    return importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")

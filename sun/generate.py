@@ -69,12 +69,7 @@ def load(recipe: Recipe) -> Loaded:
     if recipe.loras:
         weights = [split_lora(lora)[1] for lora in recipe.loras]
         pipe.set_adapters([f"lora{i}" for i in range(len(weights))], weights)
-    controlnet = None
-    if recipe.controlnet:
-        if not (Path(recipe.controlnet) / "config.json").is_file():
-            raise RecipeError(f"{recipe.controlnet} is not a ControlNet folder (no config.json). Give a diffusers one.")
-        controlnet = ControlNetModel.from_pretrained(recipe.controlnet, torch_dtype=dtype, local_files_only=True)
-        controlnet.to(device).eval()
+    controlnet = _load_controlnet(recipe.controlnet, dtype).to(device).eval() if recipe.controlnet else None
     pipe.to(device)
     adapter = None if recipe.adapter == "none" else load_adapter(recipe.adapter)
     return Loaded(pipe, adapter, controlnet)
@@ -158,6 +153,25 @@ def _load_lora(pipe: Any, lora: str, name: str) -> None:
         pipe.load_lora_weights(path, adapter_name=name, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise RecipeError(f"{path} could not be loaded as a LoRA for this model: {_first_line(error)}") from error
+    # diffusers only warns when no key is of this model, and fails later.
+    if not any(name in names for names in pipe.get_list_adapters().values()):
+        raise RecipeError(
+            f"{path} holds no LoRA for a Stable Diffusion 1.x U-Net or text encoder. `sun inspect` tells what it is."
+        )
+
+
+def _load_controlnet(folder: str, dtype: torch.dtype) -> Any:
+    if not (Path(folder) / "config.json").is_file():
+        raise RecipeError(f"{folder} is not a ControlNet folder (no config.json). Give a diffusers one.")
+    try:
+        controlnet, loaded = ControlNetModel.from_pretrained(
+            folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise RecipeError(f"{folder} could not be loaded as a ControlNet: {_first_line(error)}") from error
+    if loaded["missing_keys"]:  # diffusers only warns and draws these at random, for any U-Net's folder too
+        raise RecipeError(f"{folder} is not a ControlNet: it lacks {len(loaded['missing_keys'])} of its weights.")
+    return controlnet
 
 
 def complete(recipe: Recipe, loaded: Loaded | None = None) -> Recipe:
@@ -261,7 +275,11 @@ def changes_since(recipe: Recipe, content: dict[str, Any]) -> list[str]:
     found = []
     for field, path in {**_shipped(recipe), **recipe.files()}.items():
         if not Path(path).exists():
-            raise RecipeError(f"the picture was made with {path} ({field}), which is not there. Put it back.")
+            option = f"--{field.split()[0]}"  # "lora 0" is given with --lora
+            raise RecipeError(
+                f"the picture was made with {path} ({field}), which is not there. "
+                f"Put it back, or name it with {option}."
+            )
         before = content.get("files", {}).get(field)
         if before and before != fingerprint(path):
             found.append(f"{path} ({field}) has changed since the picture was made")

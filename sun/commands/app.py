@@ -51,7 +51,11 @@ def _version(value: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback(epilog='Start with: [bold]sun generate "large polar bear, yellow background"[/bold]')
+@app.callback(
+    epilog="""Start with: [bold]sun generate "large polar bear, yellow background"[/bold]
+
+Exit codes: 0 done, 1 unexpected error, 2 wrong input, 130 interrupted."""
+)
 def _options(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error and the libraries' messages.")

@@ -37,9 +37,10 @@ def train_benchmark(
     """Measure memory and pictures a second of SUN training, for a configuration of `sun train`."""
     from ..training.benchmark import measure
     from ..training.estimate import estimate as compute
-    from ..training.sun import SunTrainConfig
+    from ..training.sun import SunTrainConfig, check_settings
 
     chosen = configured(SunTrainConfig(), config, {}, {}, settings)
+    check_settings(chosen)
     if estimate and model != "sd15":
         raise typer.BadParameter("the estimate is of SD 1.5's size; leave --model out", param_hint="--model")
     result = compute(chosen) if estimate else measure(chosen, model, updates)

@@ -60,6 +60,8 @@ def evaluate(
         _show(name, found)
     if several:
         out.print(f"report: {wanted.output}", soft_wrap=True)
+    if several and len(result["models"]) == 1:
+        result = {**result, **next(iter(result["models"].values()))}
     write_json(figures, result)
 
 

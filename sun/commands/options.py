@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 
-class Scheduler(str, Enum):
+class Scheduler(StrEnum):
     """Same names as sun.schedulers.SCHEDULERS, which needs diffusers."""
 
     ddim = "ddim"
@@ -18,19 +18,19 @@ class Scheduler(str, Enum):
     euler = "euler"
 
 
-class DenoiseMode(str, Enum):
+class DenoiseMode(StrEnum):
     trained = "trained"
     respaced = "respaced"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     auto = "auto"
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
 
 
-class Layout(str, Enum):
+class Layout(StrEnum):
     sun = "sun"
     official = "official"
 

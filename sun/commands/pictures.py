@@ -42,7 +42,7 @@ sun generate "cat face next to fish" --negative "gray background" --batch 4
 
 sun generate "a castle" --model dreamshaper.safetensors --adapter sun_adapter.safetensors --lora ink.safetensors:0.8
 
-sun generate "a cat in a hat" --init cat.png --strength 0.5
+sun generate "snake, purple background" --init bear.png --strength 0.75
 
 sun generate --from bear.png --out same-bear.png"""
 )

@@ -112,15 +112,21 @@ def method_names(config: EvaluateConfig) -> list[str]:
 
 
 def check(config: EvaluateConfig) -> None:
-    """Raise ConfigError for settings that would fail only after hours."""
+    """Raise ConfigError for settings that would fail only after hours, for want of a package too."""
     from .edits import parse_edit
     from .methods import load_peer, parse_method
+    from .metrics import import_torchmetrics
+    from .pictures import import_matplotlib
     from .sampler import PRECISIONS
 
     if config.precision not in PRECISIONS:
         raise ConfigError(f"precision takes {', '.join(PRECISIONS)}, not {config.precision!r}.")
     if unknown := [part for part in config.measure if part not in PARTS]:
         raise ConfigError(f"measure takes {', '.join(PARTS)}, not {', '.join(unknown)}.")
+    if {"distances", "edits"} & set(config.measure):
+        import_torchmetrics("image.fid")
+    if config.output:
+        import_matplotlib()
     for name in config.edits:
         parse_edit(name)
     for name in method_names(config):

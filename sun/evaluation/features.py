@@ -162,7 +162,7 @@ def _load_inception(weights: str) -> Any:
         return FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=weights).inception
     except ModuleNotFoundError as error:
         raise ConfigError(
-            'Inception features need torch-fidelity. Install it with: pip install "speedupnet-sun[inception]", or '
+            'Inception features need torch-fidelity: pip install -e ".[inception]" in a clone of the repository, or '
             "leave the setting inception empty for CLIP features."
         ) from error
 

@@ -29,7 +29,7 @@ class _Given(torch.nn.Module):
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """FID formula (Heusel et al. 2017) on given features [N, D]."""
-    metric = _torchmetrics("image.fid").FrechetInceptionDistance(feature=_Given(features.shape[1]))
+    metric = import_torchmetrics("image.fid").FrechetInceptionDistance(feature=_Given(features.shape[1]))
     metric.set_dtype(torch.float64)
     metric.update(reference.double().cpu(), real=True)
     metric.update(features.double().cpu(), real=False)
@@ -65,7 +65,7 @@ def kernel_statistics(features: Tensor, reference: Tensor) -> tuple[float, float
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # that it keeps the features, which is wanted
         torch.manual_seed(0)
-        metric = _torchmetrics("image.kid").KernelInceptionDistance(
+        metric = import_torchmetrics("image.kid").KernelInceptionDistance(
             feature=_Given(features.shape[1]), subsets=50, subset_size=size
         )
         metric.update(reference.float().cpu(), real=True)
@@ -76,13 +76,13 @@ def kernel_statistics(features: Tensor, reference: Tensor) -> tuple[float, float
 
 def psnr(pixels: Tensor, reference: Tensor) -> Tensor:
     """[B]: peak signal-to-noise ratio in dB of pictures [B, 3, H, W] in -1..1, at most ``PSNR_CEILING``."""
-    ratio = _torchmetrics("functional.image").peak_signal_noise_ratio
+    ratio = import_torchmetrics("functional.image").peak_signal_noise_ratio
     return ratio(pixels, reference, data_range=2.0, reduction="none", dim=(1, 2, 3)).clamp(max=PSNR_CEILING)
 
 
 def ssim(pixels: Tensor, reference: Tensor) -> Tensor:
     """[B]: structural similarity (Wang et al. 2004; 11 x 11 Gaussian) of pictures [B, 3, H, W] in -1..1."""
-    similarity = _torchmetrics("functional.image").structural_similarity_index_measure
+    similarity = import_torchmetrics("functional.image").structural_similarity_index_measure
     result: Tensor = similarity((pixels + 1) / 2, (reference + 1) / 2, data_range=1.0, reduction="none")
     return result
 
@@ -116,12 +116,13 @@ def mean_and_interval(name: str, values: Tensor) -> dict[str, Any]:
     return {name: float(known.mean()), f"{name}_interval": bootstrap_interval(known)}
 
 
-def _torchmetrics(module: str) -> Any:
+def import_torchmetrics(module: str) -> Any:
+    """``torchmetrics.<module>``. Raises ConfigError with what to install."""
     from importlib import import_module
 
     try:
         return import_module(f"torchmetrics.{module}")
     except ModuleNotFoundError as error:
         raise ConfigError(
-            'measuring needs torchmetrics. Install it with: pip install "speedupnet-sun[eval]"'
+            'measuring distances needs torchmetrics: pip install -e ".[eval]" in a clone of the repository.'
         ) from error

@@ -65,7 +65,7 @@ def save_plots(name: str, model: dict[str, Any], folder: Path) -> list[Path]:
     panels = {k: v for k, v in PANELS.items() if any(k in row for row in model["methods"].values())}
     if not panels:
         return []
-    figure_class, canvas_class = _matplotlib()
+    figure_class, canvas_class = import_matplotlib()
     paths = []
     for cost, label in COSTS.items():
         figure = figure_class(figsize=(6.4 * len(panels), 4.8), layout="constrained")
@@ -104,13 +104,13 @@ def _panel(axes: Any, model: dict[str, Any], cost: str, key: str) -> None:
         axes.axhline(model["floor"][key], linestyle="--", color="gray", linewidth=1, label="floor: other noise")
 
 
-def _matplotlib() -> tuple[Any, Any]:
-    """Figure and a canvas that needs no display."""
+def import_matplotlib() -> tuple[Any, Any]:
+    """Figure and a canvas that needs no display. Raises ConfigError with what to install."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ConfigError(
-            'the plots of a report need matplotlib. Install it with: pip install "speedupnet-sun[eval]"'
+            'the plots of a report need matplotlib: pip install -e ".[eval]" in a clone of the repository.'
         ) from error
     return Figure, FigureCanvasAgg

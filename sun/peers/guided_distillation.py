@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..schedulers import make_scheduler
 from ..training.replay import Batch, ReplayBuffer
 from ..training.run import RunConfig, TrainingRun
-from ..training.sun import SunTrainConfig, Teacher
+from ..training.sun import SunTrainConfig, Teacher, check_settings
 from ..training.targets import noised_stage, sun_losses
 from .setup import Distillation, load_frozen
 
@@ -74,6 +74,7 @@ class Student(nn.Module):
 
 def train_guided_distillation(config: GuidedDistillConfig) -> Path:
     """Train and write the student as ``unet/`` with a card into ``run.output``; returns that folder."""
+    check_settings(config.as_sun())
     pipe = load_frozen(config.model)
     unet = copy.deepcopy(pipe.unet).requires_grad_(True)
     if config.gradient_checkpointing:

@@ -46,7 +46,7 @@ def _adamw_8bit(
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise ConfigError(
-            'optimizer 8bit needs bitsandbytes: pip install "speedupnet-sun[low-memory]" '
+            'optimizer 8bit needs bitsandbytes: pip install -e ".[low-memory]" in a clone of the repository '
             f"(or choose optimizer = fused). The import said: {error}"
         ) from error
     optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **settings)

@@ -46,7 +46,7 @@ class RunConfig:
     batch_size: int = 32  # pictures at a time, on each process
     accumulate: int = 1  # batches whose gradients are averaged before an update
     lr: float = 1e-4
-    lr_schedule: str = "constant"  # constant | cosine
+    lr_schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0
     optimizer: OptimizerName = "adamw"
     weight_decay: float = 0.01
@@ -314,6 +314,8 @@ class _Averaged:
 def _check(config: RunConfig) -> None:
     if config.accumulate < 1 or config.batch_size < 1:
         raise ConfigError("batch_size and accumulate are numbers of pictures and batches: at least 1.")
+    if config.lr_schedule not in ("constant", "cosine"):
+        raise ConfigError(f"lr_schedule is constant or cosine, not {config.lr_schedule!r}.")
     if config.frozen not in ("fp32", config.precision):
         raise ConfigError(
             f"frozen = {config.frozen} needs precision = {config.frozen}: half-precision weights are only used by "

@@ -32,9 +32,10 @@ class SunTrainConfig:
     """Every symbol of Algorithm 1 as a setting, with the paper's value as default where the paper states one.
 
     Stated: ``guidance_scale`` w = 8, ``msc_weight`` lambda = 1, ``stage_length`` Delta = 0.25, ``replace_probability``
-    p = 0.1, AdamW with lr 1e-4 and weight decay 0.01. Ours where it is silent: ``substeps`` N, the initialisation
-    (K/V copied from the U-Net, ``init_alpha``), and the options from ``stage_start_probability`` down, which are
-    off by default.
+    p = 0.1, up to 100 negative phrases, 5,000 steps of 32 pictures, AdamW with lr 1e-4 and weight decay 0.01. Ours
+    where it is silent: ``substeps`` N, the initialisation (K/V copied from the U-Net, ``init_alpha``),
+    ``run.max_grad_norm`` 1.0, and the options from ``stage_start_probability`` down, which are off by default. The
+    ``positive_branch`` is ours too: the authors' release has it, the paper has not.
     """
 
     run: RunConfig = field(default_factory=lambda: RunConfig(output="runs/sun", steps=5000, batch_size=32, lr=1e-4))
@@ -191,9 +192,21 @@ def latent_scale(vae: Any) -> int:
 
 
 def check_settings(config: SunTrainConfig) -> None:
-    """Raise ConfigError for an unknown ``msc_error`` or an impossible ``guidance_range``."""
+    """Raise ConfigError for an unknown word or a number outside its range."""
     if config.msc_error not in ("noise", "state"):
         raise ConfigError(f"msc_error is noise or state, not {config.msc_error!r}.")
+    if config.teacher_solver not in ("dpmpp_2m", "ddim"):
+        raise ConfigError(f"teacher_solver is dpmpp_2m or ddim, not {config.teacher_solver!r}.")
+    if not 0.001 <= config.stage_length <= 1:
+        raise ConfigError(
+            f"stage_length is a share of all timesteps, from 0.001 (one of 1000) to 1, not {config.stage_length:g}."
+        )
+    for name in ("substeps", "target_reuse", "replace_depth"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} is a number of at least 1, not {getattr(config, name)}.")
+    for name in ("replace_probability", "stage_start_probability"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ConfigError(f"{name} is a probability, from 0 to 1, not {getattr(config, name):g}.")
     low, high = config.guidance_range
     if any(config.guidance_range) and not 0 < low <= config.guidance_scale <= high:
         raise ConfigError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError, apply
-from .sun import SunTrainConfig, train_sun
+from .sun import SunTrainConfig, check_settings, train_sun
 
 
 def variant_configs(
@@ -39,6 +39,8 @@ def variant_configs(
 
 def train_variants(configs: Mapping[str, SunTrainConfig]) -> Iterator[tuple[str, Path]]:
     """Train each, and yield its name and adapter as it is done. A run that has ended is not trained again, one that
-    was interrupted goes on."""
+    was interrupted goes on. Raises ConfigError before the first."""
+    for config in configs.values():
+        check_settings(config)
     for name, config in configs.items():
         yield name, train_sun(config)

@@ -16,9 +16,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import make_adapter
+from typer.main import get_command
 from typer.testing import Result
 
 from sun import SunAdapter
+from sun.cli import app
 from sun.files import SunInfo
 from sun.images import grid, read_png_text, save_png, write_atomically
 
@@ -201,6 +203,10 @@ def test_evaluate_prints_and_writes_the_figures(sun: Run, tmp_path: Path, monkey
         (["train", "--set", "steps"], "key=value"),
         (["train", "--set", "steps=many"], "whole number"),
         (["train", "--set", "resume=perhaps"], "true or false"),
+        (["train", "--set", "lr_schedule=cosin"], "constant, cosine"),
+        (["train", "--set", "substeps=0"], "substeps is a number of at least 1"),
+        (["train-peer", "guided-distill", "--set", "stage_length=2"], "stage_length is a share"),
+        (["train-benchmark", "--set", "replace_probability=2"], "replace_probability is a probability"),
         (["train", "--config", "missing.toml"], "missing.toml cannot be read"),
         (["train", "--model", "missing"], "missing"),
         (["nonsense"], "nonsense"),
@@ -214,6 +220,33 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert part in result.output
     assert "Traceback" not in result.output
     assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("key", "part"),
+    [
+        ("transformer.blocks.0.attn.to_q.lora_A.weight", "holds no LoRA for a Stable Diffusion 1.x U-Net"),
+        ("lora_unet_nothing_of_it.lora_down.weight", "could not be loaded as a LoRA"),
+        ("conv_in.weight", "could not be loaded as a LoRA"),
+    ],
+)
+def test_a_lora_of_something_else_is_refused_in_a_sentence(tiny: Run, tmp_path: Path, key: str, part: str) -> None:
+    lora = tmp_path / "other.safetensors"
+    save_file({key: torch.zeros(2, 2), key.replace("down", "up").replace("_A", "_B"): torch.zeros(2, 2)}, lora)
+    output = tiny("generate", "a", "--lora", lora, "--out", tmp_path / "x.png", code=2).output
+    assert f"{lora} {part}" in output
+    assert "Unexpected" not in output
+
+
+@pytest.mark.parametrize(("folder", "part"), [("unet", "lacks"), ("text_encoder", "could not be loaded")])
+def test_a_controlnet_that_is_none_is_refused_in_a_sentence(
+    tiny: Run, tmp_path: Path, model_folder: Path, photo: Path, folder: str, part: str
+) -> None:
+    given = ("--controlnet", model_folder / folder, "--control", photo)
+    output = tiny("generate", "a", *given, "--out", tmp_path / "x.png", code=2).output
+    assert str(model_folder / folder) in output
+    assert part in output
+    assert "Unexpected" not in output
 
 
 def test_a_png_without_a_recipe_is_an_error(sun: Run, photo: Path) -> None:
@@ -286,10 +319,42 @@ def test_a_grid_keeps_every_picture_whole() -> None:
         assert found[colour] == 64 * 64
 
 
-def test_help_of_every_command_shows_examples_or_options(sun: Run) -> None:
-    assert "generate" in sun("--help").output
-    for command in ("generate", "compare", "demo", "inspect", "convert", "train", "evaluate", "train-emoji"):
-        assert "--help" in sun(command, "--help").output
+def leaf_commands() -> dict[str, Any]:
+    """Every command by its words, sub-commands too."""
+    found: dict[str, Any] = {}
+    open_groups = [((), get_command(app))]
+    while open_groups:
+        words, group = open_groups.pop()
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                open_groups.append(((*words, name), command))
+            else:
+                found[" ".join((*words, name))] = command
+    return found
+
+
+@pytest.mark.parametrize("words", sorted(leaf_commands()))
+def test_help_of_every_command_has_a_description_and_all_options(sun: Run, words: str) -> None:
+    command = leaf_commands()[words]
+    output = sun(*words.split(), "--help").output
+    assert len(command.help) > 20
+    assert " ".join(command.help.split())[:60] in " ".join(output.split())
+    options = [option for option in command.params if option.param_type_name == "option"]
+    assert options
+    for option in options:
+        assert option.opts[0] in output
+        assert option.help
+
+
+def test_help_begins_with_the_commands_for_pictures_and_tells_the_exit_codes(sun: Run) -> None:
+    output = sun("--help").output
+    names = ("generate", "compare", "demo", "inspect", "convert", "evaluate", "train ")
+    places = [output.index(f"│ {name}") for name in names]
+    assert places == sorted(places)
+    assert "0 done, 1 unexpected error, 2 wrong input, 130 interrupted" in output
+
+
+def test_help_shows_examples(sun: Run) -> None:
     for command in ("generate", "compare", "convert", "train", "evaluate"):
         assert f"sun {command}" in sun(command, "--help").output
 

@@ -15,8 +15,8 @@ from tiny import make_adapter
 from typer.testing import Result
 
 from sun.adapter import SunAdapter
-from sun.generate import complete, generate, load, noise
-from sun.recipe import Recipe, parameters, read_recipe, split_lora
+from sun.generate import changes_since, complete, generate, load, noise
+from sun.recipe import Recipe, RecipeError, parameters, read_recipe, split_lora
 
 Run = Callable[..., Result]
 
@@ -272,6 +272,30 @@ def test_a_changed_or_missing_file_is_told(tiny: Run, sun: Run, tmp_path: Path, 
     assert "has changed since" in result.output
     photo.unlink()
     assert "not there" in sun("generate", "--from", target, code=2).output
+
+
+def test_a_file_named_relative_to_another_folder_can_be_named_anew(
+    tiny: Run, sun: Run, tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    tiny("generate", "a", "--init", photo.name, "--seed", 1, "--out", "x.png")
+    monkeypatch.chdir(elsewhere)
+    refused = sun("generate", "--from", "../x.png", "--out", "y.png", code=2).output
+    assert f"{photo.name} (init), which is not there. Put it back, or name it with --init." in refused
+    result = sun("generate", "--from", "../x.png", "--init", photo, "--out", "y.png")
+    assert "note" not in result.output
+    assert (pixels(tmp_path / "x.png") == pixels(elsewhere / "y.png")).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "option"),
+    [({"model": "gone"}, "--model"), ({"loras": ("gone:0.5",)}, "--lora"), ({"controlnet": "gone"}, "--controlnet")],
+)
+def test_a_missing_file_is_told_with_the_option_that_names_it(given: dict[str, Any], option: str) -> None:
+    with pytest.raises(RecipeError, match=rf"gone .* name it with {option}\."):
+        changes_since(Recipe(**given), {})
 
 
 def test_all_precisions_run(tiny: Run, tmp_path: Path) -> None:

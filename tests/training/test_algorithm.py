@@ -180,6 +180,7 @@ def test_papers_settings_are_the_defaults() -> None:
         0.1,
     )
     assert (config.run.lr, config.run.weight_decay, config.substeps) == (1e-4, 0.01, 6)
+    assert (config.run.batch_size, config.run.steps, config.max_negative_phrases) == (32, 5000, 100)
 
 
 @pytest.mark.parametrize("data", ["emoji:twemoji", "some/folder"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from typer.testing import CliRunner
 
 from sun import evaluation
 from sun.cli import app
+from sun.config import ConfigError
+from sun.evaluation.config import EvaluateConfig, check
 
 ROW = {"unet_calls": 4.0, "seconds": 0.1, "paired_mse": 0.05, "set_distance": 1.5}
 MODEL = {
@@ -51,6 +55,43 @@ def test_a_configuration_with_models_makes_a_report(seen: list[tuple[str, Any]],
     assert "sun-4" in result.output
     assert "+0.500" in result.output
     assert json.loads(target.read_text())["models"]["b"]["methods"]["sun-4"] == ROW
+
+
+def test_json_of_one_model_is_the_same_with_a_report(seen: list[tuple[str, Any]], tmp_path: Path) -> None:
+    for name, more in (("alone", []), ("report", ["--output", str(tmp_path / "r")])):
+        result = CliRunner().invoke(app, ["evaluate", "--json", str(tmp_path / name), *more])
+        assert result.exit_code == 0, result.output
+    assert [kind for kind, _ in seen] == ["evaluate", "report"]
+    alone, report = (json.loads((tmp_path / name).read_text()) for name in ("alone", "report"))
+    assert {key: report[key] for key in alone} == alone
+    assert report["models"]["b"] == alone
+
+
+def test_json_of_several_models_keeps_them_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(evaluation, "report", lambda config: {"models": {"a": MODEL, "b": MODEL}})
+    CliRunner().invoke(app, ["evaluate", "--output", str(tmp_path / "r"), "--json", str(tmp_path / "f.json")])
+    assert set(json.loads((tmp_path / "f.json").read_text())) == {"models"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "package", "missing"),
+    [
+        ({"measure": ("distances",)}, "torchmetrics", True),
+        ({"measure": ("edits",)}, "torchmetrics", True),
+        ({"measure": ("time",)}, "torchmetrics", False),
+        ({"measure": ("time",), "output": "report"}, "matplotlib", True),
+        ({"measure": ("time",)}, "matplotlib", False),
+    ],
+)
+def test_a_package_that_is_missing_is_told_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], package: str, missing: bool
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    config = EvaluateConfig(**settings)
+    with pytest.raises(ConfigError, match=rf'{package}: pip install -e "\.\[eval\]"') if missing else nullcontext():
+        check(config)
 
 
 def test_without_a_folder_there_are_figures_alone(seen: list[tuple[str, Any]]) -> None:

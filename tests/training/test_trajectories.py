@@ -14,8 +14,8 @@ import sun
 from sun.config import ConfigError
 from sun.emoji.base import sd15_scheduler
 from sun.training.algorithm import NoiseSchedule, ddim_update
-from sun.training.run import RunConfig
-from sun.training.sun import SunTrainConfig, train_sun
+from sun.training.run import RunConfig, TrainingRun
+from sun.training.sun import SunTrainConfig, check_settings, train_sun
 from sun.training.targets import state_weights
 from sun.training.trajectories import TrajectoryBank, run_teacher
 
@@ -179,6 +179,28 @@ def test_an_adapter_that_takes_the_guidance_scale(
 def test_an_unknown_error_is_refused(tiny_model: Path) -> None:
     with pytest.raises(ConfigError, match="msc_error is noise or state"):
         train_sun(SunTrainConfig(model=str(tiny_model), msc_error="pixels"))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("teacher_solver", ("euler",)), ("stage_length", (0.0, 1.5, float("nan"))), ("substeps", (0,)),
+     ("target_reuse", (0,)), ("replace_depth", (0,)), ("replace_probability", (-0.1, 1.1)),
+     ("stage_start_probability", (-0.1, 1.1))],
+)  # fmt: skip
+def test_a_setting_out_of_its_range_is_refused_by_name(name: str, wrong: tuple[object, ...]) -> None:
+    for value in wrong:
+        with pytest.raises(ConfigError, match=name):
+            check_settings(SunTrainConfig(**{name: value}))
+
+
+def test_the_ends_of_the_ranges_are_allowed() -> None:
+    check_settings(SunTrainConfig(stage_length=1.0, substeps=1, replace_probability=0.0, stage_start_probability=1.0))
+
+
+def test_a_learning_rate_schedule_is_one_of_two(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="lr_schedule is constant or cosine, not 'cosin'"):
+        TrainingRun(RunConfig(output=str(tmp_path / "run"), lr_schedule="cosin"), {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_guidance_range_must_hold_the_scale(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
