@@ -88,6 +88,24 @@ def test_two_processes_one_killed_and_resumed_train_what_one_process_trains(
     assert distance(one, two) < 0.05 * distance(one, start)
 
 
+def test_accelerate_launch_trains_from_a_config(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
+    """The command the presets and the guide name, whole. On CPUs accelerate starts several processes only with MPI."""
+    values = settings(tiny_model, pictures, tmp_path / "run")
+    values["run"]["steps"] = 1
+    config = tmp_path / "settings.toml"
+    tables = [f"{name} = {json.dumps(value)}" for name, value in values.items() if name != "run"]
+    tables += ["[run]", *(f"{name} = {json.dumps(value)}" for name, value in values["run"].items())]
+    config.write_text("\n".join(tables))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1",
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+               "-m", "sun", "train", "--config", str(config)]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert log(tmp_path / "run")[-1]["step"] == 1
+    assert SunAdapter.load(tmp_path / "run" / "adapter.safetensors").layers
+
+
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     tiny_model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
