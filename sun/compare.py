@@ -44,12 +44,14 @@ def compare(
     pairs: Sequence[tuple[str, str]],
     methods: Sequence[str],
     guidance: float | None = None,
+    offsets: Sequence[int] | None = None,
     on_method: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """Run the reference and ``methods`` (``sun-4``, ``ddim-4``, ...) on (prompt, negative) pairs of one model.
 
-    Pair ``i`` starts from the noise of ``recipe.seed + i`` in every method. ``guidance``: the reference's w; None: the
-    adapter's own. The reference's row comes first. Raises RecipeError, and ValueError for an unknown method.
+    Pair ``i`` starts from the noise of ``recipe.seed + offsets[i]`` (without offsets: ``+ i``) in every method.
+    ``guidance``: the reference's w; None: the adapter's own. The reference's row comes first. Raises RecipeError, and
+    ValueError for an unknown method.
     """
     if loaded.adapter is None:
         raise RecipeError("comparing needs an adapter. Give --adapter FILE.")
@@ -59,7 +61,8 @@ def compare(
         adapter=adapter, w=guidance or adapter.info.guidance_scale or 8.0,
     )  # fmt: skip
     prompts, negatives = [p for p, _ in pairs], [n for _, n in pairs]
-    start = noise(replace(recipe, batch=len(pairs)), loaded).to(pipe.device)
+    offsets = list(range(len(pairs)) if offsets is None else offsets)
+    start = noise(replace(recipe, batch=max(offsets) + 1), loaded)[offsets].to(pipe.device)
     half = pipe.unet.dtype != torch.float32
     with torch.autocast(pipe.device.type, pipe.unet.dtype) if half else nullcontext():
         for kind in ("cond-1", "sun-1"):  # the first calls pay for allocation and kernel choice
