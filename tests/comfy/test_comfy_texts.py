@@ -120,34 +120,22 @@ def test_a_node_that_changes_the_text_under_way(host: SimpleNamespace, run: Simp
         assert torch.equal(run.sun(model), kept)
 
 
-def test_another_pack_that_changes_the_text_inside(host: SimpleNamespace, run: SimpleNamespace) -> None:
-    """A DIFFUSION_MODEL wrapper runs after ours chose its K and V: SUN has to see the text the U-Net sees."""
+def test_another_pack_that_changes_the_text_inside(run: SimpleNamespace, emoji: SimpleNamespace) -> None:
+    """A wrapper around the U-Net acts after our K and V were chosen: SUN has to see the text the U-Net sees."""
     from comfy.patcher_extension import WrappersMP
 
     def doubled(executor, x, timesteps, context, *args, **kwargs):
         return executor(x, timesteps, context * 2, *args, **kwargs)
 
-    def with_wrapper(first: bool):
-        model = run.apply() if not first else run.apply(_with(run, doubled, WrappersMP))
-        if not first:
-            model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "other", doubled)
-        return model
+    def doubled_before(apply_model, args):
+        c = args["c"] | {"c_crossattn": args["c"]["c_crossattn"] * 2}
+        return apply_model(args["input"], args["timestep"], **c)
 
-    def picture():
-        model = with_wrapper(first=True)
-        return run.sun(model)
-
-    kept = picture()
-    with nothing_kept(host):
-        assert torch.equal(picture(), kept)
-    assert not torch.equal(kept, run.sun(run.apply()))
-
-
-def _with(run: SimpleNamespace, wrapper: Callable, kinds) -> object:
-    model = run.apply().clone()
-    model.remove_wrappers_with_key(kinds.DIFFUSION_MODEL, "sun")
-    model.add_wrapper_with_key(kinds.DIFFUSION_MODEL, "other", wrapper)
-    return model
+    inside, before = emoji.model.clone(), run.apply().clone()
+    inside.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "another pack", doubled)
+    before.set_model_unet_function_wrapper(doubled_before)
+    assert torch.equal(run.sun(run.apply(inside)), run.sun(before))
+    assert not torch.equal(run.sun(before), run.sun(run.apply()))
 
 
 def test_weights_written_to_under_way_are_noticed(host: SimpleNamespace, run: SimpleNamespace, adapter_file) -> None:
@@ -188,28 +176,33 @@ def test_hooks_on_projections_see_every_step(host: SimpleNamespace, run: SimpleN
 # ---------------------------------------------------------------------------------------------------------- compiling
 
 
-@pytest.fixture
-def compiled(host: SimpleNamespace, run: SimpleNamespace) -> SimpleNamespace:
-    """A model compiled as TorchCompileModel does it, with a backend that runs graphs as they are and counts them."""
+def compile_and_record(model) -> SimpleNamespace:
+    """A clone compiled as TorchCompileModel does it, with a backend that runs graphs as they are and keeps them."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-    torch._dynamo.reset()
     graphs = []
 
     def backend(module, _inputs):
         graphs.append(module)
         return module.forward
 
-    model = run.apply().clone()
-    set_torch_compile_wrapper(model=model, backend=backend)
-    yield SimpleNamespace(model=model, graphs=graphs)
+    compiled = model.clone()
+    set_torch_compile_wrapper(model=compiled, backend=backend)
+    return SimpleNamespace(model=compiled, graphs=graphs)
+
+
+@pytest.fixture
+def clean_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
     torch._dynamo.reset()
 
 
+@pytest.mark.usefixtures("clean_compiler")
 def test_compiling_does_not_happen_again_at_each_step(
-    host: SimpleNamespace, run: SimpleNamespace, compiled: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    host: SimpleNamespace, run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    after_steps = []
+    after_steps, compiled = [], compile_and_record(run.apply())
     monkeypatch.setattr(
         host.comfy.utils, "PROGRESS_BAR_HOOK", lambda *_, **__: after_steps.append(len(compiled.graphs))
     )
@@ -222,26 +215,16 @@ def test_compiling_does_not_happen_again_at_each_step(
     torch.testing.assert_close(again, run.sun(run.apply(), negative=run.encode("yellow"), seed=8), rtol=1e-3, atol=1e-3)
 
 
-def test_the_compiled_unet_holds_no_projections(run: SimpleNamespace, compiled: SimpleNamespace) -> None:
+@pytest.mark.usefixtures("clean_compiler")
+def test_the_compiled_unet_holds_no_projections(run: SimpleNamespace) -> None:
     """K and V enter the compiled U-Net; computed inside they would be computed at every step."""
-    run.sun(compiled.model)
-    plain = run.apply(strength=0.0).clone()
-    linear = sum(
-        (node.op == "call_function" and node.target is torch.nn.functional.linear) or "linear" in str(node.target)
-        for graph in compiled.graphs
-        for node in graph.graph.nodes
-    )
-    torch._dynamo.reset()
-    graphs = []
 
-    def backend(module, _inputs):
-        graphs.append(module)
-        return module.forward
+    def products(model) -> int:
+        torch._dynamo.reset()
+        compiled = compile_and_record(model)
+        run.sun(compiled.model)
+        return sum("linear" in str(node.target) for graph in compiled.graphs for node in graph.graph.nodes)
 
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-
-    set_torch_compile_wrapper(model=plain, backend=backend)
-    run.sun(plain)
-    without = sum("linear" in str(node.target) for graph in graphs for node in graph.graph.nodes)
-    assert without > 0
-    assert linear == without
+    plain = products(run.apply(strength=0.0))
+    assert plain > 0
+    assert products(run.apply()) == plain
