@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -70,7 +70,8 @@ class RunTexts:
         if adapter.training or _hooked(adapter):
             return adapter.texts(negatives, positive, strength=strength, guidance=guidance)
         weights, texts = tuple(weight for weight, _ in negatives), tuple(text for _, text in negatives)
-        made_of = _MadeOf(_state(adapter), strength, weights, (*texts, positive, guidance))
+        tensors = tuple((tensor, _version(tensor)) for tensor in (*texts, positive, guidance))
+        made_of = _MadeOf(_state(adapter), strength, weights, tensors)
         kept = self._kept.get(key)
         if kept is not None and kept[0].same(made_of):
             return kept[1]
@@ -90,28 +91,41 @@ class _MadeOf(NamedTuple):
     weights: tuple[tuple[int, int], ...]
     strength: float
     shares: tuple[float, ...]
-    tensors: tuple[torch.Tensor | None, ...]
+    tensors: tuple[tuple[torch.Tensor | None, int], ...]
 
     def same(self, other: _MadeOf) -> bool:
         settings = self.weights == other.weights and self.strength == other.strength and self.shares == other.shares
         return settings and all(map(_equal, self.tensors, other.tensors))
 
 
-def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+def _equal(mine: tuple[torch.Tensor | None, int], theirs: tuple[torch.Tensor | None, int]) -> bool:
+    a, b = mine[0], theirs[0]
     if a is None or b is None or a is b:
-        return a is b
+        return a is b and mine[1] == theirs[1]  # one tensor may have been written to in between
     if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
         return False
     return torch.equal(a, b)
 
 
-def _state(adapter: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Changes when a weight is replaced or, where torch counts that, written to."""
-    return tuple((id(p), 0 if p.is_inference() else p._version) for p in adapter.parameters())
+def _version(tensor: torch.Tensor | None) -> int:
+    """How often torch saw the tensor written to; it does not count that of tensors made in inference mode."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _state(adapter: SunAdapter) -> tuple[tuple[int, int], ...]:
+    """Changes when a weight is replaced or written to. Asked at every step: kept quick."""
+    weights = (p for module in _modules(adapter) for p in module._parameters.values() if p is not None)
+    return tuple((id(p), _version(p)) for p in weights)
 
 
 def _hooked(adapter: SunAdapter) -> bool:
     """Whether someone watches or changes what the projections do."""
-    return any(
-        module._forward_hooks or module._forward_pre_hooks for layer in adapter.layers for module in layer.children()
-    )
+    return any(module._forward_hooks or module._forward_pre_hooks for module in _modules(adapter, layers=False))
+
+
+def _modules(adapter: SunAdapter, layers: bool = True) -> Iterator[nn.Module]:
+    """The adapter's projections and, unless left out, its layers."""
+    for layer in adapter.layers:
+        if layers:
+            yield layer
+        yield from (projection for projection in layer._modules.values() if projection is not None)

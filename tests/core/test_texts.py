@@ -106,6 +106,15 @@ def test_weights_that_change_hooks_and_training_make_them_new(made):
 
 
 @torch.no_grad()
+def test_a_text_written_to_in_place_makes_them_new(made):
+    run, adapter, (negative, positive) = RunTexts(), small(), texts()
+    run(adapter, [(1.0, negative)], positive)
+    negative.mul_(2.0)
+    run(adapter, [(1.0, negative)], positive)
+    assert len(made) == 4
+
+
+@torch.no_grad()
 def test_several_negatives_are_the_average_of_each():
     layer, (first, positive), second = small().sun_layers()[0], texts(), torch.randn(1, 9, 12)
     query, z_p = torch.randn(2, 1, 9, 8)
