@@ -104,7 +104,8 @@ def _outer_sample(
     if settings is None:
         return executor(noise, latent, sampler, sigmas, *args, **kwargs)
 
-    run, tokens = SunRun(settings), ()
+    run = SunRun(settings)
+    tokens: tuple[int, ...] = ()
     if settings.strength != 0.0:
         checks.check_run(guider, sampler, sigmas, latent)
         run, tokens = _begin(guider, settings)
@@ -133,6 +134,8 @@ def _begin(guider: Any, settings: SunSettings) -> tuple[SunRun, tuple[int, ...]]
                 cond["model_conds"] = {**cond.get("model_conds", {}), **conds}
     wanted = getattr(guider, "sun_effect", WHOLE_RUN)
     start, end = max(settings.effect[0], wanted[0]), min(settings.effect[1], wanted[1])
+    if start >= end:
+        log.warning("SUN acts nowhere: the percents of Apply SUN to Model and of the sampler do not meet.")
     effect = Interval.of_percents(guider.model_patcher.get_model_object("model_sampling"), start, end)
     tokens = tuple(text.shape[1] for text in texts)
     log.info(
