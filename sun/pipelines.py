@@ -11,6 +11,7 @@ import functools
 import inspect
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -292,7 +293,7 @@ def texts_for(
     guidance = adapter.guidance(attachment.guidance_scale if guidance_scale is None else guidance_scale)
     if guidance is not None and len(guidance) > 1:
         guidance = fit_rows(guidance, len(negative), GUIDANCE)
-    make = adapter.texts if kept is None else functools.partial(kept, adapter)
+    make: Callable[..., AdapterTexts] = adapter.texts if kept is None else functools.partial(kept, adapter)
     return make([(1.0, negative)], positive, strength=attachment.strength, guidance=guidance)
 
 

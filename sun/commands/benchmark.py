@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from ..config import configured
@@ -89,7 +90,7 @@ def bench(
             out.print(f"{key:>20}  {top[key]:.3f}")
     for name, row in report.items():
         if "error" in row:
-            err.print(f"[yellow]{name}:[/yellow] {row['error']}", soft_wrap=True)
+            err.print(f"[yellow]{name}:[/yellow] {escape(row['error'])}", soft_wrap=True)
 
 
 def _random_adapter(unet: Any) -> Any:

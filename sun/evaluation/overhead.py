@@ -52,7 +52,7 @@ def figures(times: Times) -> dict[str, Any]:
     ratios = [sum(sun) / sum(plain) for sun, plain in zip(times.sun, times.plain, strict=True)]
     steps = len(times.sun[0])
     sun_call = statistics.median(sum(calls) / steps for calls in times.sun)
-    found = {
+    found: dict[str, Any] = {
         "unet_call_ratio": statistics.median(ratios),
         "unet_call_ratio_interval": (min(ratios), max(ratios)),
         "first_call_ratio": statistics.median(s[0] / p[0] for s, p in zip(times.sun, times.plain, strict=True)),
