@@ -4,11 +4,14 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import folders
 from .nodes import ApplySun, LoadEmojiDiffusion, LoadSunAdapter, SunSampler
+from .parts import SunAdapterInfo, SunGuider, SunScheduler
 
 
 class SunExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadSunAdapter, ApplySun, SunSampler, LoadEmojiDiffusion]
+        return [
+            LoadSunAdapter, ApplySun, SunSampler, SunScheduler, SunGuider, SunAdapterInfo, LoadEmojiDiffusion,
+        ]  # fmt: skip
 
 
 async def comfy_entrypoint() -> SunExtension:
