@@ -3,12 +3,13 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import folders
-from .nodes import ApplySun, LoadEmojiDiffusion, LoadSunAdapter, SunSampler
+from .emoji_nodes import LoadEmojiControlNet, LoadEmojiDiffusion
+from .nodes import ApplySun, LoadSunAdapter, SunSampler
 
 
 class SunExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadSunAdapter, ApplySun, SunSampler, LoadEmojiDiffusion]
+        return [LoadSunAdapter, ApplySun, SunSampler, LoadEmojiDiffusion, LoadEmojiControlNet]
 
 
 async def comfy_entrypoint() -> SunExtension:

@@ -90,7 +90,7 @@ def host(comfyui_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Simp
 @pytest.fixture(scope="session")
 def emoji_folder(host: SimpleNamespace) -> Path:
     """The shipped model."""
-    return host.part("nodes.nodes").EMOJI_DIFFUSION
+    return host.part("sun.shipped").EMOJI_DIFFUSION
 
 
 @pytest.fixture(scope="session")
