@@ -18,6 +18,7 @@ TITLES = {
     "SUN_Apply": "Apply SUN to Model",
     "SUN_Sampler": "SUN 4-step Sampler",
     "SUN_LoadEmojiDiffusion": "Load Emoji Diffusion",
+    "SUN_LoadEmojiControlNet": "Load Emoji ControlNet",
 }
 
 

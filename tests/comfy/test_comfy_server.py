@@ -168,7 +168,7 @@ def test_the_shipped_workflow_makes_the_picture_sun_generate_makes(server: Serve
 def test_nothing_of_the_pack_failed_to_load(server: Server) -> None:
     info = server.get("/object_info")
     assert {name for name in info if name.startswith("SUN_")} == {
-        "SUN_LoadAdapter", "SUN_Apply", "SUN_Sampler", "SUN_LoadEmojiDiffusion",
+        "SUN_LoadAdapter", "SUN_Apply", "SUN_Sampler", "SUN_LoadEmojiDiffusion", "SUN_LoadEmojiControlNet",
     }  # fmt: skip
     assert "IMPORT FAILED" not in "\n".join(
         line for line in server.log.read_text().splitlines() if "custom_nodes/SUN" in line

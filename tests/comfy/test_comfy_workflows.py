@@ -191,7 +191,7 @@ def test_the_custom_sampler_gives_the_samplers_picture(known: dict[str, Any], ex
     assert np.abs(np.asarray(first, dtype=int) - np.asarray(second, dtype=int)).max() <= 1
 
 
-# ----------------------------------------------------------------------------------------- stock loaders, SD 1.5's width
+# ---------------------------------------------------------------------------------------- stock loaders, SD 1.5's width
 
 
 def sd15_unet(in_channels: int) -> Any:
