@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import os
 import shutil
@@ -110,12 +111,13 @@ def start_comfyui(comfyui: Path, base: Path) -> SimpleNamespace:
     )
 
 
+@functools.cache
 def load_builtin_extras(*names: str) -> None:
-    """Loads ComfyUI's own extra nodes, which are files of their own, by the loader the program uses."""
+    """Loads some of the files in ComfyUI's comfy_extras, by the loader the program itself uses."""
     import nodes
 
     folder = Path(nodes.__file__).parent / "comfy_extras"
-    for name in names or ("nodes_mask", "nodes_custom_sampler"):
+    for name in names:
         assert asyncio.run(nodes.load_custom_node(str(folder / f"{name}.py"), module_parent="comfy_extras")), name
 
 
@@ -128,5 +130,4 @@ def schemas(classes: Mapping[str, Any]) -> dict[str, Any]:
             "output_name": list(getattr(kind, "RETURN_NAMES", None) or kind.RETURN_TYPES),
         }
         for name, kind in classes.items()
-        if not name.startswith("VAELoader")
     }

@@ -334,7 +334,7 @@ def main(names: list[str]) -> None:
 
     with tempfile.TemporaryDirectory() as base:
         host = start_comfyui(obtain_comfyui(), Path(base))
-        load_builtin_extras()
+        load_builtin_extras("nodes_mask", "nodes_custom_sampler")
         for name in names or list(GRAPHS):
             print(build(name, schemas(host.nodes)).save(WORKFLOWS))
 

@@ -125,7 +125,9 @@ def features(host: SimpleNamespace, run: SimpleNamespace, lora_file: Path) -> di
 
     def node(name: str, **settings: Any) -> Feature:
         kind = host.nodes[name]
-        return lambda model: kind.execute(model, **settings).result[0]
+        if hasattr(kind, "execute"):  # nodes of the newer kind
+            return lambda model: kind.execute(model, **settings).result[0]
+        return lambda model: getattr(kind(), kind.FUNCTION)(model, **settings)[0]
 
     return {
         "lora": lambda model: host.comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0.0)[0],
