@@ -238,6 +238,34 @@ def test_a_controlnet_trains_and_loads_with_its_card(packages: Path, tiny_model:
     assert (folder / "samples.png").exists()
 
 
+def test_generate_takes_the_shipped_controlnet_by_name(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sun import generate
+    from sun.recipe import Recipe, RecipeError
+
+    trained = build_controlnet(load(tiny_model).unet, 4)
+    shake(trained)
+    file = save_controlnet(trained, tmp_path / "edges.safetensors", "tiny")
+    Image.effect_noise((32, 32), 80).convert("RGB").save(tmp_path / "control.png")
+    plain = Recipe(prompt="owl", model=str(tiny_model), adapter="none", steps=2, guidance=1.0, device="cpu")
+    recipe = replace(plain, controlnet="emoji", control=str(tmp_path / "control.png"))
+    with monkeypatch.context() as patched:
+        patched.setattr(generate, "EMOJI_CONTROLNET", tmp_path / "gone.safetensors")
+        with pytest.raises(RecipeError, match="no shipped ControlNet"):
+            generate.load(recipe)
+    monkeypatch.setattr(generate, "EMOJI_CONTROLNET", file)
+    drawn = []
+    for each in (plain, recipe):
+        loaded = generate.load(each)
+        drawn.append(generate.generate(loaded, generate.complete(each, loaded)).latents)
+    assert drawn[1].isfinite().all()
+    assert not torch.allclose(drawn[0], drawn[1], atol=1e-3)
+    assert set(recipe.files()) == {"control", "model"}
+    (text,) = generate.png_texts(generate.complete(recipe, loaded))
+    assert set(json.loads(text["sun"])["files"]) == {"control", "controlnet", "model"}
+
+
 # ----------------------------------------------------------------------------------------------------------- inpainting
 
 
