@@ -74,6 +74,7 @@ def edge_hint(pixels: torch.Tensor) -> torch.Tensor:
     return edges_of(pixels[:, :3]).expand(-1, 3, -1, -1)
 
 
+@torch.no_grad()
 def grey_like(
     vae: comfy.sd.VAE, latent_format: comfy.latent_formats.LatentFormat
 ) -> Callable[[torch.Tensor], torch.Tensor]:
