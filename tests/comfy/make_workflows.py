@@ -43,6 +43,8 @@ class EmojiGraph(Graph):
         )[0]
 
     def picture(self, samples: Ref, vae: Ref, save: bool = True) -> Ref:
+        """VAE Decode and the picture, beside the sampler: with previews on, that one grows downwards."""
+        self.column()
         image = self.add("VAEDecode", samples=samples, vae=vae)[0]
         if save:
             self.add("SaveImage", images=image, filename_prefix=self.name.replace("sun_", "SUN_", 1))
@@ -77,7 +79,7 @@ def text_to_image(g: EmojiGraph) -> None:
         "Diffusion that comes with SUN (128 x 128 emoji). **Apply SUN to Model** puts the 4-step adapter on it, and "
         "**SUN 4-step Sampler** makes the picture with one U-Net call a step.\n\nThings to try:\n- change the *negative* "
         "prompt only: `yellow`, `polar bear`\n- two things: `cat face next to fish, purple background`\n- strength 0 in "
-        "Apply SUN: what 4 steps give without SUN\n\nRight-click a node and choose *Help* to read its page."
+        "Apply SUN: what 4 steps give without SUN\n\nSelect a node and press the **i** above it to read its page."
     )
     with g.group("Prompts"):
         positive = g.prompt(loader["clip"], "large polar bear, yellow background")
@@ -289,7 +291,6 @@ def upscale(g: EmojiGraph) -> None:
             "LatentUpscale", samples=samples, upscale_method="bislerp", width=256, height=256, crop="disabled"
         )[0]
         again = g.sampler(applied[0], positive, negative, larger, seed=8, denoise=0.5)
-        g.column()
         g.picture(again, loader["vae"])
 
 

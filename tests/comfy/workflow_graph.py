@@ -14,6 +14,9 @@ from workflows import WIDGETS, declared
 
 WIDTH, COLUMN_GAP, NODE_GAP, TITLE, GROUP_MARGIN, GROUP_GAP = 340, 50, 60, 30, 20, 60
 PICTURE_NODES = ("SaveImage", "PreviewImage")
+# Heights the page gives nodes that show more than their inputs, and room for the badge above their titles.
+LEAST_HEIGHTS = {"SUN_Sampler": 310, "SUN_Apply": 170, "SUN_LoadAdapter": 120}
+BADGES, BADGE = ("SUN_Sampler", "SUN_LoadAdapter"), 30
 BROWN, GREEN, RED = ("#432", "#653"), ("#232", "#353"), ("#322", "#533")
 GROUP_COLOR = "#3f789e"
 
@@ -97,7 +100,8 @@ class Graph:
             for slot, (name, type_) in enumerate(zip(names, schema["output"], strict=True))
         ]
         height = 20 + 20 * max(sum(i["type"] not in WIDGETS for i in inputs), len(outputs)) + tall
-        self._place(number, kind, height + (320 if kind in PICTURE_NODES else 0), inputs, outputs, values)
+        height = max(height, LEAST_HEIGHTS.get(kind, 0)) + (320 if kind in PICTURE_NODES else 0)
+        self._place(number, kind, height, inputs, outputs, values)
         if title:
             self.nodes[-1]["title"] = title
         if colors or (kind.startswith("SUN_") and kind != "SUN_LoadEmojiDiffusion"):
@@ -110,6 +114,7 @@ class Graph:
         self.nodes[-1] |= {"title": "Read me", "color": BROWN[0], "bgcolor": BROWN[1]}
 
     def _place(self, number: int, kind: str, height: int, inputs: list, outputs: list, values: list) -> None:
+        self._y += BADGE if kind in BADGES and self._y else 0
         self.nodes.append(
             {
                 "id": number, "type": kind, "pos": [self._x, self._y], "size": [WIDTH, height], "flags": {},
