@@ -5,11 +5,15 @@ from comfy_api.latest import ComfyExtension, io
 from . import folders
 from .emoji_nodes import LoadEmojiControlNet, LoadEmojiDiffusion
 from .nodes import ApplySun, LoadSunAdapter, SunSampler
+from .parts import SunAdapterInfo, SunGuider, SunScheduler
 
 
 class SunExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadSunAdapter, ApplySun, SunSampler, LoadEmojiDiffusion, LoadEmojiControlNet]
+        return [
+            LoadSunAdapter, ApplySun, SunSampler, SunScheduler, SunGuider, SunAdapterInfo, LoadEmojiDiffusion,
+            LoadEmojiControlNet,
+        ]  # fmt: skip
 
 
 async def comfy_entrypoint() -> SunExtension:

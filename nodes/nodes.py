@@ -1,4 +1,4 @@
-"""The nodes of SUN: what one sees in ComfyUI, and one call each. The work is in patch.py, sampling.py and sun/."""
+"""The nodes most graphs need: what one sees in ComfyUI, and one call each. The work is in other modules and sun/."""
 
 from __future__ import annotations
 
@@ -6,10 +6,46 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from . import folders, patch, sampling
+from ..sun.schedule import DenoiseMode
+from . import folders, loading, patch, sampling
 
 SunAdapterIO = io.Custom("SUN_ADAPTER")
 CATEGORY = "SUN"
+
+
+def effect_inputs() -> list[io.Input]:
+    """start_percent and end_percent of SUN's effect, as ComfyUI's own nodes count them."""
+    limits = {"min": 0.0, "max": 1.0, "step": 0.001, "optional": True}
+    return [
+        io.Float.Input(
+            "start_percent",
+            default=0.0,
+            tooltip="Where SUN's effect begins, from pure noise (0) to the finished picture (1).",
+            **limits,
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=1.0,
+            tooltip=(
+                "Where SUN's effect ends. The steps after it run the plain model without guidance; "
+                "4 steps begin at 0, 0.25, 0.5 and 0.75."
+            ),
+            **limits,
+        ),
+    ]
+
+
+def denoise_mode_input(optional: bool) -> io.Input:
+    return io.Combo.Input(
+        "denoise_mode",
+        options=["trained", "respaced"],
+        default="trained",
+        optional=optional,
+        tooltip=(
+            "What a denoise below 1 does. trained: keeps the trained timesteps and leaves out the first ones (fewer "
+            "steps). respaced: always runs all steps, spread over what is left, as KSampler does."
+        ),
+    )
 
 
 class LoadSunAdapter(io.ComfyNode):
@@ -52,7 +88,7 @@ class LoadSunAdapter(io.ComfyNode):
 
     @classmethod
     def execute(cls, adapter_name: str) -> io.NodeOutput:
-        return io.NodeOutput(patch.load_adapter(folders.find(adapter_name), adapter_name))
+        return io.NodeOutput(loading.load_adapter(folders.find(adapter_name), adapter_name))
 
 
 class ApplySun(io.ComfyNode):
@@ -85,6 +121,7 @@ class ApplySun(io.ComfyNode):
                         "connect it for guiders that have none (BasicGuider), or to override the sampler's."
                     ),
                 ),
+                *effect_inputs(),
             ],
             outputs=[
                 io.Model.Output("sun_model", display_name="model", tooltip="The model with SUN, for any sampler.")
@@ -92,8 +129,11 @@ class ApplySun(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, adapter: patch.LoadedAdapter, strength: float, negative: Any = None) -> io.NodeOutput:
-        return io.NodeOutput(patch.apply(model, adapter, strength, negative))
+    def execute(
+        cls, model: Any, adapter: loading.LoadedAdapter, strength: float, negative: Any = None,
+        start_percent: float = 0.0, end_percent: float = 1.0,
+    ) -> io.NodeOutput:  # fmt: skip
+        return io.NodeOutput(patch.apply(model, adapter, strength, negative, (start_percent, end_percent)))
 
 
 class SunSampler(io.ComfyNode):
@@ -130,7 +170,7 @@ class SunSampler(io.ComfyNode):
                     default=4,
                     min=1,
                     max=50,
-                    tooltip="U-Net calls. SUN is trained for 4; up to 8 add detail, more seldom helps.",
+                    tooltip="U-Net calls. SUN is trained for 4; 1 to 12 work, more than 8 seldom help.",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -143,12 +183,30 @@ class SunSampler(io.ComfyNode):
                         "so 4 steps at 0.5 are the last 2 of the 4. Below 1 / steps (0.25 for 4) nothing is painted."
                     ),
                 ),
+                denoise_mode_input(optional=True),
+                io.Combo.Input(
+                    "final_step",
+                    options=["host", "diffusers"],
+                    default="host",
+                    optional=True,
+                    tooltip=(
+                        "host: the last step ends without any noise, as every sampler of ComfyUI does. diffusers: it "
+                        "ends where diffusers' DDIM does with Stable Diffusion 1.5's settings, to compare numbers."
+                    ),
+                ),
+                *effect_inputs(),
             ],
             outputs=[io.Latent.Output("samples", display_name="latent", tooltip="The result, for VAE Decode.")],
         )
 
     @classmethod
     def execute(
-        cls, model: Any, positive: Any, negative: Any, latent: dict, seed: int, steps: int, denoise: float
-    ) -> io.NodeOutput:
-        return io.NodeOutput(sampling.sample(model, positive, negative, latent, seed, steps, denoise))
+        cls, model: Any, positive: Any, negative: Any, latent: dict, seed: int, steps: int, denoise: float,
+        denoise_mode: DenoiseMode = "trained", final_step: sampling.FinalStep = "host", start_percent: float = 0.0,
+        end_percent: float = 1.0,
+    ) -> io.NodeOutput:  # fmt: skip
+        samples, line = sampling.sample(
+            model, positive, negative, latent, seed, steps, denoise, denoise_mode, final_step,
+            (start_percent, end_percent),
+        )  # fmt: skip
+        return io.NodeOutput(samples, ui={"text": [line]})

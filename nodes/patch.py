@@ -3,36 +3,40 @@
 Nothing is patched while nothing is sampled. `apply` hangs three wrappers on a clone of the model:
 
     OUTER_SAMPLE     once a run     gives each positive conditioning the negative text as one more tensor, so that
-                                    ComfyUI itself batches, casts and moves it
-    APPLY_MODEL      each forward   finds the adapter of the patcher that runs now, and the negatives in force at this
-                                    sigma
+                                    ComfyUI itself batches and moves it; drops everything when the run ends
+    APPLY_MODEL      each forward   finds the adapter of the patcher that runs now, the negatives in force at this
+                                    sigma, and the adapter's K and V of both texts, computed at the first step
     DIFFUSION_MODEL  each forward   puts SUN's attention on top of whatever holds the attn2 slots at that moment
 
 Binding this late makes the order of nodes irrelevant: an IP-Adapter added before or after finds a free slot, and its
-attention is called from inside ours. Weights stay out of `model_options`, which ComfyUI copies at every clone.
+attention is called from inside ours. Weights stay out of `model_options`, which ComfyUI copies at every clone. Only
+DIFFUSION_MODEL lies inside a compiled U-Net, so what changes from step to step is settled before it.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import comfy.conds
 import comfy.model_management
 import comfy.model_patcher
-import comfy.ops
 import comfy.sampler_helpers
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 
 from ..sun.adapter import SunAdapter
-from ..sun.files import SunFileError
-from ..sun.layers import AttentionLayer, layers_of_ldm
+from ..sun.texts import AdapterTexts
+from . import checks
+from .loading import LoadedAdapter, check_base, load_adapter
+from .run import WHOLE_RUN, Interval, NegativeEntry, RunReport, SunRun, SunSettings
+
+__all__ = ["KEY", "LoadedAdapter", "SunSettings", "apply", "load_adapter", "settings_of"]
 
 log = logging.getLogger(__name__)
 
@@ -40,110 +44,38 @@ KEY = "sun"
 NEGATIVE = "sun_negative_{}"
 
 
-class LoadedAdapter(NamedTuple):
-    """What travels on a SUN_ADAPTER link: a readable name and the weights under ComfyUI's model management."""
-
-    name: str
-    patcher: comfy.model_patcher.ModelPatcher
-
-    @property
-    def adapter(self) -> SunAdapter:
-        return self.patcher.model
-
-
-@dataclass(frozen=True)
-class SunSettings:
-    """What Apply SUN to Model remembers. `negative` is a CONDITIONING, or None: then the sampler's counts."""
-
-    name: str
-    strength: float
-    negative: list | None
-    layers: tuple[AttentionLayer, ...]
-
-
-class NegativeEntry(NamedTuple):
-    """One entry of the negative conditioning: its weight and the sigmas between which it is in force."""
-
-    weight: float
-    sigma_start: float
-    sigma_end: float
-
-    def active(self, sigma: float) -> bool:
-        return self.sigma_end <= sigma <= self.sigma_start
-
-
-@dataclass(frozen=True)
-class SunRun:
-    """One sampling run: the settings and the negatives, whose tensors travel in the conditioning under NEGATIVE."""
-
-    settings: SunSettings
-    entries: tuple[NegativeEntry, ...]
-
-
 @dataclass
 class SunForward:
-    """One call of the U-Net. `negatives` holds (weight, text [B, L, width]); `prior` the attention others put in."""
+    """One call of the U-Net. `negatives` and `texts.positive` have a row for each of the `rows` of the batch, as it
+    was when they were made; `prior` is the attention others put in."""
 
     adapter: SunAdapter
     settings: SunSettings
-    active: dict[int, float]
-    negatives: list[tuple[float, torch.Tensor]] = field(default_factory=list)
-    positive: torch.Tensor | None = None
+    negatives: list[tuple[float, torch.Tensor]]
+    texts: AdapterTexts
     prior: dict[int, Callable] = field(default_factory=dict)
 
 
-# ---------------------------------------------------------------------------------------------- loading and applying
-
-
-def load_adapter(path: Path | str, name: str | None = None, **_: Any) -> LoadedAdapter:
-    """Reads an adapter file and hands it to ComfyUI's model management. Raises SunFileError."""
-    adapter = SunAdapter.load(path, linear=comfy.ops.manual_cast.Linear)
-    adapter.eval().requires_grad_(False)
-    return LoadedAdapter(name or Path(path).name, _patcher(adapter, path))
-
-
-def _patcher(adapter: SunAdapter, path: Path | str) -> comfy.model_patcher.ModelPatcher:
-    patcher = comfy.model_patcher.ModelPatcher(
-        adapter,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
-    # ComfyUI with several GPUs builds one copy per device through this (since 0.23).
-    patcher.cached_patcher_init = (lambda file, **_: load_adapter(file).patcher, (str(path),))
-    return patcher
-
-
-def layers_of(model: comfy.model_patcher.ModelPatcher) -> tuple[AttentionLayer, ...]:
-    """The cross-attention layers of a ComfyUI model; empty for a model without an SD-like U-Net."""
-    unet = getattr(model.model, "diffusion_model", None)
-    if unet is None or not hasattr(unet, "input_blocks"):
-        return ()
-    return tuple(layers_of_ldm(unet))
-
-
-def check_base(model: comfy.model_patcher.ModelPatcher, loaded: LoadedAdapter) -> tuple[AttentionLayer, ...]:
-    """The model's layers if the adapter fits it. Raises SunFileError that names both sides and what to do."""
-    kind = type(model.model.model_config).__name__
-    layers = layers_of(model)
-    if not layers:
-        raise SunFileError(
-            f"SUN works on Stable Diffusion 1.x models, and this one ({kind}) has no U-Net with cross-attention. "
-            f"Connect an SD 1.5 checkpoint, or the model of Load Emoji Diffusion."
-        )
-    width = model.model.model_config.unet_config.get("context_dim")
-    loaded.adapter.check_base([layer.channels for layer in layers], width, where=f"this {kind} model")
-    return layers
+# --------------------------------------------------------------------------------------------------------- applying
 
 
 def apply(
-    model: comfy.model_patcher.ModelPatcher, loaded: LoadedAdapter, strength: float = 1.0, negative: list | None = None
+    model: comfy.model_patcher.ModelPatcher,
+    loaded: LoadedAdapter,
+    strength: float = 1.0,
+    negative: list | None = None,
+    effect: tuple[float, float] = WHOLE_RUN,
 ) -> comfy.model_patcher.ModelPatcher:
-    """A clone of `model` that samples with the adapter. A SUN already on the model is replaced, never added to."""
+    """A clone of `model` that samples with the adapter. A SUN already on the model is replaced, never added to.
+
+    Raises SunFileError if the adapter does not fit the model, ValueError for an effect that ends before it starts.
+    """
     layers = check_base(model, loaded)
+    checks.check_effect(effect)
     patched = model.clone()
     if patched.get_attachment(KEY) is not None:
         log.warning("SUN: the model had a SUN adapter already; %s takes its place.", loaded.name)
-    patched.set_attachments(KEY, SunSettings(loaded.name, float(strength), negative, layers))
+    patched.set_attachments(KEY, SunSettings(loaded.name, float(strength), negative, layers, effect))
     patched.set_additional_models(KEY, [loaded.patcher])
     for wrapper_type, wrapper in (
         (WrappersMP.OUTER_SAMPLE, _outer_sample),
@@ -163,32 +95,51 @@ def settings_of(model: comfy.model_patcher.ModelPatcher) -> SunSettings | None:
 # ------------------------------------------------------------------------------------------------------ the wrappers
 
 
-def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _outer_sample(
+    executor: Any, noise: torch.Tensor, latent: torch.Tensor, sampler: Any, sigmas: torch.Tensor, *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:  # fmt: skip
     guider = executor.class_obj
-    settings: SunSettings | None = guider.model_patcher.get_attachment(KEY)
-    if settings is None or settings.strength == 0:
-        return executor(*args, **kwargs)
+    settings = settings_of(guider.model_patcher)
+    if settings is None:
+        return executor(noise, latent, sampler, sigmas, *args, **kwargs)
 
+    run, tokens = SunRun(settings), ()
+    if settings.strength != 0.0:
+        checks.check_run(guider, sampler, sigmas, latent)
+        run, tokens = _begin(guider, settings)
+    # model_options is this run's own copy, dropped by ComfyUI when the run ends, whatever ends it.
+    guider.model_options["transformer_options"][KEY] = run
+    began = time.perf_counter()
+    try:
+        output = executor(noise, latent, sampler, sigmas, *args, **kwargs)
+    finally:
+        run.texts.clear()
+    if output.is_cuda:
+        torch.cuda.synchronize(output.device)  # else the seconds would be those of the queueing
+    layers = len(settings.layers) if tokens else 0
+    guider.sun_report = RunReport(run.calls, time.perf_counter() - began, layers, tokens)
+    log.info("SUN: %s", guider.sun_report)
+    return output
+
+
+def _begin(guider: Any, settings: SunSettings) -> tuple[SunRun, tuple[int, ...]]:
+    """The run, and the tokens of each negative entry. The negatives are put into the positive conditionings."""
     texts, entries = _negatives(guider, settings)
     conds = {NEGATIVE.format(i): comfy.conds.CONDCrossAttn(text) for i, text in enumerate(texts)}
     for group, members in guider.conds.items():  # guider.conds is this run's own copy
         if group != "negative":
             for cond in members:
                 cond["model_conds"] = {**cond.get("model_conds", {}), **conds}
-    # model_options is this run's own copy too, dropped by ComfyUI when the run ends, whatever ends it.
-    guider.model_options["transformer_options"][KEY] = SunRun(settings, entries)
-
+    wanted = getattr(guider, "sun_effect", WHOLE_RUN)
+    start, end = max(settings.effect[0], wanted[0]), min(settings.effect[1], wanted[1])
+    effect = Interval.of_percents(guider.model_patcher.get_model_object("model_sampling"), start, end)
+    tokens = tuple(text.shape[1] for text in texts)
     log.info(
         "SUN active: %d layers, negative %s tokens, strength %g, adapter %s",
-        len(settings.layers), " + ".join(str(text.shape[1]) for text in texts), settings.strength, settings.name,
+        len(settings.layers), " + ".join(map(str, tokens)), settings.strength, settings.name,
     )  # fmt: skip
-    cfg = getattr(guider, "cfg", 1.0)
-    if abs(cfg - 1.0) > 1e-6:
-        log.warning(
-            "SUN: cfg is %g, so each step costs two U-Net calls and the guidance counts twice. "
-            "SUN has the guidance in its weights: set cfg to 1.0.", cfg,
-        )  # fmt: skip
-    return executor(*args, **kwargs)
+    return SunRun(settings, entries, effect), tokens
 
 
 def _negatives(guider: Any, settings: SunSettings) -> tuple[list[torch.Tensor], tuple[NegativeEntry, ...]]:
@@ -215,12 +166,11 @@ def _negatives(guider: Any, settings: SunSettings) -> tuple[list[torch.Tensor], 
     if any("area" in cond or "mask" in cond for cond in conds):
         log.warning("SUN: the negative prompt acts on the whole picture; its area or mask is ignored.")
 
-    to_sigma = guider.model_patcher.get_model_object("model_sampling").percent_to_sigma
+    sampling = guider.model_patcher.get_model_object("model_sampling")
     entries = tuple(
         NegativeEntry(
             weight=float(cond.get("strength", 1.0)),
-            sigma_start=to_sigma(cond["start_percent"]) if "start_percent" in cond else float("inf"),
-            sigma_end=to_sigma(cond["end_percent"]) if "end_percent" in cond else 0.0,
+            when=Interval.of_percents(sampling, cond.get("start_percent", 0.0), cond.get("end_percent", 1.0)),
         )
         for cond in conds
     )
@@ -233,20 +183,34 @@ def _apply_model(
 ) -> torch.Tensor:  # fmt: skip
     options = transformer_options or {}
     run = options.get(KEY)
-    # Looked up by the patcher that runs: with several GPUs each has its own copy of the adapter.
-    patchers = executor.class_obj.current_patcher.get_additional_models_with_key(KEY)
-    if isinstance(run, SunRun) and patchers:
-        options = {**options, KEY: SunForward(patchers[0].model, run.settings, _weights(run.entries, t))}
+    negatives: list[torch.Tensor] = []
+    while (name := NEGATIVE.format(len(negatives))) in kwargs:
+        negatives.append(kwargs.pop(name))
+    if isinstance(run, SunRun):
+        run.calls += 1
+        weights = run.weights(t) if negatives and c_crossattn is not None else {}
+        # Looked up by the patcher that runs: with several GPUs each has its own copy of the adapter.
+        patchers = executor.class_obj.current_patcher.get_additional_models_with_key(KEY)
+        if weights and patchers:
+            c_crossattn, *negatives = (_cast(text, executor.class_obj, x) for text in (c_crossattn, *negatives))
+            chosen = [(weight, _rows(negatives[i], x.shape[0])) for i, weight in weights.items()]
+            adapter: SunAdapter = patchers[0].model
+            texts = run.texts(
+                adapter, chosen, c_crossattn, strength=run.settings.strength, key=_which(options, x.device)
+            )
+            options = {**options, KEY: SunForward(adapter, run.settings, chosen, texts._replace(positive=c_crossattn))}
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
-def _weights(entries: tuple[NegativeEntry, ...], sigma: torch.Tensor) -> dict[int, float]:
-    """Weights, adding up to 1, of the negative entries in force at this sigma [B]."""
-    limited = any(entry.sigma_end > 0 or entry.sigma_start != float("inf") for entry in entries)
-    now = float(sigma.flatten()[0]) if limited else None  # reading sigma waits for the device: only where it matters
-    weights = {i: entry.weight for i, entry in enumerate(entries) if now is None or entry.active(now)}
-    total = sum(weights.values())
-    return {i: weight / total for i, weight in weights.items()} if total > 0 else {}
+def _cast(text: torch.Tensor, model: Any, x: torch.Tensor) -> torch.Tensor:
+    """As BaseModel casts the text for the U-Net right after this."""
+    dtype = model.get_dtype() if model.manual_cast_dtype is None else model.manual_cast_dtype
+    return comfy.model_management.cast_to_device(text, x.device, dtype)
+
+
+def _which(options: dict[str, Any], device: torch.device) -> tuple[Any, ...]:
+    """Names the conditionings of this call among the run's."""
+    return (*options.get("uuids", ()), str(device))
 
 
 def _diffusion_model(
@@ -255,14 +219,12 @@ def _diffusion_model(
 ) -> torch.Tensor:  # fmt: skip
     options = transformer_options if transformer_options is not None else {}
     forward = options.get(KEY)
-    texts: dict[int, torch.Tensor] = {}
-    while (name := NEGATIVE.format(len(texts))) in kwargs:
-        texts[len(texts)] = kwargs.pop(name)
-    if not isinstance(forward, SunForward) or not texts or not forward.active:
+    if not isinstance(forward, SunForward):
         return executor(x, timesteps, context, y, control, options, **kwargs)
 
-    forward.negatives = [(weight, _rows(texts[i], x.shape[0])) for i, weight in forward.active.items()]
-    forward.positive = context
+    if context is not forward.texts.positive:  # another node changed it on the way here
+        negatives = [(weight, _rows(text, x.shape[0])) for weight, text in forward.negatives]
+        forward.texts = forward.adapter.texts(negatives, context, strength=forward.settings.strength)
     replace = options.get("patches_replace", {})
     attn2 = dict(replace.get("attn2", {}))
     for position, layer in enumerate(forward.settings.layers):
@@ -304,16 +266,8 @@ def sun_attention(position: int) -> Callable[..., torch.Tensor]:
                 q, k, v, heads, attn_precision=extra.get("attn_precision"), transformer_options=extra
             )
 
-        layer = forward.adapter.layers[position]
         z_p = attend(q, k, v, heads)
-        outputs = [
-            (
-                weight,
-                layer(q, z_p, text, forward.positive, heads=heads, strength=forward.settings.strength, attend=attend),
-            )
-            for weight, text in forward.negatives
-        ]
-        z = outputs[0][1] if len(outputs) == 1 else sum(weight * z for weight, z in outputs)
+        z = forward.adapter.layers[position](q, z_p, heads=heads, attend=attend, texts=forward.texts.layers[position])
         prior = forward.prior.get(position)
         return z if prior is None else prior(q, k, v, extra) + (z - z_p)
 

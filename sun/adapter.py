@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from . import files
-from .attention import Attend, attend, attention_normalization, scale_and_shift
+from .attention import Attend, attend, steer
 from .files import Layout, SunFileError, SunInfo
 from .layers import guess_layers, layers_of_unet
+from .texts import AdapterTexts, Branch, LayerTexts
 
 Linear = Callable[..., nn.Module]
 
@@ -42,7 +43,7 @@ class SunLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.channels, self.text_width, self.positive, self.guided = channels, text_width, positive, guided
-        self.normalize = attention_normalization if normalized else scale_and_shift
+        self.normalized = normalized
 
         def projection() -> nn.Module:
             return linear(text_width, channels, bias=False, device=device, dtype=dtype)
@@ -70,11 +71,44 @@ class SunLayer(nn.Module):
         # A sum of products rather than a matrix product, which autocast would round.
         return (plain.float() + (features * slope).sum(-2)).unsqueeze(-2)
 
+    def texts(
+        self,
+        negatives: Sequence[tuple[float, torch.Tensor]],
+        positive: torch.Tensor | None = None,
+        *,
+        strength: float = 1.0,
+        positive_mask: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
+    ) -> LayerTexts:
+        """What ``forward`` needs of the texts, for as many steps as they and the weights stay the same.
+
+        negatives: (weight, embeddings [B, L, text_width]); several share the branch by their weights, which add up to
+        1. The rest as in ``forward``. Raises ValueError when the positive branch lacks its text.
+        """
+        exact = torch.promote_types(negatives[0][1].dtype, torch.float32)
+        device = negatives[0][1].device
+
+        def factor(name: str, by: float) -> torch.Tensor:
+            return self._scale(name, guidance).to(device=device, dtype=exact) * by
+
+        branches = [
+            Branch(self.to_k_neg(text), self.to_v_neg(text), factor("alpha_neg", -strength * weight))
+            for weight, text in negatives
+        ]
+        shift = factor("beta_neg", -strength)
+        if self.positive:
+            if positive is None:
+                raise ValueError("This adapter has a positive branch: pass the positive text embeddings as `positive`.")
+            key, value = self.to_k_pos(positive), self.to_v_pos(positive)
+            branches.append(Branch(key, value, factor("alpha_pos", strength), positive_mask))
+            shift = shift + factor("beta_pos", strength)
+        return LayerTexts(tuple(branches), shift)
+
     def forward(
         self,
         query: torch.Tensor,
         z_p: torch.Tensor,
-        negative: torch.Tensor,
+        negative: torch.Tensor | None = None,
         positive: torch.Tensor | None = None,
         *,
         heads: int,
@@ -82,6 +116,7 @@ class SunLayer(nn.Module):
         positive_mask: torch.Tensor | None = None,
         attend: Attend = attend,
         guidance: torch.Tensor | None = None,
+        texts: LayerTexts | None = None,
     ) -> torch.Tensor:
         """Return Z = Zp - g(Zn) [+ g'(Ze)] before the layer's ``to_out`` (Eq. 6 and the release's third term).
 
@@ -91,22 +126,22 @@ class SunLayer(nn.Module):
         then take it as its fifth argument. attend: the host's attention kernel. The texts may have another dtype than
         the query (an adapter kept in float32 while it trains); K and V follow the query. guidance: what
         ``SunAdapter.guidance`` returns for a guidance scale, [1 or B, 2]; None is the scale the adapter was made for.
+        texts: what ``self.texts`` made earlier, instead of the texts, their mask, the strength and the guidance.
         """
-        if strength == 0.0:
-            return z_p
-        key, value = self.to_k_neg(negative).to(query.dtype), self.to_v_neg(negative).to(query.dtype)
-        z_n = attend(query, key, value, heads)
-        change = -self.normalize(z_n, z_p, self._scale("alpha_neg", guidance), self._scale("beta_neg", guidance))
-        if self.positive:
-            if positive is None:
-                raise ValueError("This adapter has a positive branch: pass the positive text embeddings as `positive`.")
-            key, value = self.to_k_pos(positive).to(query.dtype), self.to_v_pos(positive).to(query.dtype)
-            mask = () if positive_mask is None else (positive_mask,)
-            z_e = attend(query, key, value, heads, *mask)
-            change = change + self.normalize(
-                z_e, z_p, self._scale("alpha_pos", guidance), self._scale("beta_pos", guidance)
+        if texts is None:
+            if strength == 0.0:
+                return z_p
+            if negative is None:
+                raise ValueError("A SUN layer needs the negative text embeddings as `negative`, or `texts`.")
+            texts = self.texts(
+                [(1.0, negative)], positive, strength=strength, positive_mask=positive_mask, guidance=guidance
             )
-        return (z_p + strength * change).to(z_p.dtype)
+        attended = []
+        for branch in texts.branches:
+            mask = () if branch.mask is None else (branch.mask,)
+            key, value = branch.key.to(query.dtype), branch.value.to(query.dtype)
+            attended.append((attend(query, key, value, heads, *mask), branch.scale))
+        return steer(z_p, attended, texts.shift, self.normalized)
 
 
 class SunAdapter(nn.Module):
@@ -256,6 +291,20 @@ class SunAdapter(nn.Module):
             {part: layer.state_dict()[part].to(dtype=dtype) for part in self._parts()} for layer in self.layers
         )
         files.write(files.AdapterTensors(self.names, layers, self.info), path, layout)
+
+    def texts(
+        self,
+        negatives: Sequence[tuple[float, torch.Tensor]],
+        positive: torch.Tensor | None = None,
+        *,
+        strength: float = 1.0,
+        guidance: torch.Tensor | None = None,
+    ) -> AdapterTexts:
+        """What the layers make of the texts: ``SunLayer.texts`` for each of them, arguments as there."""
+        layers = tuple(
+            layer.texts(negatives, positive, strength=strength, guidance=guidance) for layer in self.sun_layers()
+        )
+        return AdapterTexts(tuple(text for _, text in negatives), positive, layers)
 
     def guidance(self, scale: float | torch.Tensor | None) -> torch.Tensor | None:
         """Features of a guidance scale w (a number, or [B]) for the layers: [1 or B, 2], log(w / w0) and its square.

@@ -37,7 +37,7 @@ def describe(path: Path) -> dict[str, Any]:
     if path.is_dir():
         return _describe_folder(path)
     try:
-        return _describe_adapter(SunAdapter.load(path), path)
+        return describe_adapter(SunAdapter.load(path), path)
     except SunFileError:
         names = _tensor_names(path)
         kind = next((kind for kind, mark in _KINDS if any(mark in name for name in names)), None)
@@ -46,7 +46,8 @@ def describe(path: Path) -> dict[str, Any]:
         return {"file": str(path), "kind": f"not a SUN adapter: {kind}", "tensors": len(names)}
 
 
-def _describe_adapter(adapter: SunAdapter, path: Path) -> dict[str, Any]:
+def describe_adapter(adapter: SunAdapter, path: Path) -> dict[str, Any]:
+    """All that is known of an adapter that was loaded from the file ``path``."""
     info = adapter.info
     weights = list(adapter.parameters())
     return {

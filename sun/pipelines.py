@@ -38,9 +38,11 @@ from .attention import attend
 from .files import DTYPES
 from .layers import layers_of_unet
 from .schedulers import make_scheduler
+from .texts import AdapterTexts, RunTexts
 
 NEGATIVE = "sun_negative"
 GUIDANCE = "sun_guidance"
+TEXTS = "sun_texts"
 SUPPORTED_PIPELINES: tuple[Any, ...] = (
     StableDiffusionPipeline,
     StableDiffusionImg2ImgPipeline,
@@ -68,7 +70,9 @@ def attach(
     ``guidance_scale``. Its scheduler becomes DDIM on SUN's trailing timesteps; assign another to ``pipe.scheduler``
     afterwards if you like. A bare U-Net takes the negative text embeddings [B or 1, L, text_width] through
     ``cross_attention_kwargs={"sun_negative": embeds}`` and without them behaves as before; fewer rows than the batch
-    are repeated, each for as many neighbouring images.
+    are repeated, each for as many neighbouring images. Who calls a bare U-Net many times with the same texts may hand
+    over ``"sun_texts": sun.pipelines.texts_for(unet, negative, positive)`` with them, as pipelines do for each run:
+    the adapter's K and V are then not computed at every call.
 
     adapter: a ``SunAdapter`` or a file. It is moved to the U-Net's device and, unless it is in training mode, dtype.
     strength: 1 is the trained adapter, 0 the plain conditional U-Net bit for bit.
@@ -152,8 +156,8 @@ def frozen_attention(
 class SunAttnProcessor:
     """Cross-attention with SUN: Z = Zp - g(Zn) [+ g'(Ze)], then the layer's own ``to_out`` (Eq. 6)."""
 
-    def __init__(self, layer: SunLayer, strength: float, prior: Any) -> None:
-        self.layer, self.strength, self.prior = layer, strength, prior
+    def __init__(self, layer: SunLayer, position: int, strength: float, prior: Any) -> None:
+        self.layer, self.position, self.strength, self.prior = layer, position, strength, prior
 
     def __call__(
         self,
@@ -163,21 +167,25 @@ class SunAttnProcessor:
         attention_mask: torch.Tensor | None = None,
         sun_negative: torch.Tensor | None = None,
         sun_guidance: torch.Tensor | None = None,
+        sun_texts: AdapterTexts | None = None,
     ) -> torch.Tensor:
         if sun_negative is None or encoder_hidden_states is None or self.strength == 0.0:
             return self.prior(attn, hidden_states, encoder_hidden_states, attention_mask)
         query, z_p, mask = frozen_attention(attn, hidden_states, encoder_hidden_states, attention_mask)
-        weight_dtype = self._follow(query)
-        z = self.layer(
-            query,
-            z_p,
-            sun_negative.to(weight_dtype),
-            encoder_hidden_states.to(weight_dtype),
-            heads=attn.heads,
-            strength=self.strength,
-            positive_mask=mask,
-            guidance=sun_guidance,
-        )
+        if sun_texts is not None and mask is None:
+            z = self.layer(query, z_p, heads=attn.heads, texts=sun_texts.layers[self.position])
+        else:
+            weight_dtype = self._follow(query)
+            z = self.layer(
+                query,
+                z_p,
+                sun_negative.to(weight_dtype),
+                encoder_hidden_states.to(weight_dtype),
+                heads=attn.heads,
+                strength=self.strength,
+                positive_mask=mask,
+                guidance=sun_guidance,
+            )
         return attn.to_out[1](attn.to_out[0](z))
 
     def _follow(self, query: torch.Tensor) -> torch.dtype:
@@ -210,14 +218,16 @@ class _UNetAttachment:
         device = None if unet.device.type == "meta" else unet.device
         adapter.to(device=device, dtype=None if adapter.training or unet.dtype not in DTYPES else unet.dtype)
         processors = {
-            name: SunAttnProcessor(layer, strength, attention.processor)
-            for (name, attention), layer in zip(modules.items(), adapter.sun_layers(), strict=True)
+            name: SunAttnProcessor(layer, position, strength, attention.processor)
+            for position, ((name, attention), layer) in enumerate(
+                zip(modules.items(), adapter.sun_layers(), strict=True)
+            )
         }
         attachment = cls(unet, adapter, strength, guidance_scale, processors)
         for name, attention in modules.items():
             attention.processor = processors[name]
         attachment.hooks.append(unet.register_forward_pre_hook(_check_negative, with_kwargs=True))
-        attachment.hooks += keep_from_self_attention(unet, NEGATIVE, GUIDANCE)
+        attachment.hooks += keep_from_self_attention(unet, NEGATIVE, GUIDANCE, TEXTS)
         return attachment
 
     def remove(self) -> None:
@@ -254,7 +264,36 @@ def _check_negative(
     guidance = attachment.adapter.guidance(attachment.guidance_scale if wanted is None else wanted)
     if guidance is not None and len(guidance) > 1:
         guidance = fit_rows(guidance, len(negative), GUIDANCE)
-    return (), {**kwargs, "cross_attention_kwargs": {**options, NEGATIVE: negative, GUIDANCE: guidance}}
+    texts: AdapterTexts | None = options.get(TEXTS)
+    if texts is not None:  # someone may have changed a prompt since
+        unchanged = texts.negatives[0] is options[NEGATIVE] and texts.positive is kwargs["encoder_hidden_states"]
+        texts = texts if unchanged else None
+    options = {**options, NEGATIVE: negative, GUIDANCE: guidance, TEXTS: texts}
+    return (), {**kwargs, "cross_attention_kwargs": options}
+
+
+def texts_for(
+    unet: Any, negative: torch.Tensor, positive: torch.Tensor, guidance_scale: Any = None, kept: RunTexts | None = None
+) -> AdapterTexts | None:
+    """The adapter's K and V of two texts [B, L, text_width], for ``cross_attention_kwargs={"sun_texts": ...}``.
+
+    They serve calls of ``unet``, which has an adapter, with these very tensors and this guidance scale. ``kept``:
+    where a run keeps them. None where they have to be computed at each call: while the adapter trains, under autocast,
+    for another number of rows, at strength 0.
+    """
+    attachment: _UNetAttachment = getattr(unet, "_orig_mod", unet)._sun
+    adapter, dtype = attachment.adapter, positive.dtype
+    fixed = not adapter.training and not torch.is_autocast_enabled(positive.device.type) and dtype in DTYPES
+    if not fixed or attachment.strength == 0.0 or len(negative) != len(positive) or dtype != negative.dtype:
+        return None
+    place = (positive.device, dtype)
+    if any((layer.alpha_neg.device, layer.alpha_neg.dtype) != place for layer in adapter.sun_layers()):
+        adapter.to(*place)
+    guidance = adapter.guidance(attachment.guidance_scale if guidance_scale is None else guidance_scale)
+    if guidance is not None and len(guidance) > 1:
+        guidance = fit_rows(guidance, len(negative), GUIDANCE)
+    make = adapter.texts if kept is None else functools.partial(kept, adapter)
+    return make([(1.0, negative)], positive, strength=attachment.strength, guidance=guidance)
 
 
 def fit_negative(negative: Any, positive: torch.Tensor, text_width: int, name: str = NEGATIVE) -> torch.Tensor:
@@ -364,12 +403,14 @@ def _trailing_ddim(pipe: Any, final_sigma_zero: bool) -> Any:
 
 @dataclass(eq=False)
 class _PipelineAttachment:
-    """What a pipeline was before, and, during a run only, its negative embeddings."""
+    """What a pipeline was before, and, during a run only, its text embeddings and what the adapter makes of them."""
 
     original_class: Any
     original_scheduler: Any
     attachment: _UNetAttachment
     negative: torch.Tensor | None = None
+    positive: torch.Tensor | None = None
+    texts: RunTexts = field(default_factory=RunTexts)
     guidance_scale: float | None = None
     running: bool = False
     warned: bool = False
@@ -409,7 +450,9 @@ def _sun_class(base: Any) -> Any:
             try:
                 return super().__call__(*args, **kwargs)
             finally:
-                state.running, state.negative, state.guidance_scale = False, None, None
+                state.running, state.guidance_scale = False, None
+                state.negative = state.positive = None
+                state.texts.clear()
 
         @property
         def do_classifier_free_guidance(self) -> bool:
@@ -418,10 +461,13 @@ def _sun_class(base: Any) -> Any:
         @property
         def cross_attention_kwargs(self) -> dict[str, Any] | None:
             options = super().cross_attention_kwargs
-            negative = self._sun.negative
-            if negative is None:
+            state: _PipelineAttachment = self._sun
+            if state.negative is None:
                 return options
-            return {NEGATIVE: negative, GUIDANCE: self._sun.guidance_scale, **(options or {})}
+            texts = None
+            if state.positive is not None:
+                texts = texts_for(self.unet, state.negative, state.positive, state.guidance_scale, state.texts)
+            return {NEGATIVE: state.negative, GUIDANCE: state.guidance_scale, TEXTS: texts, **(options or {})}
 
         def encode_prompt(
             self,
@@ -449,7 +495,7 @@ def _sun_class(base: Any) -> Any:
                 **kwargs,
             )
             if running:
-                self._sun.negative = negative
+                self._sun.negative, self._sun.positive = negative, positive
             return positive, negative
 
         def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:

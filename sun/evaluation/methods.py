@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..adapter import SunAdapter
 from ..config import ConfigError
-from ..pipelines import attach, detach
+from ..pipelines import NEGATIVE, TEXTS, attach, detach, texts_for
 from ..schedulers import SCHEDULERS, make_scheduler
+from ..texts import RunTexts
 
 REFERENCE = "dpmpp-25"
 
@@ -125,17 +126,28 @@ def _steered(unet: Any, keyword: str) -> Prepared:
     return Prepared(unet, predict)
 
 
+def _sun_run(unet: Any) -> Prepared:
+    """The same for SUN, which also keeps what it makes of texts that come again at the next step."""
+    kept = RunTexts()
+
+    def predict(x: Tensor, t: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        texts = texts_for(unet, negative, positive, kept=kept)
+        return unet(x, t, positive, cross_attention_kwargs={NEGATIVE: negative, TEXTS: texts}).sample.float()
+
+    return Prepared(unet, predict)
+
+
 @contextmanager
 def _sun(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
     if assets.attached:
-        yield _steered(assets.unet, "sun_negative")
+        yield _sun_run(assets.unet)
         return
     adapter = _adapter(assets, call)
     # One that takes the guidance scale is asked for the reference's.
     scale = assets.w if adapter.guided else None
     attach(assets.unet, adapter, strength=call.number("strength", 1.0), guidance_scale=scale)
     try:
-        yield _steered(assets.unet, "sun_negative")
+        yield _sun_run(assets.unet)
     finally:
         detach(assets.unet)
 

@@ -86,7 +86,7 @@ def measure(config: SunTrainConfig, model: str = "sd15", updates: int = 5, warmu
     processes = run.accelerator.num_processes
     pictures = settings.batch_size * settings.accumulate * processes
     return {
-        "measured": True, "device": _device_name(device), "processes": processes, "pictures_per_update": pictures,
+        "measured": True, "device": device_name(device), "processes": processes, "pictures_per_update": pictures,
         "seconds": round(seconds, 4), "pictures_per_second": round(pictures / seconds, 4),
         "memory_gib": round(memory, 3), **settings_of(config, model),
     }  # fmt: skip
@@ -190,7 +190,8 @@ def _peak_gib(device: torch.device) -> float:
     return peak * (1 if sys.platform == "darwin" else 1024) / GIB
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The accelerator's name, or a CPU's threads."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.getdevice_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type

@@ -99,3 +99,31 @@ class Counts:
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference relative to the largest value of b."""
     return float((a.double() - b.double()).abs().max() / b.double().abs().max())
+
+
+def sample_with(
+    node, model, run, start=None, name="euler", sigmas=None, guider=None, cfg=1.0, seed=7, scheduler="simple"
+):
+    """4 steps with one of ComfyUI's own sampler nodes; the custom ones take `sigmas`, the advanced one `guider`."""
+    import comfy_extras.nodes_custom_sampler as custom
+
+    import nodes
+
+    start = run.latent() if start is None else start
+    if node == "KSampler":
+        return nodes.KSampler().sample(
+            model, seed, 4, cfg, name, scheduler, run.positive, run.negative, start, 1.0
+        )[0]["samples"]  # fmt: skip
+    if node == "KSamplerAdvanced":
+        return nodes.KSamplerAdvanced().sample(
+            model, "enable", seed, 4, cfg, name, scheduler, run.positive, run.negative, start, 0, 10000, "disable"
+        )[0]["samples"]  # fmt: skip
+    sampler = custom.KSamplerSelect.execute(name).result[0]
+    if node == "SamplerCustom":
+        return custom.SamplerCustom.execute(
+            model, True, seed, cfg, run.positive, run.negative, sampler, sigmas, start
+        ).result[0]["samples"]  # fmt: skip
+    if guider is None:
+        guider = custom.CFGGuider.execute(model, run.positive, run.negative, cfg).result[0]
+    noise = custom.RandomNoise.execute(seed).result[0]
+    return custom.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, start).result[0]["samples"]

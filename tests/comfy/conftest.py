@@ -91,8 +91,8 @@ def random_extras(
 def run(host: SimpleNamespace, emoji: SimpleNamespace, adapter: SimpleNamespace) -> SimpleNamespace:
     """Short names for what the tests do with nodes."""
 
-    def apply(model=None, strength: float = 1.0, negative=None, adapter=adapter):
-        return host.nodes["SUN_Apply"].execute(model or emoji.model, adapter, strength, negative).result[0]
+    def apply(model=None, strength: float = 1.0, negative=None, adapter=adapter, **effect):
+        return host.nodes["SUN_Apply"].execute(model or emoji.model, adapter, strength, negative, **effect).result[0]
 
     def encode(text: str):
         return host.nodes["CLIPTextEncode"]().encode(emoji.clip, text)[0]
@@ -102,10 +102,15 @@ def run(host: SimpleNamespace, emoji: SimpleNamespace, adapter: SimpleNamespace)
 
     default_positive, default_negative = encode("large polar bear, yellow background"), encode("blurry, red, a car")
 
-    def sun(model, positive=default_positive, negative=default_negative, start=None, seed=7, steps=4, denoise=1.0):
+    def output(
+        model, positive=default_positive, negative=default_negative, start=None, seed=7, steps=4, denoise=1.0, **options
+    ):
         sampler = host.nodes["SUN_Sampler"]
         start = latent() if start is None else start
-        return sampler.execute(model, positive, negative, start, seed, steps, denoise).result[0]["samples"]
+        return sampler.execute(model, positive, negative, start, seed, steps, denoise, **options)
+
+    def sun(model, *args, **kwargs):
+        return output(model, *args, **kwargs).result[0]["samples"]
 
     def ksampler(
         model, positive=default_positive, negative=default_negative, start=None, seed=7, steps=4, cfg=1.0, name="euler",
@@ -116,6 +121,6 @@ def run(host: SimpleNamespace, emoji: SimpleNamespace, adapter: SimpleNamespace)
         return node.sample(model, seed, steps, cfg, name, scheduler, positive, negative, start, denoise)[0]["samples"]
 
     return SimpleNamespace(
-        apply=apply, encode=encode, latent=latent, sun=sun, ksampler=ksampler, positive=default_positive,
+        apply=apply, encode=encode, latent=latent, output=output, sun=sun, ksampler=ksampler, positive=default_positive,
         negative=default_negative, count=lambda model: Counts(model, adapter),
     )  # fmt: skip

@@ -17,6 +17,9 @@ TITLES = {
     "SUN_LoadAdapter": "Load SUN Adapter",
     "SUN_Apply": "Apply SUN to Model",
     "SUN_Sampler": "SUN 4-step Sampler",
+    "SUN_Scheduler": "SUN Scheduler",
+    "SUN_Guider": "SUN Guider",
+    "SUN_AdapterInfo": "SUN Adapter Info",
     "SUN_LoadEmojiDiffusion": "Load Emoji Diffusion",
     "SUN_LoadEmojiControlNet": "Load Emoji ControlNet",
 }

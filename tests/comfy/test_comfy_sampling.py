@@ -393,7 +393,7 @@ def test_no_weights_in_model_options(host: SimpleNamespace, run: SimpleNamespace
     assert clone.get_additional_models_with_key("sun")[0].model is model.get_additional_models_with_key("sun")[0].model
 
 
-@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("step", range(4))
 def test_interrupting_leaves_nothing_patched(
     host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace, step: int
 ) -> None:
@@ -419,7 +419,7 @@ def test_interrupting_leaves_nothing_patched(
     assert torch.equal(run.sun(model), expected)
 
 
-@pytest.mark.parametrize("steps_done", [1, 3])
+@pytest.mark.parametrize("steps_done", [1, 2, 3])
 def test_the_cancel_button_leaves_nothing_patched(
     host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace, monkeypatch, steps_done: int
 ) -> None:

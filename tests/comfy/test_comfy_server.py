@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -72,21 +73,33 @@ class Server:
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
             return json.load(answer)
 
-    def run(self, prompt: dict[str, Any], seconds: float = 300) -> list[Image.Image]:
-        """Queues a prompt, waits, and returns the pictures it saved."""
+    def post(self, path: str, content: dict[str, Any]) -> bytes:
         request = urllib.request.Request(
-            f"{self.url}/prompt", json.dumps({"prompt": prompt}).encode(), {"Content-Type": "application/json"}
+            self.url + path, json.dumps(content).encode(), {"Content-Type": "application/json"}
         )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.read()
+
+    def queue(self, prompt: dict[str, Any]) -> str:
+        """Queues a prompt and returns its id."""
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                prompt_id = json.load(answer)["prompt_id"]
+            return json.loads(self.post("/prompt", {"prompt": prompt}))["prompt_id"]
         except urllib.error.HTTPError as error:
             raise AssertionError(f"ComfyUI refused the prompt: {error.read().decode()}") from None
+
+    def result(self, prompt_id: str, seconds: float = 300) -> dict[str, Any]:
+        """What the history says of a prompt, once it is there."""
         self._wait(lambda: prompt_id in self.get("/history"), seconds, "finish")
-        result = self.get(f"/history/{prompt_id}")[prompt_id]
+        return self.get(f"/history/{prompt_id}")[prompt_id]
+
+    def pictures(self, result: dict[str, Any]) -> list[Image.Image]:
         assert result["status"]["status_str"] == "success", result["status"]
         files = [file for output in result["outputs"].values() for file in output.get("images", [])]
         return [Image.open(io.BytesIO((self.base / "output" / file["filename"]).read_bytes())) for file in files]
+
+    def run(self, prompt: dict[str, Any], seconds: float = 300) -> list[Image.Image]:
+        """Queues a prompt, waits, and returns the pictures it saved."""
+        return self.pictures(self.result(self.queue(prompt), seconds))
 
     def stop(self) -> None:
         self._process.terminate()
@@ -168,7 +181,8 @@ def test_the_shipped_workflow_makes_the_picture_sun_generate_makes(server: Serve
 def test_nothing_of_the_pack_failed_to_load(server: Server) -> None:
     info = server.get("/object_info")
     assert {name for name in info if name.startswith("SUN_")} == {
-        "SUN_LoadAdapter", "SUN_Apply", "SUN_Sampler", "SUN_LoadEmojiDiffusion", "SUN_LoadEmojiControlNet",
+        "SUN_LoadAdapter", "SUN_Apply", "SUN_Sampler", "SUN_Scheduler", "SUN_Guider", "SUN_AdapterInfo",
+        "SUN_LoadEmojiDiffusion", "SUN_LoadEmojiControlNet",
     }  # fmt: skip
     assert "IMPORT FAILED" not in "\n".join(
         line for line in server.log.read_text().splitlines() if "custom_nodes/SUN" in line
@@ -197,6 +211,31 @@ def test_a_missing_adapter_is_explained_before_anything_runs(server: Server) -> 
     node_of(prompt, "SUN_LoadAdapter")["adapter_name"] = "gone.safetensors"
     with pytest.raises(AssertionError, match=r"(?s)No SUN adapter named 'gone.safetensors'.*models/sun"):
         server.run(prompt)
+
+
+def test_a_queued_prompt_is_right_after_an_interrupted_one(server: Server) -> None:
+    prompt = to_prompt(workflow("sun_emoji_txt2img"), server.get("/object_info"))
+    (expected,) = server.run(prompt)
+    long = copy.deepcopy(prompt)
+    node_of(long, "SUN_Sampler").update(steps=50, seed=1)
+    node_of(long, "EmptyLatentImage").update(width=512, height=512)
+    runs = server.log.read_text().count("SUN active")
+    first, second = server.queue(long), server.queue(prompt)
+    server._wait(lambda: server.log.read_text().count("SUN active") > runs, 120, "begin")
+    server.post("/interrupt", {})
+    stopped = server.result(first)["status"]
+    assert "execution_interrupted" in [kind for kind, _ in stopped["messages"]]
+    (picture,) = server.pictures(server.result(second))
+    assert np.array_equal(np.asarray(picture), np.asarray(expected))
+
+
+def test_what_happened_reaches_the_page(server: Server) -> None:
+    prompt = to_prompt(workflow("sun_emoji_txt2img"), server.get("/object_info"))
+    node_of(prompt, "SUN_Sampler")["seed"] += 1  # else the result comes from ComfyUI's cache
+    outputs = server.result(server.queue(prompt))["outputs"]
+    lines = [output["text"] for output in outputs.values() if "text" in output]
+    assert len(lines) == 1
+    assert lines[0][0].startswith("4 U-Net calls, ")
 
 
 def random_sd15(path: Path) -> None:

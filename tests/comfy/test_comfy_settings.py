@@ -1,0 +1,116 @@
+"""Settings that do not go with SUN: said once a run, an error where the picture would be wrong, else a warning."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from comfy_helpers import sample_with
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelname == "WARNING" and "SUN" in record.getMessage()
+    ]
+
+
+@pytest.fixture
+def photo() -> dict[str, torch.Tensor]:
+    """The latent of a picture, for image to image."""
+    return {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))}
+
+
+def test_right_settings_are_silent(host: SimpleNamespace, run: SimpleNamespace, photo, caplog) -> None:
+    model = run.apply()
+    run.sun(model)
+    for steps in (1, 2, 3, 5, 8, 12):
+        run.sun(model, steps=steps)
+    for scheduler in ("simple", "sgm_uniform"):
+        run.ksampler(model, scheduler=scheduler)
+    for mode in ("trained", "respaced"):
+        for denoise in (0.5, 0.75):
+            run.sun(model, start=photo, denoise=denoise, denoise_mode=mode)
+    run.sun(model, final_step="diffusers")
+    run.ksampler(model, start=photo, denoise=0.6)
+    run.ksampler(model, name="dpmpp_2m")
+    assert warnings_of(caplog) == []
+
+
+def test_two_samplers_in_a_row_are_silent(host: SimpleNamespace, run: SimpleNamespace, caplog) -> None:
+    """KSampler (Advanced) ends with noise left, the next one goes on from there: each sees a part of the steps."""
+    import nodes
+
+    model = run.apply()
+    half = lambda start, add, first, last, left: nodes.KSamplerAdvanced().sample(  # noqa: E731
+        model, add, 7, 4, 1.0, "euler", "simple", run.positive, run.negative, start, first, last, left
+    )[0]
+    noisy = half(run.latent(), "enable", 0, 2, "enable")
+    result = half(noisy, "disable", 2, 10000, "disable")["samples"]
+    assert warnings_of(caplog) == []
+    torch.testing.assert_close(result, run.sun(model), rtol=1e-4, atol=1e-4)
+
+
+def test_leading_sigmas_on_an_empty_latent_are_an_error(run: SimpleNamespace) -> None:
+    with pytest.raises(
+        ValueError, match=r"(?s)starts at timestep 751 of 999, and the latent is empty.*scheduler simple"
+    ):
+        run.ksampler(run.apply(), scheduler="ddim_uniform")
+
+
+def test_denoise_below_1_on_an_empty_latent_is_an_error(run: SimpleNamespace) -> None:
+    with pytest.raises(ValueError, match=r"(?s)starts at timestep 499 of 999.*connect VAE Encode"):
+        run.sun(run.apply(), denoise=0.5)
+
+
+@pytest.mark.parametrize("scheduler", ["karras", "exponential", "normal", "beta"])
+def test_uneven_sigmas_are_a_warning(run: SimpleNamespace, caplog, scheduler: str) -> None:
+    run.ksampler(run.apply(), scheduler=scheduler)
+    (warning,) = warnings_of(caplog)
+    assert "these sigmas visit the timesteps 999, " in warning
+    assert "scheduler simple" in warning
+
+
+def test_leading_sigmas_of_image_to_image_are_a_warning(run: SimpleNamespace, photo, caplog) -> None:
+    run.ksampler(run.apply(), start=photo, scheduler="ddim_uniform")
+    (warning,) = warnings_of(caplog)
+    assert "visit the timesteps 751, 501, 251, 1," in warning
+
+
+@pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde", "ddpm", "lcm", "er_sde"])
+def test_samplers_that_add_noise_are_a_warning(run: SimpleNamespace, caplog, name: str) -> None:
+    run.ksampler(run.apply(), name=name)
+    (warning,) = warnings_of(caplog)
+    assert f"the sampler {name} adds new noise at every step" in warning
+
+
+def test_an_ancestral_sampler_without_its_noise_is_fine(host: SimpleNamespace, run: SimpleNamespace, caplog) -> None:
+    import comfy_extras.nodes_custom_sampler as custom
+
+    model = run.apply()
+    sampler = custom.SamplerEulerAncestral.execute(0.0, 1.0).result[0]
+    sigmas = host.nodes["SUN_Scheduler"].execute(model, 4, 1.0, "trained").result[0]
+    custom.SamplerCustom.execute(model, True, 7, 1.0, run.positive, run.negative, sampler, sigmas, run.latent())
+    assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize("name", ["heun", "dpm_2"])
+def test_samplers_with_two_calls_a_step_are_a_warning(run: SimpleNamespace, caplog, name: str) -> None:
+    model = run.apply()
+    sigmas = torch.cat([model.get_model_object("model_sampling").sigmas[[999, 749, 499, 249]], torch.zeros(1)])
+    with run.count(model) as counts:
+        sample_with("SamplerCustom", model, run, name=name, sigmas=sigmas)
+    assert counts.unet > 4
+    (warning,) = warnings_of(caplog)
+    assert f"the sampler {name} asks the U-Net more than once a step" in warning
+
+
+def test_each_run_says_it_once(run: SimpleNamespace, caplog) -> None:
+    model = run.apply()
+    for _ in range(2):
+        run.ksampler(model, cfg=3.0)
+    (first, second) = warnings_of(caplog)
+    assert first == second
+    assert "set cfg to 1.0" in first
