@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import comfy.controlnet
 import comfy.latent_formats
 import comfy.model_management
 import comfy.model_patcher
@@ -23,6 +25,9 @@ import folder_paths
 import torch
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
 
+from ..sun.edges import find_edges as edges_of
+from ..sun.lowrank import merge
+
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -30,15 +35,64 @@ class EmojiDiffusionError(ValueError):
     """The folder is incomplete or holds a model these classes cannot express; the message says which part and why."""
 
 
-def load(folder: Path) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
-    """MODEL, CLIP and VAE of a diffusers folder. Raises EmojiDiffusionError."""
+def load(
+    folder: Path, changes: Path | None = None
+) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+    """MODEL, CLIP and VAE of a diffusers folder. Raises EmojiDiffusionError.
+
+    `changes` is a file that makes a 9-channel inpainting model of the folder's U-Net.
+    """
     missing = [part for part in PARTS if not (folder / part).is_dir()]
     if missing:
         raise EmojiDiffusionError(
             f"Emoji Diffusion is incomplete: {folder} has no {', '.join(missing)}. Install the SUN node pack again."
         )
+    _check_trained(changes, "inpainting model", "train-emoji inpainting")
     vae = load_vae(folder / "vae")
-    return load_unet(folder, preview_format(vae)), load_clip(folder), vae
+    model = load_unet(folder, preview_format(vae), changes)
+    if changes is not None:
+        model.model.blank_inpaint_image_like = grey_like(vae, model.model.latent_format)
+    return model, load_clip(folder), vae
+
+
+def load_controlnet(file: Path, find_edges: bool) -> comfy.controlnet.ControlLora:
+    """CONTROL_NET of a Control-LoRA, whose pictures are turned into edges if `find_edges`.
+
+    Raises EmojiDiffusionError.
+    """
+    _check_trained(file, "ControlNet", "train-emoji controlnet")
+    control_net = comfy.controlnet.load_controlnet(str(file))
+    if not isinstance(control_net, comfy.controlnet.ControlLora):
+        raise EmojiDiffusionError(f"{file} is not a Control-LoRA. Install the SUN node pack again.")
+    if find_edges:
+        control_net.preprocess_image = edge_hint
+    return control_net
+
+
+def edge_hint(pixels: torch.Tensor) -> torch.Tensor:
+    """Control pictures [B, 3, H, W] of pictures [B, 3, H, W], both in 0..1."""
+    return edges_of(pixels[:, :3]).expand(-1, 3, -1, -1)
+
+
+@torch.no_grad()
+def grey_like(
+    vae: comfy.sd.VAE, latent_format: comfy.latent_formats.LatentFormat
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What ComfyUI gives an inpainting model as masked picture when there is none: grey, in this model's latents."""
+    latent = latent_format.process_in(vae.encode(torch.full((1, 128, 128, 3), 0.5))).mean((2, 3), keepdim=True)
+
+    def blank(like: torch.Tensor) -> torch.Tensor:
+        return latent.to(like).expand_as(like).clone()
+
+    return blank
+
+
+def _check_trained(file: Path | None, what: str, command: str) -> None:
+    if file is not None and not file.is_file():
+        raise EmojiDiffusionError(
+            f"The {what} of Emoji Diffusion is not in this installation: {file} is missing. Update the SUN node pack, "
+            f"or train it in a clone of the repository: sun {command}."
+        )
 
 
 def fingerprint(folder: Path) -> str:
@@ -105,10 +159,10 @@ def unet_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_unet(
-    folder: Path, latent_format: comfy.latent_formats.LatentFormat | None = None
+    folder: Path, latent_format: comfy.latent_formats.LatentFormat | None = None, changes: Path | None = None
 ) -> comfy.model_patcher.ModelPatcher:
     """MODEL of a diffusers folder. `latent_format` differs from SD 1.5's only in the colours of previews."""
-    config = _config(folder / "unet")
+    config = _config(folder / "unet") | ({"in_channels": 9} if changes else {})
     # diffusers' attention_head_dim is, for this model, the number of heads (a naming accident kept for old files).
     heads = config.get("num_attention_heads") or config["attention_head_dim"]
 
@@ -117,6 +171,11 @@ def load_unet(
     model_config.sampling_settings = _sampling_settings(_config(folder / "scheduler", "scheduler_config.json"))
     model_config.latent_format = latent_format or model_config.latent_format
     weights = _weights(folder / "unet")
+    if changes is not None:
+        try:
+            weights = merge(weights, comfy.utils.load_torch_file(str(changes), safe_load=True), changes.name)
+        except ValueError as error:
+            raise EmojiDiffusionError(f"{error} Install the SUN node pack again.") from error
     names = comfy.utils.unet_to_diffusers(model_config.unet_config)
     unknown = [name for name in weights if name not in names]
     if unknown:

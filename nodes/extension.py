@@ -3,7 +3,8 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import folders
-from .nodes import ApplySun, LoadEmojiDiffusion, LoadSunAdapter, SunSampler
+from .emoji_nodes import LoadEmojiControlNet, LoadEmojiDiffusion
+from .nodes import ApplySun, LoadSunAdapter, SunSampler
 from .parts import SunAdapterInfo, SunGuider, SunScheduler
 
 
@@ -11,6 +12,7 @@ class SunExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             LoadSunAdapter, ApplySun, SunSampler, SunScheduler, SunGuider, SunAdapterInfo, LoadEmojiDiffusion,
+            LoadEmojiControlNet,
         ]  # fmt: skip
 
 

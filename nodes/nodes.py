@@ -7,8 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..sun.schedule import DenoiseMode
-from ..sun.shipped import EMOJI_DIFFUSION
-from . import emoji, folders, loading, patch, sampling
+from . import folders, loading, patch, sampling
 
 SunAdapterIO = io.Custom("SUN_ADAPTER")
 CATEGORY = "SUN"
@@ -211,33 +210,3 @@ class SunSampler(io.ComfyNode):
             (start_percent, end_percent),
         )  # fmt: skip
         return io.NodeOutput(samples, ui={"text": [line]})
-
-
-class LoadEmojiDiffusion(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="SUN_LoadEmojiDiffusion",
-            display_name="Load Emoji Diffusion",
-            category=CATEGORY,
-            description=(
-                "The small Stable Diffusion shipped with SUN: emoji at 128 x 128 pixels, nothing to download. "
-                'It knows prompts such as "large polar bear, yellow background".'
-            ),
-            inputs=[],
-            outputs=[
-                io.Model.Output("model", display_name="model", tooltip="The U-Net. 128 x 128 pixels is its size."),
-                io.Clip.Output("clip", display_name="clip", tooltip="The text encoder; works with CLIP Text Encode."),
-                io.Vae.Output(
-                    "vae", display_name="vae", tooltip="A tiny autoencoder; works with VAE Decode and VAE Encode."
-                ),
-            ],
-        )
-
-    @classmethod
-    def fingerprint_inputs(cls) -> str:
-        return emoji.fingerprint(EMOJI_DIFFUSION)
-
-    @classmethod
-    def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(*emoji.load(EMOJI_DIFFUSION))

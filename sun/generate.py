@@ -25,12 +25,13 @@ from safetensors import SafetensorError, safe_open
 
 from . import __version__
 from .adapter import SunAdapter
+from .control_lora import controlnet_from_unet
 from .evaluation import CallCounter
 from .pipelines import attach, detach
 from .recipe import Recipe, RecipeError, fingerprint, png_text, split_lora
 from .schedule import denoise_timesteps, trailing_timesteps
 from .schedulers import SCHEDULERS, make_scheduler
-from .shipped import EMOJI_DIFFUSION, EMOJI_SUN, SINGLE_FILE_CONFIG
+from .shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_SUN, SINGLE_FILE_CONFIG
 
 OnStep = Callable[[int, int], None]
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -64,12 +65,13 @@ def load(recipe: Recipe) -> Loaded:
     """Load model, adapter, LoRAs and ControlNet of ``recipe``. Raises RecipeError or SunFileError."""
     device, dtype = _device(recipe.device), _dtype(recipe)
     pipe = load_base(recipe.model, dtype, recipe.config)
+    # Before the LoRAs: a Control-LoRA takes the U-Net's encoder as it is in the file.
+    controlnet = _load_controlnet(recipe.controlnet, pipe.unet, dtype).to(device).eval() if recipe.controlnet else None
     for i, lora in enumerate(recipe.loras):
         _load_lora(pipe, lora, f"lora{i}")
     if recipe.loras:
         weights = [split_lora(lora)[1] for lora in recipe.loras]
         pipe.set_adapters([f"lora{i}" for i in range(len(weights))], weights)
-    controlnet = _load_controlnet(recipe.controlnet, dtype).to(device).eval() if recipe.controlnet else None
     pipe.to(device)
     adapter = None if recipe.adapter == "none" else load_adapter(recipe.adapter)
     return Loaded(pipe, adapter, controlnet)
@@ -160,7 +162,9 @@ def _load_lora(pipe: Any, lora: str, name: str) -> None:
         )
 
 
-def _load_controlnet(folder: str, dtype: torch.dtype) -> Any:
+def _load_controlnet(folder: str, unet: Any, dtype: torch.dtype) -> Any:
+    if folder == "emoji":
+        return _shipped_controlnet(unet)
     if not (Path(folder) / "config.json").is_file():
         raise RecipeError(f"{folder} is not a ControlNet folder (no config.json). Give a diffusers one.")
     try:
@@ -174,6 +178,15 @@ def _load_controlnet(folder: str, dtype: torch.dtype) -> Any:
     return controlnet
 
 
+def _shipped_controlnet(unet: Any) -> Any:
+    if not EMOJI_CONTROLNET.is_file():
+        raise RecipeError("this installation has no shipped ControlNet. Give --controlnet a folder, or update SUN.")
+    try:
+        return controlnet_from_unet(unet, EMOJI_CONTROLNET)
+    except ValueError as error:
+        raise RecipeError(f"the shipped ControlNet is for Emoji Diffusion (--model emoji): {error}") from error
+
+
 def complete(recipe: Recipe, loaded: Loaded | None = None) -> Recipe:
     """``recipe`` with every default that depends on files or the model filled in, and checked. Raises RecipeError."""
     if recipe.scheduler not in SCHEDULERS:
@@ -183,7 +196,7 @@ def complete(recipe: Recipe, loaded: Loaded | None = None) -> Recipe:
     if recipe.mask and not recipe.init:
         raise RecipeError("a mask needs the picture it masks. Add --init IMAGE.")
     if bool(recipe.control) != bool(recipe.controlnet):
-        raise RecipeError("--controlnet FOLDER and --control IMAGE belong together. Give both.")
+        raise RecipeError("--controlnet FOLDER (or emoji) and --control IMAGE belong together. Give both.")
     if recipe.init:
         recipe = replace(recipe, strength=(1.0 if recipe.mask else 0.5) if recipe.strength is None else recipe.strength)
         _kept_steps(recipe)
@@ -404,6 +417,7 @@ def _dtype(recipe: Recipe) -> torch.dtype:
 
 def _shipped(recipe: Recipe) -> dict[str, str]:
     found = {"model": str(EMOJI_DIFFUSION)} if recipe.model == "emoji" else {}
+    found |= {"controlnet": str(EMOJI_CONTROLNET)} if recipe.controlnet == "emoji" else {}
     return found | ({"adapter": str(EMOJI_SUN)} if recipe.adapter == "emoji" else {})
 
 

@@ -48,6 +48,7 @@ class Recipe:
     control: str = ""
     control_scale: float = 1.0
     controlnet: str = ""
+    """A diffusers folder, or ``emoji``: the shipped one."""
     model: str = "emoji"
     config: str = ""
     adapter: str = "emoji"
@@ -58,7 +59,8 @@ class Recipe:
 
     def files(self) -> dict[str, str]:
         """The files and folders named here, by the field that names them."""
-        named = {"init": self.init, "mask": self.mask, "control": self.control, "controlnet": self.controlnet}
+        named = {"init": self.init, "mask": self.mask, "control": self.control}
+        named |= {"controlnet": "" if self.controlnet == "emoji" else self.controlnet}
         named |= {"model": "" if self.model == "emoji" else self.model}
         named |= {"adapter": "" if self.adapter in ("emoji", "none") else self.adapter}
         named |= {f"lora {i}": split_lora(lora)[0] for i, lora in enumerate(self.loras)}

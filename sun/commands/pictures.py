@@ -77,7 +77,9 @@ def generate(
     ] = DenoiseMode.trained,
     control: Annotated[str, typer.Option(help="Control picture for --controlnet.", metavar="IMAGE")] = "",
     control_scale: Annotated[float, typer.Option(help="How strongly the ControlNet steers.")] = 1.0,
-    controlnet: Annotated[str, typer.Option(help="ControlNet in diffusers format.", metavar="FOLDER")] = "",
+    controlnet: Annotated[
+        str, typer.Option(help="ControlNet in diffusers format. (emoji: the shipped one)", metavar="FOLDER")
+    ] = "",
     model: Model = "emoji",
     config: ConfigDir = "",
     adapter: Adapter = "emoji",

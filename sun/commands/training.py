@@ -92,6 +92,17 @@ add_trainer(
     examples=("sun train-emoji lora --style google --config configs/emoji-lora.toml",),
 )  # fmt: skip
 add_trainer(
+    emoji_app, "controlnet", "Train a small ControlNet that draws along the edges of another picture.",
+    "ControlNet", "emoji.controlnet", "ControlNetConfig", "train_controlnet", options={"style": STYLE, "model": MODEL},
+    examples=("torchrun --nproc_per_node 2 -m sun train-emoji controlnet --config configs/emoji-controlnet.toml",),
+)  # fmt: skip
+add_trainer(
+    emoji_app, "inpainting", "Train its 9-channel inpainting U-Net.",
+    "inpainting model", "emoji.inpainting", "InpaintingConfig", "train_inpainting",
+    options={"style": STYLE, "model": MODEL},
+    examples=("torchrun --nproc_per_node 2 -m sun train-emoji inpainting --config configs/emoji-inpainting.toml",),
+)  # fmt: skip
+add_trainer(
     peer_app, "lcm-lora", "Train an LCM-LoRA: latent consistency distillation; it takes no negative prompt.",
     "LoRA", "peers.lcm_lora", "LcmLoraConfig", "train_lcm_lora", options={"model": MODEL, "data": DATA},
     product="pytorch_lora_weights.safetensors",
@@ -141,12 +152,21 @@ def train_emoji_ship(
     adapter: Annotated[Path | None, typer.Option(help="Folder of a finished `sun train` run.")] = None,
     contrast: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji contrast` run.")] = None,
     lora: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji lora` run.")] = None,
+    controlnet: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji controlnet` run.")] = None,
+    inpainting: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji inpainting` run.")] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale of the card's pictures.")] = 4.0,
     notes: Annotated[Path | None, typer.Option(help="Markdown to put at the end of the card.")] = None,
 ) -> None:
     """Write finished runs into the package, as fp16 with a model card."""
     from ..emoji.ship import ship_adapter, ship_base, ship_folder
-    from ..shipped import EMOJI_CONTRAST, EMOJI_DIFFUSION, EMOJI_SUN, MODELS_DIR
+    from ..shipped import (
+        EMOJI_CONTRAST,
+        EMOJI_CONTROLNET,
+        EMOJI_DIFFUSION,
+        EMOJI_INPAINTING,
+        EMOJI_SUN,
+        MODELS_DIR,
+    )
 
     text = notes.read_text() if notes else ""
     if base:
@@ -157,3 +177,9 @@ def train_emoji_ship(
         out.print(f"image-text model: {ship_folder(contrast / 'contrast', EMOJI_CONTRAST, text)}", soft_wrap=True)
     if lora:
         out.print(f"LoRA: {ship_folder(lora / 'lora', MODELS_DIR / lora.name, text)}", soft_wrap=True)
+    if controlnet:
+        folder = ship_folder(controlnet / "controlnet", EMOJI_CONTROLNET.parent, text)
+        out.print(f"ControlNet: {folder}", soft_wrap=True)
+    if inpainting:
+        folder = ship_folder(inpainting / "inpainting", EMOJI_INPAINTING.parent, text)
+        out.print(f"inpainting model: {folder}", soft_wrap=True)

@@ -6,11 +6,10 @@ Training goes from small pictures to full size (``BaseConfig.stages``), as Stabl
 
 from __future__ import annotations
 
-import hashlib
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
-from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..images import save_grid
@@ -30,11 +28,11 @@ from ..schedulers import make_scheduler
 from ..text import encode_texts
 from ..training.run import RunConfig, TrainingRun
 from ..training.speed import use_fast_attention
-from .scenes import Scene, caption_of, random_scene, render_scene
-from .sources import Emoji, cache_dir, load_metadata, load_pictures
+from .latents import encode_scenes
+from .scenes import Scene, caption_of
+from .sources import Emoji, load_metadata
 from .text_pretraining import pretrain_text
 from .tokenizer import build_tokenizer
-from .vae import to_tensor
 
 # Combinations of emoji and attributes that the training scenes are very unlikely to contain.
 SAMPLE_PROMPTS = (
@@ -149,38 +147,6 @@ def sd15_scheduler() -> DDIMScheduler:
     )  # fmt: skip
 
 
-@torch.no_grad()
-def encode_scenes(
-    vae: AutoencoderTiny, emojis: list[Emoji], style: str, size: int, count: int, seed: int
-) -> tuple[list[Scene], torch.Tensor]:
-    """``count`` scenes and their latents [N, 4, size/8, size/8], times the VAE's scaling factor.
-
-    Latents are kept under :func:`cache_dir`, named after everything they depend on.
-    """
-    pictures = load_pictures(style, emojis, 128)
-    emojis = [e for e in emojis if e.code in pictures]
-    rng = random.Random(seed)
-    scenes = [random_scene(emojis, rng) for _ in range(count)]
-    cache = cache_dir() / "latents"
-    cache.mkdir(parents=True, exist_ok=True)
-    made_from = hashlib.sha256(repr([s.caption for s in scenes]).encode())
-    for weight in vae.encoder.state_dict().values():
-        made_from.update(weight.half().cpu().numpy().tobytes())  # a model shipped in fp16 is the same model
-    file = cache / f"{style}-{size}-{count}-{made_from.hexdigest()[:16]}.pt"
-    if file.exists():
-        return scenes, torch.load(file, weights_only=True)
-    encoder = vae.encoder.to(memory_format=torch.channels_last)
-    device = next(encoder.parameters()).device
-    out = []
-    for start in tqdm(range(0, count, 64), desc=f"encode {style} {size}px"):
-        batch = to_tensor([render_scene(s, pictures, size) for s in scenes[start : start + 64]]).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            out.append(encoder(batch.contiguous(memory_format=torch.channels_last)).float().cpu())
-    latents = torch.cat(out) * vae.config.scaling_factor
-    torch.save(latents, file)
-    return scenes, latents
-
-
 def train_base(config: BaseConfig) -> Path:
     """Train, and write ``<output>/model`` (a StableDiffusionPipeline folder); returns that folder."""
     vae = AutoencoderTiny.from_pretrained(config.vae).requires_grad_(False)
@@ -207,12 +173,27 @@ def train_base(config: BaseConfig) -> Path:
     return run.folder / "model"
 
 
+class Batch(NamedTuple):
+    """What one step trains on: numbers of the scenes in their stage, the scenes, their latents and their captions."""
+
+    numbers: list[int]
+    scenes: list[Scene]
+    latents: torch.Tensor
+    captions: list[str]
+    size: int
+
+
+Losses = tuple[torch.Tensor, torch.Tensor]
+
+
 def train_on_scenes(
-    config: SceneConfig, run: TrainingRun, pipe: StableDiffusionPipeline, save: Callable[[int], object]
-) -> None:
+    config: SceneConfig, run: TrainingRun, pipe: StableDiffusionPipeline, save: Callable[[int], object],
+    loss_of: Callable[[Batch], Losses] | None = None,
+) -> None:  # fmt: skip
     """Denoise scenes of ``config.style`` until ``run`` ends: the U-Net, and the text encoder if ``run`` trains it.
 
     ``save(size)``, with the picture size of the moment in pixels, is called at intervals and at the end.
+    ``loss_of`` computes a batch's :func:`denoising_loss` where something else than the U-Net alone predicts the noise.
     """
     emojis = load_metadata(config.emojis)
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
@@ -233,7 +214,8 @@ def train_on_scenes(
             run.say(f"stage {stage}: {size} px, {len(scenes)} scenes, latent std {latents.std((0, 2, 3)).tolist()}")
         picked = [rng.randrange(len(scenes)) for _ in range(config.run.batch_size)]
         captions = ["" if rng.random() < config.empty_captions else caption_of(scenes[i], rng) for i in picked]
-        loss, plain = _denoising_loss(config, run, pipe, latents[picked], captions)
+        batch = Batch(picked, [scenes[i] for i in picked], latents[picked], captions, config.stages[stage][0])
+        loss, plain = loss_of(batch) if loss_of else denoising_loss(config, run, pipe, batch)
         run.update(loss, mse=plain)
         if run.progress.seconds - sampled > 60 * config.run.sample_minutes:
             sampled = run.progress.seconds
@@ -241,24 +223,29 @@ def train_on_scenes(
     save(config.stages[-1][0])
 
 
-def _denoising_loss(
-    config: SceneConfig, run: TrainingRun, pipe: StableDiffusionPipeline, latents: torch.Tensor, captions: list[str]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weighted loss, plain MSE) of the noise predicted for one batch of latents [B, 4, h, w]."""
+def denoising_loss(
+    config: SceneConfig, run: TrainingRun, pipe: StableDiffusionPipeline, batch: Batch,
+    predict: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> Losses:  # fmt: skip
+    """(weighted loss, plain MSE) of the noise predicted for one batch of latents [B, 4, h, w].
+
+    ``predict(x_t, t, context)`` gives the noise; without it the U-Net alone does.
+    """
     device = run.accelerator.device
     # The run's modules, where it trains them: with several processes those average the gradients.
-    unet = run.modules["unet"]
+    unet = run.modules.get("unet", pipe.unet)
     text_encoder = run.modules.get("text_encoder", pipe.text_encoder)
-    x0 = latents.to(device)
+    x0 = batch.latents.to(device)
     # A shared offset per channel hides the picture's mean at the noisiest steps; plain noise cannot, and the
     # model would then read the background colour from x_T instead of from the caption.
     noise = torch.randn_like(x0) + config.offset_noise * torch.randn(*x0.shape[:2], 1, 1, device=device)
     abar = pipe.scheduler.alphas_cumprod.to(device)
     t = torch.randint(0, len(abar), (len(x0),), device=device)
     a = abar[t].view(-1, 1, 1, 1)
+    x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise
     with run.accelerator.autocast():
-        context = encode_texts(pipe.tokenizer, text_encoder, captions)
-        predicted = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, context).sample.float()
+        context = encode_texts(pipe.tokenizer, text_encoder, batch.captions)
+        predicted = (predict(x_t, t, context) if predict else unet(x_t, t, context).sample).float()
     per_image = F.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))
     snr = a.flatten() / (1 - a.flatten())
     # Min-SNR leaves the noisiest steps, where it is decided what the picture shows, a weight near zero in x0.

@@ -92,6 +92,21 @@ def caption_of(scene: Scene, rng: random.Random) -> str:
 def render_scene(scene: Scene, pictures: dict[str, Image.Image], size: int) -> Image.Image:
     """RGB picture of ``size`` x ``size`` pixels."""
     canvas = Image.new("RGB", (size, size), BACKGROUNDS[scene.background])
+    for picture, box in _placed(scene, pictures, size):
+        canvas.paste(picture, box, picture)
+    return canvas
+
+
+def subject_mask(scene: Scene, pictures: dict[str, Image.Image], size: int, which: int = 0) -> Image.Image:
+    """Where emoji number ``which`` of the scene is: white on black, mode L, ``size`` x ``size`` pixels."""
+    canvas = Image.new("L", (size, size))
+    picture, box = _placed(scene, pictures, size)[which]
+    canvas.paste(255, box, picture)
+    return canvas.point(lambda value: 255 if value >= 128 else 0)
+
+
+def _placed(scene: Scene, pictures: dict[str, Image.Image], size: int) -> list[tuple[Image.Image, tuple[int, int]]]:
+    """The RGBA pictures of the scene's emoji at their size, and where their upper left corners go."""
     if len(scene.emojis) == 2:
         side = round(size * 0.48)
         boxes = [(round(size * 0.01), (size - side) // 2), (round(size * 0.51), (size - side) // 2)]
@@ -100,11 +115,12 @@ def render_scene(scene: Scene, pictures: dict[str, Image.Image], size: int) -> I
         x, y = PLACES[scene.place]
         margin = size * 0.03
         boxes = [(round(margin + x * (size - side - 2 * margin)), round(margin + y * (size - side - 2 * margin)))]
+    placed = []
     for emoji, box in zip(scene.emojis, boxes, strict=True):
         picture = pictures[emoji.code].resize(
             (side, side), Image.Resampling.BOX if side * 2 < size else Image.Resampling.LANCZOS
         )
         if scene.mirrored:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        canvas.paste(picture, box, picture)
-    return canvas
+        placed.append((picture, box))
+    return placed

@@ -68,7 +68,7 @@ class LoraStyleConfig(SceneConfig):
 
 def train_style(config: StyleConfig) -> Path:
     """Train, and write ``<output>/model`` (a StableDiffusionPipeline folder with a card); returns that folder."""
-    pipe = _load_model(config, config.model)
+    pipe = load_frozen(config, config.model)
     config.run.output = config.run.output or f"runs/emoji-{config.style}"
     modules: dict[str, torch.nn.Module] = {"unet": pipe.unet.requires_grad_(True).train()}
     if config.train_text_encoder:
@@ -90,7 +90,7 @@ def train_style(config: StyleConfig) -> Path:
 
 def train_lora(config: LoraStyleConfig) -> Path:
     """Train, and write ``<output>/lora`` (the weights, a card); returns that folder."""
-    pipe = _load_model(config, config.model)
+    pipe = load_frozen(config, config.model)
     config.run.output = config.run.output or f"runs/emoji-lora-{config.style}"
     torch.manual_seed(config.run.seed)
     pipe.unet.add_adapter(
@@ -103,7 +103,7 @@ def train_lora(config: LoraStyleConfig) -> Path:
     def save(size: int) -> None:
         with run.averaged():
             if run.accelerator.is_main_process:
-                save_lora(pipe.unet, run.folder / "lora", {"base_model": _name_of(config.model), "style": config.style})
+                save_lora(pipe.unet, run.folder / "lora", {"base_model": name_of(config.model), "style": config.style})
                 save_samples(config, run, pipe, size)
         run.say(f"step {run.progress.step}: {run.average_losses()}")
 
@@ -133,17 +133,17 @@ def style_card(config: StyleConfig, run: TrainingRun) -> str:
     """The model card, Markdown."""
     trained = "U-Net and text encoder" if config.train_text_encoder else "U-Net"
     return f"""---
-license: {licence_of(_styles(config))}
+license: {licence_of(styles_of(config))}
 library_name: diffusers
 pipeline_tag: text-to-image
 ---
 
-# {_name_of(config.model)}, fine-tuned on {config.style}
+# {name_of(config.model)}, fine-tuned on {config.style}
 
 All weights of the {trained} trained on {config.scenes} scenes in this style; the other parts are the base
 model's. No SUN adapter was trained on it.
 
-{data_section(_styles(config))}
+{data_section(styles_of(config))}
 {training_section(run, f"sun train-emoji style --style {config.style} --config configs/emoji-style.toml")}"""
 
 
@@ -152,21 +152,21 @@ def lora_card(config: LoraStyleConfig, run: TrainingRun, folder: Path) -> str:
     parameters = sum(p.numel() for p in run.parameters) / 1e6
     megabytes = (folder / LORA_WEIGHTS).stat().st_size / 1e6
     return f"""---
-license: {licence_of(_styles(config))}
+license: {licence_of(styles_of(config))}
 library_name: diffusers
 tags: [lora]
 ---
 
-# LoRA of {_name_of(config.model)}: {config.style}
+# LoRA of {name_of(config.model)}: {config.style}
 
 Rank {config.rank} on the U-Net's attention layers, alpha = rank; {parameters:.2f} M parameters, {megabytes:.2f} MB.
 Load it with `pipe.load_lora_weights(folder)`, `sun generate --lora {LORA_WEIGHTS}` or ComfyUI's node Load LoRA.
 
-{data_section(_styles(config))}
+{data_section(styles_of(config))}
 {training_section(run, f"sun train-emoji lora --style {config.style} --config configs/emoji-lora.toml")}"""
 
 
-def _load_model(config: SceneConfig, model: str) -> StableDiffusionPipeline:
+def load_frozen(config: SceneConfig, model: str) -> StableDiffusionPipeline:
     """The frozen pipeline to start from; fills in ``config.stages``. Raises ConfigError."""
     if config.style not in STYLES:
         raise ConfigError(f"style takes {', '.join(STYLES)}, not {config.style!r}.")
@@ -179,10 +179,10 @@ def _load_model(config: SceneConfig, model: str) -> StableDiffusionPipeline:
     return pipe
 
 
-def _styles(config: StyleConfig | LoraStyleConfig) -> tuple[str, ...]:
+def styles_of(config: SceneConfig) -> tuple[str, ...]:
     """The styles whose pictures are in the weights: the base's and the new one."""
     return tuple(dict.fromkeys(("twemoji", config.style)))
 
 
-def _name_of(model: str) -> str:
+def name_of(model: str) -> str:
     return "Emoji Diffusion" if model == "emoji" else Path(model).name

@@ -21,6 +21,56 @@ def make_adapter(model_folder: Path, path: Path, positive: bool = True, seed: in
     adapter.save(path, dtype=torch.float16)
 
 
+def shake(module: torch.nn.Module, std: float = 0.02, seed: int = 2) -> None:
+    """Random values for what is trained of a module, as training would leave it."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def make_controlnet(model_folder: Path, path: Path) -> Path:
+    """A Control-LoRA with random weights for a diffusers model."""
+    from sun.emoji.controlnet import build_controlnet, save_controlnet
+
+    controlnet = build_controlnet(_unet(model_folder), 4)
+    shake(controlnet)
+    return save_controlnet(controlnet, path, "Emoji Diffusion")
+
+
+def make_inpainting(model_folder: Path, path: Path) -> Path:
+    """Random changes that make a 9-channel U-Net of a diffusers model's."""
+    from sun.emoji.inpainting import FIRST_LAYER, save_inpainting, widen
+    from sun.lowrank import add_low_rank
+
+    unet = widen(_unet(model_folder))
+    add_low_rank(unet, 4, leave=FIRST_LAYER)
+    shake(unet)
+    return save_inpainting(unet, path, "Emoji Diffusion")
+
+
+def make_lora(model_folder: Path, folder: Path) -> Path:
+    """A LoRA with random weights for a diffusers model, as `sun train-emoji lora` writes it."""
+    from peft import LoraConfig
+
+    from sun.emoji.style import LORA_TARGETS, save_lora
+
+    unet = _unet(model_folder)
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=LORA_TARGETS))
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return save_lora(unet, folder)
+
+
+def _unet(model_folder: Path):
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel.from_pretrained(model_folder / "unet").float()
+
+
 class Counts:
     """Counts calls of modules while it is entered: .unet, .sun (layer calls), and the .timesteps the U-Net saw."""
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import importlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +10,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file, in every import mode of pytest
-from comfy_helpers import Counts
-from comfyui_host import REPOSITORY, STUBS, obtain_comfyui
+from comfy_helpers import Counts, make_controlnet, make_inpainting
+from comfyui_host import obtain_comfyui, start_comfyui
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,58 +26,10 @@ def comfyui_folder() -> Path:
     return obtain_comfyui()
 
 
-@contextlib.contextmanager
-def _import_path(folder: Path) -> Iterator[None]:
-    """`folder` first on sys.path, as ComfyUI's `nodes` is a top-level module; the stubs last."""
-    from transformers.utils.import_utils import is_torchaudio_available, is_torchvision_available
-
-    is_torchvision_available(), is_torchaudio_available()  # asked once and remembered: before the stubs are there
-    sys.path.insert(0, str(folder))
-    sys.path.append(str(STUBS))
-    for name in ("nodes", "utils", "app", "server", "execution"):
-        sys.modules.pop(name, None)
-    try:
-        yield
-    finally:
-        sys.path.remove(str(STUBS))
-        for name in [name for name in sys.modules if name.split(".")[0] in ("torchvision", "torchaudio")]:
-            if str(STUBS) in (getattr(sys.modules[name], "__file__", None) or ""):
-                del sys.modules[name]  # no other test may take them for the real thing
-
-
 @pytest.fixture(scope="session")
 def host(comfyui_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """ComfyUI in this process, on the CPU, with this pack loaded by ComfyUI's own loader.
-
-    .nodes maps node ids to classes; .pack is the pack's module, .part(name) one of its modules; .base the base folder.
-    """
-    base = tmp_path_factory.mktemp("comfyui-base")
-    for folder in ("models/sun", "models/embeddings", "input", "output", "temp", "custom_nodes"):
-        (base / folder).mkdir(parents=True)
-    with _import_path(comfyui_folder):
-        import comfy.options
-
-        comfy.options.enable_args_parsing(False)
-        from comfy.cli_args import args
-
-        args.cpu = True
-        args.base_directory = str(base)
-        import comfy.sample
-        import comfy.samplers
-        import comfy.sd
-
-        import nodes
-
-        assert asyncio.run(nodes.load_custom_node(str(REPOSITORY))), "ComfyUI could not load the pack"
-    name = nodes.NODE_CLASS_MAPPINGS["SUN_Apply"].__module__.rsplit(".nodes.", 1)[0]
-    return SimpleNamespace(
-        comfy=comfy,
-        nodes=nodes.NODE_CLASS_MAPPINGS,
-        titles=nodes.NODE_DISPLAY_NAME_MAPPINGS,
-        pack=sys.modules[name],
-        part=lambda part: importlib.import_module(f"{name}.{part}"),
-        base=base,
-    )
+    """ComfyUI in this process, on the CPU, with this pack loaded by ComfyUI's own loader: see start_comfyui."""
+    return start_comfyui(comfyui_folder, tmp_path_factory.mktemp("comfyui-base"))
 
 
 # -------------------------------------------------------------------------------------------------------------- models
@@ -90,7 +38,7 @@ def host(comfyui_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Simp
 @pytest.fixture(scope="session")
 def emoji_folder(host: SimpleNamespace) -> Path:
     """The shipped model."""
-    return host.part("nodes.nodes").EMOJI_DIFFUSION
+    return host.part("sun.shipped").EMOJI_DIFFUSION
 
 
 @pytest.fixture(scope="session")
@@ -111,6 +59,29 @@ def adapter(host: SimpleNamespace) -> SimpleNamespace:
     """SUN_ADAPTER from the node Load SUN Adapter."""
     load = host.nodes["SUN_LoadAdapter"]
     return load.execute(host.part("nodes.folders").SHIPPED).result[0]
+
+
+@pytest.fixture(scope="session")
+def control_file(emoji_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ControlNet for the shipped model, with random weights."""
+    return make_controlnet(emoji_folder, tmp_path_factory.mktemp("control") / "emoji-edges.safetensors")
+
+
+@pytest.fixture(scope="session")
+def inpainting_file(emoji_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What makes an inpainting model of the shipped model, with random weights."""
+    return make_inpainting(emoji_folder, tmp_path_factory.mktemp("inpaint") / "emoji-inpainting.safetensors")
+
+
+@pytest.fixture
+def random_extras(
+    host: SimpleNamespace, control_file: Path, inpainting_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> SimpleNamespace:
+    """The pack with a ControlNet and an inpainting model of random weights in the place of the trained ones."""
+    module = host.part("nodes.emoji_nodes")
+    monkeypatch.setattr(module, "EMOJI_CONTROLNET", control_file)
+    monkeypatch.setitem(module.VARIANTS, "inpainting", inpainting_file)
+    return SimpleNamespace(control=control_file, inpainting=inpainting_file)
 
 
 # ------------------------------------------------------------------------------------------------------------- running

@@ -2,6 +2,8 @@
 
 python tests/comfy/make_thumbnails.py                                     draws every workflow that has no thumbnail
 python tests/comfy/make_thumbnails.py sun_emoji_txt2img=picture.png ...   takes the picture as thumbnail
+
+SUN_PICTURES=FOLDER pytest -c tests/pytest.ini tests/comfy/test_comfy_workflows.py leaves each workflow's picture there.
 """
 
 from __future__ import annotations
@@ -18,12 +20,18 @@ SIDE = 512
 TITLE = 26
 LINK_COLORS = {
     "MODEL": "#b39ddb", "CLIP": "#ffd500", "VAE": "#ff6e6e", "CONDITIONING": "#ffa931", "LATENT": "#ff9cf9",
-    "IMAGE": "#64b5f6", "SUN_ADAPTER": "#ffffff",
+    "IMAGE": "#64b5f6", "MASK": "#81c784", "CONTROL_NET": "#00d78d", "NOISE": "#b0b0b0", "GUIDER": "#66ffff",
+    "SAMPLER": "#ecb4b4", "SIGMAS": "#cdffcd", "SUN_ADAPTER": "#ffffff",
 }  # fmt: skip
 TITLES = {
     "SUN_LoadAdapter": "Load SUN Adapter", "SUN_Apply": "Apply SUN to Model", "SUN_Sampler": "SUN 4-step Sampler",
     "SUN_LoadEmojiDiffusion": "Load Emoji Diffusion", "EmptyLatentImage": "Empty Latent Image",
     "CheckpointLoaderSimple": "Load Checkpoint", "VAEDecode": "VAE Decode", "SaveImage": "Save Image",
+    "SUN_LoadEmojiControlNet": "Load Emoji ControlNet", "SUN_Scheduler": "SUN Scheduler", "SUN_Guider": "SUN Guider",
+    "PreviewImage": "Preview Image", "VAEEncode": "VAE Encode", "SolidMask": "Solid Mask", "RandomNoise": "Noise",
+    "SetLatentNoiseMask": "Set Latent Noise Mask", "ControlNetApplyAdvanced": "Apply ControlNet",
+    "LoraLoaderModelOnly": "Load LoRA", "ConditioningSetArea": "Set Area", "ConditioningSetMask": "Set Mask",
+    "ConditioningCombine": "Combine", "LatentUpscale": "Upscale Latent", "KSamplerSelect": "Sampler Select",
 }  # fmt: skip
 
 
@@ -36,10 +44,11 @@ def from_picture(picture: Path) -> Image.Image:
 def from_graph(workflow: dict) -> Image.Image:
     """The workflow as a drawing: a box a node, a line a link."""
     nodes = {node["id"]: node for node in workflow["nodes"]}
-    left = min(node["pos"][0] for node in nodes.values())
-    top = min(node["pos"][1] - TITLE for node in nodes.values())
-    right = max(node["pos"][0] + node["size"][0] for node in nodes.values())
-    bottom = max(node["pos"][1] + node["size"][1] for node in nodes.values())
+    boxes = [(*node["pos"], node["pos"][0] + node["size"][0], node["pos"][1] + node["size"][1])
+             for node in nodes.values()]  # fmt: skip
+    boxes += [(x, y + TITLE, x + width, y + height) for x, y, width, height in _bounds(workflow)]
+    left, top = min(box[0] for box in boxes), min(box[1] - TITLE for box in boxes)
+    right, bottom = max(box[2] for box in boxes), max(box[3] for box in boxes)
     scale = 2 * (SIDE - 24) / max(right - left, bottom - top)
     shift = (SIDE - (right + left) * scale / 2, SIDE - (bottom + top) * scale / 2)
     image = Image.new("RGB", (2 * SIDE, 2 * SIDE), "#1e1e1e")
@@ -49,6 +58,9 @@ def from_graph(workflow: dict) -> Image.Image:
     def at(x: float, y: float) -> tuple[float, float]:
         return x * scale + shift[0], y * scale + shift[1]
 
+    for (x, y, width, height), group in zip(_bounds(workflow), workflow["groups"], strict=True):
+        draw.rounded_rectangle((*at(x, y), *at(x + width, y + height)), 8 * scale, fill="#28323a", outline="#3f789e")
+        draw.text(at(x + 12, y + 6), group["title"], fill="#9fb8c8", font=font)
     for node in nodes.values():
         (x, y), (width, height) = node["pos"], node["size"]
         box = (*at(x, y - TITLE), *at(x + width, y + height))
@@ -66,6 +78,10 @@ def from_graph(workflow: dict) -> Image.Image:
             _curve(start, end), fill=LINK_COLORS.get(kind, "#aaaaaa"), width=max(2, round(3 * scale)), joint="curve"
         )
     return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+
+
+def _bounds(workflow: dict) -> list[list[float]]:
+    return [group["bounding"] for group in workflow["groups"]]
 
 
 def _curve(start: tuple[float, float], end: tuple[float, float]) -> list[tuple[float, float]]:

@@ -21,6 +21,7 @@ TITLES = {
     "SUN_Guider": "SUN Guider",
     "SUN_AdapterInfo": "SUN Adapter Info",
     "SUN_LoadEmojiDiffusion": "Load Emoji Diffusion",
+    "SUN_LoadEmojiControlNet": "Load Emoji ControlNet",
 }
 
 

@@ -1,0 +1,298 @@
+"""SUN beside what else people put on a model: every order gives one picture, and every part of it acts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from comfy_helpers import make_lora, relative
+from comfyui_host import load_builtin_extras
+
+Feature = Callable[[Any], Any]
+SAME = 1e-5  # relative; weights or attention added in another order may differ in the last bits
+
+
+class ImageAttention:
+    """What an IP-Adapter pack puts into an attn2 slot, by the same contract as ours.
+
+    It computes the text's attention itself, adds attention over image tokens of its own within a range of sigmas, one
+    set for rows of the positive and one for rows of the negative prompt, and others join it through `.add`.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = [settings]
+
+    def add(self, **settings: Any) -> None:
+        self.settings.append(settings)
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]
+    ) -> torch.Tensor:
+        from comfy.ldm.modules.attention import optimized_attention
+
+        heads, order = extra_options["n_heads"], extra_options["cond_or_uncond"]
+        out = optimized_attention(q, k, v, heads)
+        sigma = float(extra_options["sigmas"][0])
+        for weight, images, start, end in (s.values() for s in self.settings):
+            if end <= sigma <= start:
+                rows = [images[i].expand(len(q) // len(order), -1, -1) for i in order]
+                tokens = torch.cat(rows).to(q)
+                generator = torch.Generator().manual_seed(q.shape[-1])
+                to_k, to_v = (
+                    torch.randn(tokens.shape[-1], q.shape[-1], generator=generator).to(q) * 0.1 for _ in range(2)
+                )
+                out = out + weight * optimized_attention(q, tokens @ to_k, tokens @ to_v, heads)
+        return out
+
+    @classmethod
+    def put_on(cls, model: Any, weight: float = 1.0, start: float = 1e9, end: float = 0.0, seed: int = 0) -> Any:
+        """As those packs do: join whatever is in the slot already, under a key without the depth."""
+        model = model.clone()
+        images = torch.randn(2, 1, 4, 128, generator=torch.Generator().manual_seed(seed))
+        options = model.model_options.setdefault("transformer_options", {})
+        slots = options.setdefault("patches_replace", {}).setdefault("attn2", {})
+        settings = {"weight": weight, "images": images, "start": start, "end": end}
+        for block in (
+            [("input", i) for i in (1, 2, 4, 5, 7, 8)] + [("middle", 0)] + [("output", i) for i in range(3, 12)]
+        ):
+            if block in slots:
+                slots[block].add(**settings)
+            else:
+                slots[block] = cls(**settings)
+        return model
+
+
+def couple(model: Any, texts: list[torch.Tensor], masks: torch.Tensor) -> Any:
+    """Attention couple: each region's text [1, L, W] attends by itself, and `masks` [R, H, W] put the regions together.
+
+    As the packs of that name do it: an attn2 patch makes the batch R times as long before the layer's attention, an
+    output patch folds it after.
+    """
+    model, regions = model.clone(), len(texts)
+
+    def split(n: Any, context: Any, value: Any, extra: dict[str, Any]) -> tuple[Any, Any, Any]:
+        order = extra["cond_or_uncond"]
+        queries, contexts = [], []
+        for kind, rows, text in zip(order, n.chunk(len(order)), context.chunk(len(order)), strict=True):
+            positive = kind == 0
+            queries.append(rows.repeat(regions, 1, 1) if positive else rows)
+            contexts += [t.to(text).expand(len(rows), -1, -1) for t in texts] if positive else [text]
+        joined = torch.cat(contexts)
+        return torch.cat(queries), joined, joined
+
+    def join(n: Any, extra: dict[str, Any]) -> Any:
+        order = extra["cond_or_uncond"]
+        height, width = extra["original_shape"][-2:]
+        shrink = round((height * width / n.shape[1]) ** 0.5)
+        small = torch.nn.functional.interpolate(masks[None].to(n), size=(height // shrink, width // shrink))
+        weights = small.reshape(regions, 1, -1, 1)
+        batch = n.shape[0] // sum(regions if kind == 0 else 1 for kind in order)
+        parts, first = [], 0
+        for kind in order:
+            rows = n[first : first + batch * (regions if kind == 0 else 1)]
+            first += len(rows)
+            parts.append((rows.unflatten(0, (regions, batch)) * weights).sum(0) if kind == 0 else rows)
+        return torch.cat(parts)
+
+    model.set_model_attn2_patch(split)
+    model.set_model_attn2_output_patch(join)
+    return model
+
+
+def halves() -> torch.Tensor:
+    """[2, 16, 16]: the left and the right half."""
+    left = torch.zeros(16, 16)
+    left[:, :8] = 1
+    return torch.stack([left, 1 - left])
+
+
+@pytest.fixture(scope="module")
+def lora_file(emoji_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_lora(emoji_folder, tmp_path_factory.mktemp("lora"))
+
+
+@pytest.fixture
+def features(host: SimpleNamespace, run: SimpleNamespace, lora_file: Path) -> dict[str, Feature]:
+    """Every way to change a MODEL that is tested here, each with other random content."""
+    load_builtin_extras("nodes_pag", "nodes_sag", "nodes_freelunch")
+    weights = host.comfy.utils.load_torch_file(str(lora_file))
+    texts = [run.encode(text)[0][0] for text in ("red apple, white background", "snake, purple background")]
+
+    def node(name: str, **settings: Any) -> Feature:
+        kind = host.nodes[name]
+        if hasattr(kind, "execute"):  # nodes of the newer kind
+            return lambda model: kind.execute(model, **settings).result[0]
+        return lambda model: getattr(kind(), kind.FUNCTION)(model, **settings)[0]
+
+    return {
+        "lora": lambda model: host.comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0.0)[0],
+        "ip-adapter": ImageAttention.put_on,
+        "couple": lambda model: couple(model, texts, halves()),
+        "pag": node("PerturbedAttentionGuidance", scale=1.0),
+        "sag": node("SelfAttentionGuidance", scale=0.5, blur_sigma=2.0),
+        "freeu": node("FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2),
+    }
+
+
+def steered(host: SimpleNamespace, run: SimpleNamespace, strength: float = 1.0) -> tuple[Any, Any]:
+    """Positive and negative with the (random) emoji ControlNet on a drawn square."""
+    lines = torch.zeros(1, 128, 128, 3)
+    lines[:, 32:34, 32:96] = lines[:, 94:96, 32:96] = lines[:, 32:96, 32:34] = lines[:, 32:96, 94:96] = 1.0
+    control = host.nodes["SUN_LoadEmojiControlNet"].execute(False).result[0]
+    node = host.nodes["ControlNetApplyAdvanced"]()
+    return node.apply_controlnet(run.positive, run.negative, control, lines, strength, 0.0, 1.0)
+
+
+# U-Net calls and calls of SUN's layers in 4 steps. PAG calls the U-Net once more for the positive prompt; SAG twice
+# more for the negative one, on which SUN does not act.
+CALLS = {"lora": (4, 64), "ip-adapter": (4, 64), "couple": (4, 64), "pag": (8, 128), "sag": (12, 64), "freeu": (4, 64)}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_before_and_after_sun_are_the_same(
+    name: str, run: SimpleNamespace, emoji: SimpleNamespace, features: dict[str, Feature]
+) -> None:
+    feature = features[name]
+    after = feature(run.apply())
+    with run.count(after) as counts:
+        picture = run.sun(after)
+    assert (counts.unet, counts.sun) == CALLS[name]
+    assert picture.isfinite().all()
+    assert relative(run.sun(run.apply(feature(emoji.model))), picture) < SAME
+    assert relative(picture, run.sun(run.apply())) > 1e-3, f"{name} has no effect beside SUN"
+    assert relative(picture, run.ksampler(feature(emoji.model))) > 1e-3, f"SUN has no effect beside {name}"
+
+
+PAIRS = [
+    ("lora", "ip-adapter"), ("lora", "pag"), ("ip-adapter", "pag"), ("ip-adapter", "sag"), ("ip-adapter", "couple"),
+    ("lora", "couple"), ("couple", "pag"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+def test_two_others_and_sun_in_any_order(
+    pair: tuple[str, str], run: SimpleNamespace, emoji: SimpleNamespace, features: dict[str, Feature]
+) -> None:
+    steps = {"sun": run.apply, **{name: features[name] for name in pair}}
+    pictures = {}
+    # The two others keep their order among each other: whether that matters is theirs to say.
+    for order in [("sun", *pair), (pair[0], "sun", pair[1]), (*pair, "sun")]:
+        model = emoji.model
+        for name in order:
+            model = steps[name](model)
+        pictures[order] = run.sun(model)
+    (first, expected), *others = pictures.items()
+    assert expected.isfinite().all()
+    for order, picture in others:
+        assert relative(picture, expected) < SAME, f"{order} and {first} differ"
+    for name in pair:
+        other = next(n for n in pair if n != name)
+        assert relative(expected, run.sun(features[other](run.apply()))) > 1e-4, f"{name} has no effect"
+
+
+def test_all_at_once_in_several_orders_with_a_controlnet(
+    host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace, features: dict[str, Feature], random_extras
+) -> None:
+    steps = {"sun": run.apply, **{name: features[name] for name in ("lora", "ip-adapter", "freeu")}}
+    positive, negative = steered(host, run)
+    pictures = []
+    for order in itertools.islice(itertools.permutations(steps), 0, None, 5):
+        model = emoji.model
+        for name in order:
+            model = steps[name](model)
+        pictures.append(run.sun(model, positive, negative))
+    assert len(pictures) == 5
+    assert all(relative(picture, pictures[0]) < SAME for picture in pictures[1:])
+    assert relative(pictures[0], run.sun(model)) > 1e-3  # the ControlNet acts
+
+
+# ------------------------------------------------------------------------------------------------------- each by itself
+
+
+def test_an_ip_adapter_acts_in_its_range_alone(run: SimpleNamespace) -> None:
+    model = run.apply()
+    everywhere, nowhere = ImageAttention.put_on(model), ImageAttention.put_on(model, start=0.01)
+    assert torch.equal(run.sun(nowhere), run.sun(model))
+    early = run.sun(ImageAttention.put_on(model, end=3.0))  # the first two steps
+    assert relative(early, run.sun(model)) > 1e-3
+    assert relative(early, run.sun(everywhere)) > 1e-4
+
+
+def test_two_ip_adapters_around_sun_are_both_there(run: SimpleNamespace, emoji: SimpleNamespace) -> None:
+    inner = ImageAttention.put_on(emoji.model, weight=0.5, seed=1)
+    both = ImageAttention.put_on(run.apply(inner), weight=0.5, seed=2)
+    joined = ImageAttention.put_on(ImageAttention.put_on(emoji.model, weight=0.5, seed=1), weight=0.5, seed=2)
+    assert relative(run.sun(both), run.sun(run.apply(joined))) < SAME
+    assert relative(run.sun(both), run.sun(run.apply(inner))) > 1e-4
+
+
+def test_equal_regions_are_no_regions(run: SimpleNamespace) -> None:
+    """Attention couple with the same text in both halves must give the picture without it, positive branch included."""
+    text = run.positive[0][0]
+    model = run.apply()
+    assert relative(run.sun(couple(model, [text, text], halves())), run.sun(model)) < 1e-4
+
+
+def test_regions_in_a_batch(run: SimpleNamespace, features: dict[str, Feature]) -> None:
+    model = features["couple"](run.apply())
+    batch = run.sun(model, start=run.latent(batch=2))
+    assert relative(batch[:1], run.sun(model)) < 1e-4
+
+
+def test_each_region_has_its_own_text(run: SimpleNamespace) -> None:
+    """Another text in the right half changes the first step's prediction far more there than on the left."""
+    apple, snake = (run.encode(text)[0][0] for text in ("red apple, white background", "snake, purple background"))
+    model = run.apply()
+    one, other = (run.sun(couple(model, [apple, right], halves()), steps=1) for right in (apple, snake))
+    change = (one - other).abs().mean((0, 1, 2))
+    assert change[9:].mean() > 1.2 * change[:7].mean()
+
+
+def test_a_controlnet_acts_within_its_percents(host: SimpleNamespace, run: SimpleNamespace, random_extras) -> None:
+    model = run.apply()
+    plain, full = run.sun(model), run.sun(model, *steered(host, run))
+    assert relative(full, plain) > 1e-3
+    assert torch.equal(run.sun(model, *steered(host, run, strength=0.0)), plain)
+    control = host.nodes["SUN_LoadEmojiControlNet"].execute(False).result[0]
+    node = host.nodes["ControlNetApplyAdvanced"]()
+    late = node.apply_controlnet(run.positive, run.negative, control, torch.ones(1, 128, 128, 3), 1.0, 0.999, 1.0)
+    assert torch.equal(run.sun(model, *late), plain)
+
+
+def test_two_controlnets_in_a_row(host: SimpleNamespace, run: SimpleNamespace, random_extras) -> None:
+    control = host.nodes["SUN_LoadEmojiControlNet"].execute(False).result[0]
+    node = host.nodes["ControlNetApplyAdvanced"]()
+    once = steered(host, run)
+    twice = node.apply_controlnet(*once, control, torch.ones(1, 128, 128, 3), 0.5, 0.0, 1.0)
+    model = run.apply()
+    with run.count(model) as counts:
+        picture = run.sun(model, *twice)
+    assert (counts.unet, counts.sun) == (4, 64)
+    assert relative(picture, run.sun(model, *once)) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["pag", "sag"])
+def test_guidance_nodes_leave_the_model_as_it_was(
+    name: str, run: SimpleNamespace, emoji: SimpleNamespace, features: dict[str, Feature]
+) -> None:
+    model, plain = run.apply(), run.ksampler(emoji.model)
+    expected = run.sun(model)
+    run.sun(features[name](model))
+    assert torch.equal(run.sun(model), expected)
+    assert torch.equal(run.ksampler(emoji.model), plain)
+
+
+def test_an_inpainting_model_carries_lora_and_image_prompts(
+    host: SimpleNamespace, run: SimpleNamespace, features: dict[str, Feature], random_extras
+) -> None:
+    model = host.nodes["SUN_LoadEmojiDiffusion"].execute(variant="inpainting").result[0]
+    plain = run.sun(run.apply(model))
+    before = run.sun(run.apply(features["ip-adapter"](features["lora"](model))))
+    after = run.sun(features["lora"](features["ip-adapter"](run.apply(model))))
+    assert relative(before, after) < SAME
+    assert relative(before, plain) > 1e-3
