@@ -96,6 +96,7 @@ function addText(node, beforeDraw = () => {}) {
   node.addCustomWidget(widget);
   return (next, isWarning = false) => {
     [text, warning, wrappedFor] = [next, isWarning, -1];
+    widget.value = next;
     const [, height] = node.computeSize();
     if (height > node.size[1]) node.setSize([node.size[0], height]);
     widget.triggerDraw?.();

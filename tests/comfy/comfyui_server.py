@@ -58,8 +58,11 @@ class Server:
             time.sleep(0.3)
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
-            return json.load(answer)
+        return json.loads(self.fetch(self.url + path))
+
+    def fetch(self, address: str) -> bytes:
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            return answer.read()
 
     def run(self, prompt: dict[str, Any], seconds: float = 300) -> list[Image.Image]:
         """Queues a prompt, waits, and returns the pictures it saved."""

@@ -1,6 +1,6 @@
 """Names, tooltips and help pages in English and Chinese against the nodes' schemas: neither may lag behind.
 
-`pytest -c tests/pytest.ini tests/comfy/test_comfy_texts.py --update-texts` writes locales/en/nodeDefs.json anew from
+`pytest -c tests/pytest.ini tests/comfy/test_comfy_locales.py --update-texts` writes locales/en/nodeDefs.json anew from
 the schemas. The Chinese file and the pages are written by hand; the tests say what they lack.
 """
 
