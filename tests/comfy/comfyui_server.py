@@ -64,21 +64,33 @@ class Server:
         with urllib.request.urlopen(address, timeout=30) as answer:
             return answer.read()
 
-    def run(self, prompt: dict[str, Any], seconds: float = 300) -> list[Image.Image]:
-        """Queues a prompt, waits, and returns the pictures it saved."""
+    def post(self, path: str, content: dict[str, Any]) -> bytes:
         request = urllib.request.Request(
-            f"{self.url}/prompt", json.dumps({"prompt": prompt}).encode(), {"Content-Type": "application/json"}
+            self.url + path, json.dumps(content).encode(), {"Content-Type": "application/json"}
         )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.read()
+
+    def queue(self, prompt: dict[str, Any]) -> str:
+        """Queues a prompt and returns its id."""
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                prompt_id = json.load(answer)["prompt_id"]
+            return json.loads(self.post("/prompt", {"prompt": prompt}))["prompt_id"]
         except urllib.error.HTTPError as error:
             raise AssertionError(f"ComfyUI refused the prompt: {error.read().decode()}") from None
+
+    def result(self, prompt_id: str, seconds: float = 300) -> dict[str, Any]:
+        """What the history says of a prompt, once it is there."""
         self._wait(lambda: prompt_id in self.get("/history"), seconds, "finish")
-        result = self.get(f"/history/{prompt_id}")[prompt_id]
+        return self.get(f"/history/{prompt_id}")[prompt_id]
+
+    def pictures(self, result: dict[str, Any]) -> list[Image.Image]:
         assert result["status"]["status_str"] == "success", result["status"]
         files = [file for output in result["outputs"].values() for file in output.get("images", [])]
         return [Image.open(io.BytesIO((self.base / "output" / file["filename"]).read_bytes())) for file in files]
+
+    def run(self, prompt: dict[str, Any], seconds: float = 300) -> list[Image.Image]:
+        """Queues a prompt, waits, and returns the pictures it saved."""
+        return self.pictures(self.result(self.queue(prompt), seconds))
 
     def stop(self) -> None:
         self._process.terminate()
