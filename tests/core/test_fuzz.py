@@ -178,7 +178,8 @@ def header_edits(draw: st.DrawFn) -> Callable[[dict[str, Any]], None]:
         name = names[place % len(names)] if names else key
         entry = header.get(name)
         if kind == "metadata":
-            header.setdefault("__metadata__", {})[own] = text
+            known = header.get("__metadata__")
+            header["__metadata__"] = {**(known if isinstance(known, dict) else {}), own: text}
         elif kind == "metadata type":
             header["__metadata__"] = [None, 3, {"w": 4.0}, {"training": {}}, [text]][place % 5]
         elif kind == "add" or not isinstance(entry, dict):
