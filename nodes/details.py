@@ -16,11 +16,14 @@ def facts_of(name: str) -> dict[str, Any]:
     """What the file behind a name of the list is, or {"error": why it cannot be used}. Never raises for a file."""
     try:
         path = folders.find(name)
+    except FileNotFoundError:  # its message lists folders, too much for a node; running the node shows it
+        return {"error": f"{name!r} is not there. Put it into models/sun and press R, or choose another."}
+    try:
         return _read(path, folders.fingerprint(path))
     except files.SunFileError as error:
         return {"error": str(error).replace(str(path), name)}
     except OSError as error:
-        return {"error": str(error)}
+        return {"error": f"{name} cannot be read: {error.strerror or error}."}
 
 
 @functools.lru_cache(maxsize=32)

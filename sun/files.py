@@ -252,9 +252,10 @@ def _read_tensors(path: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
             keys = tensors.keys()
             return {key: tensors.get_tensor(key).clone() for key in keys}, tensors.metadata() or {}
     except Exception as error:  # a damaged header makes it raise anything
-        state = "truncated" if size < 8 + header or "incomplete" in str(error).lower() else "damaged"
+        truncated = size < 8 + header or "incomplete" in str(error).lower()
+        state, reason = ("truncated", "") if truncated else ("damaged", f": {_short(str(error))}")
         raise SunFileError(
-            f"{path} is a {state} safetensors file ({size:,} bytes: {_short(str(error))}). Download or copy it again."
+            f"{path} is a {state} safetensors file ({size:,} bytes{reason}). Download or copy it again."
         ) from error
 
 

@@ -6,7 +6,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
-const ORANGE = "#e8891c";
+const ORANGE = "#f59a2e";
 const FONT = "12px sans-serif";
 const LINE_HEIGHT = 16;
 const MARGIN = 15;
@@ -60,14 +60,17 @@ function wrap(text, width) {
 }
 
 /**
- * Adds lines of text under a node's widgets. Returns show(text, warning); the node grows with it, never shrinks.
+ * Adds lines of text under a node's widgets. Returns show(text, needed, colour). Needed text makes the node grow; other
+ * text fills the room there is, so that no node of an old graph comes to lie on its neighbour.
  * `beforeDraw` is called each time they are drawn.
  */
 function addText(node, beforeDraw = () => {}) {
   let text = "";
-  let warning = false;
+  let needed = false;
+  let colour;
   let lines = [];
   let wrappedFor = -1;
+  const takesRoom = () => needed || globalThis.LiteGraph?.vueNodesMode; // nodes made of HTML are as high as this says
   const layOut = (width) => {
     if (width !== wrappedFor) {
       wrappedFor = width;
@@ -81,21 +84,22 @@ function addText(node, beforeDraw = () => {}) {
     value: "",
     serialize: false, // neither in the saved workflow
     options: { serialize: false }, // nor in the prompt
-    computeSize: (width) => [0, layOut(width || node.size[0]).length * LINE_HEIGHT],
+    computeSize: (width) => [0, takesRoom() ? layOut(width || node.size[0]).length * LINE_HEIGHT : 0],
     draw(ctx, _, width, y) {
       beforeDraw();
+      const room = takesRoom() ? Infinity : (node.size[1] - y) / LINE_HEIGHT;
       ctx.save();
       ctx.font = FONT;
       ctx.textAlign = "left";
       ctx.textBaseline = "top";
-      ctx.fillStyle = warning ? ORANGE : (globalThis.LiteGraph?.WIDGET_SECONDARY_TEXT_COLOR ?? "#999");
-      layOut(width).forEach((line, i) => ctx.fillText(line, MARGIN, y + 2 + i * LINE_HEIGHT));
+      ctx.fillStyle = colour ?? globalThis.LiteGraph?.WIDGET_SECONDARY_TEXT_COLOR ?? "#999";
+      layOut(width).forEach((line, i) => i + 1 <= room && ctx.fillText(line, MARGIN, y + 2 + i * LINE_HEIGHT));
       ctx.restore();
     },
   };
   node.addCustomWidget(widget);
-  return (next, isWarning = false) => {
-    [text, warning, wrappedFor] = [next, isWarning, -1];
+  return (next, isNeeded, nextColour) => {
+    [text, needed, colour, wrappedFor] = [next, isNeeded, nextColour, -1];
     widget.value = next;
     const [, height] = node.computeSize();
     if (height > node.size[1]) node.setSize([node.size[0], height]);
@@ -133,13 +137,14 @@ function afterRun(node, callback) {
   };
 }
 
-const adapters = new Map(); // name -> promise of what the server says of it
+const adapters = new Map(); // name -> promise of what to show of it
+const UNKNOWN = ["", false];
 
 async function describeAdapter(name) {
   const answer = await api.fetchApi(`/sun/adapter?name=${encodeURIComponent(name)}`);
-  if (!answer.ok) return ["", false];
+  if (!answer.ok) return UNKNOWN;
   const facts = await answer.json();
-  if (facts.error) return [facts.error, true];
+  if (facts.error) return [facts.error, true, ORANGE];
   facts.millions = (facts.parameters / 1e6).toFixed(1);
   const lines = [
     say("base", { base: facts.base_model || say("not_recorded") }),
@@ -155,6 +160,7 @@ function adapterLoader(node) {
   let current = null;
   // Drawing follows every way a value changes on the canvas: a click, a loaded workflow, undo, a script.
   const show = addText(node, follow);
+  node.setSize([node.size[0], node.size[1] + 3 * LINE_HEIGHT]); // a new node has room; a loaded one its saved size
   const original = combo.callback;
   combo.callback = function () {
     const result = original?.apply(this, arguments);
@@ -164,7 +170,7 @@ function adapterLoader(node) {
 
   function follow() {
     const name = combo.value;
-    if (!adapters.has(name)) adapters.set(name, describeAdapter(name).catch(() => ["", false]));
+    if (!adapters.has(name)) adapters.set(name, describeAdapter(name).catch(() => UNKNOWN));
     const asked = adapters.get(name);
     if (asked === current) return;
     current = asked;
@@ -174,7 +180,7 @@ function adapterLoader(node) {
 
 function adapterInfo(node) {
   const show = addText(node);
-  afterRun(node, (text) => show(text));
+  afterRun(node, (text) => show(text, true));
 }
 
 function sampler(node) {

@@ -24,8 +24,9 @@ SETTINGS = {
     "Comfy.Locale": "en",
     "Comfy.Workflow.Persist": False,
     "Comfy.Workflow.ConfirmDelete": False,
-    "Comfy.Workflow.WorkflowTabsPosition": "Topbar",
-    "pysssss.SnapToGrid": False,
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasInfo": False,
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # text is drawn however far away
 }
 
 

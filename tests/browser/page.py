@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.actions.action_builder import ActionBuilder
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
@@ -44,6 +45,12 @@ def start(profile: Path) -> webdriver.Chrome:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(executable_path=found[1]))
     driver.set_script_timeout(PATIENCE)
+    width, height = SIZE
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    # ComfyUI's banner for its other way to draw nodes would lie over the page.
+    dismiss = "try { localStorage.setItem('vueNodesBannerDismissed', 'true') } catch {}"
+    driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": dismiss})
     return driver
 
 
@@ -132,8 +139,25 @@ class Page:
         return self.node(kind, "node.badges.map(badge => (typeof badge === 'function' ? badge() : badge).text)")
 
     def run(self) -> None:
-        """Presses Run."""
+        """Presses Run, and takes the pointer away from it, for its tooltip would stay."""
         self.element("[data-testid='queue-button'] button").click()
+        pointer = ActionBuilder(self.driver)
+        pointer.pointer_action.move_to_location(SIZE[0] - 5, SIZE[1] // 2)
+        pointer.perform()
+
+    def focus(self, *kinds: str) -> None:
+        """Brings the nodes of these types into view at full size."""
+        self.js(
+            """
+            const nodes = app.graph.nodes.filter(node => arguments[0].includes(node.type)), {ds} = app.canvas;
+            const left = Math.min(...nodes.map(n => n.pos[0])), top = Math.min(...nodes.map(n => n.pos[1]));
+            ds.scale = 1.25;
+            [ds.offset[0], ds.offset[1]] = [130 - left, 180 - top];
+            app.canvas.draw(true, true);
+            """,
+            kinds,
+        )
+        time.sleep(0.3)
 
     # ------------------------------------------------------------------------------------------------------ screenshots
 
@@ -145,7 +169,7 @@ class Page:
         image = Image.open(io.BytesIO(self.driver.get_screenshot_as_png())).convert("RGB")
         if nodes:
             image = image.crop(self._area(nodes))
-        image.quantize(256, dither=Image.Dither.NONE).save(self.screenshots / f"{name}.png", optimize=True)
+        image.save(self.screenshots / f"{name}.png", optimize=True)
 
     def _area(self, kinds: list[str]) -> tuple[int, int, int, int]:
         """(left, top, right, bottom) in pixels of the window around the nodes of these types, title and badges too."""
