@@ -87,7 +87,8 @@ def test_adapter_info_shows_its_text_in_the_node(page: Page) -> None:
     page.drop(workflow(FIRST), FIRST)
     page.js(
         """
-        const find = (type) => app.graph.nodes.find(node => node.type === type), info = LiteGraph.createNode(arguments[0]);
+        const find = (type) => app.graph.nodes.find(node => node.type === type);
+        const info = LiteGraph.createNode(arguments[0]);
         app.graph.add(info);
         find('SUN_LoadAdapter').connect(0, info, 0);
         for (const type of ['SaveImage', 'VAEDecode', 'MarkdownNote']) app.graph.remove(find(type));
