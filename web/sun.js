@@ -70,7 +70,8 @@ function addText(node, beforeDraw = () => {}) {
   let colour;
   let lines = [];
   let wrappedFor = -1;
-  const takesRoom = () => needed || globalThis.LiteGraph?.vueNodesMode; // nodes made of HTML are as high as this says
+  const html = globalThis.LiteGraph?.vueNodesMode ? document.createElement("div") : null; // the page's other nodes
+  if (html) html.style.cssText = "white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12px; padding: 2px 4px";
   const layOut = (width) => {
     if (width !== wrappedFor) {
       wrappedFor = width;
@@ -84,10 +85,11 @@ function addText(node, beforeDraw = () => {}) {
     value: "",
     serialize: false, // neither in the saved workflow
     options: { serialize: false }, // nor in the prompt
-    computeSize: (width) => [0, takesRoom() ? layOut(width || node.size[0]).length * LINE_HEIGHT : 0],
+    computeSize: (width) => [0, needed ? layOut(width || node.size[0]).length * LINE_HEIGHT : 0],
     draw(ctx, _, width, y) {
+      if (globalThis.LiteGraph?.vueNodesMode) return;
       beforeDraw();
-      const room = takesRoom() ? Infinity : (node.size[1] - y) / LINE_HEIGHT;
+      const room = needed ? Infinity : (node.size[1] - y) / LINE_HEIGHT;
       ctx.save();
       ctx.font = FONT;
       ctx.textAlign = "left";
@@ -97,13 +99,14 @@ function addText(node, beforeDraw = () => {}) {
       ctx.restore();
     },
   };
+  if (html) widget.element = html;
   node.addCustomWidget(widget);
   return (next, isNeeded, nextColour) => {
     [text, needed, colour, wrappedFor] = [next, isNeeded, nextColour, -1];
     widget.value = next;
+    if (html) [html.textContent, html.style.color] = [next, colour ?? ""];
     const [, height] = node.computeSize();
     if (height > node.size[1]) node.setSize([node.size[0], height]);
-    widget.triggerDraw?.();
     app.graph?.setDirtyCanvas(true, true);
   };
 }
@@ -161,12 +164,14 @@ function adapterLoader(node) {
   // Drawing follows every way a value changes on the canvas: a click, a loaded workflow, undo, a script.
   const show = addText(node, follow);
   node.setSize([node.size[0], node.size[1] + 3 * LINE_HEIGHT]); // a new node has room; a loaded one its saved size
-  const original = combo.callback;
-  combo.callback = function () {
-    const result = original?.apply(this, arguments);
-    follow(); // nodes made of HTML are not drawn
-    return result;
-  };
+  for (const [object, method] of [[combo, "callback"], [node, "onConfigure"]]) { // nodes made of HTML are not drawn
+    const original = object[method];
+    object[method] = function () {
+      const result = original?.apply(this, arguments);
+      follow();
+      return result;
+    };
+  }
 
   function follow() {
     const name = combo.value;
@@ -180,6 +185,7 @@ function adapterLoader(node) {
 
 function adapterInfo(node) {
   const show = addText(node);
+  node.setSize([Math.max(node.size[0], 380), node.size[1]]); // half of a file's hash
   afterRun(node, (text) => show(text, true));
 }
 
