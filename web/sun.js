@@ -85,7 +85,8 @@ function addText(node, beforeDraw = () => {}) {
     value: "",
     serialize: false, // neither in the saved workflow
     options: { serialize: false }, // nor in the prompt
-    computeSize: (width) => [0, needed ? layOut(width || node.size[0]).length * LINE_HEIGHT : 0],
+    // Asked for the least width a node may have; the lines are as long as the node is wide.
+    computeSize: () => [0, needed ? layOut(node.size[0]).length * LINE_HEIGHT : 0],
     draw(ctx, _, width, y) {
       if (globalThis.LiteGraph?.vueNodesMode) return;
       beforeDraw();
@@ -192,8 +193,10 @@ function adapterInfo(node) {
 function sampler(node) {
   let line = "";
   addBadge(node, () => line, "#2d4a36");
+  const show = globalThis.LiteGraph?.vueNodesMode ? addText(node) : null; // badges of HTML nodes stay as they were
   afterRun(node, (text) => {
     line = text.split("\n")[0];
+    show?.(line, false);
     app.graph?.setDirtyCanvas(true, true);
   });
 }

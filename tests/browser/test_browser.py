@@ -112,10 +112,13 @@ def test_nodes_made_of_html_work_too(page: Page) -> None:
         page.open()
         page.drop(workflow(FIRST), FIRST)
         page.element("[data-node-id]")
-        about = "[...document.querySelectorAll('[data-node-id]')].some(node => node.innerText.includes('16 layers'))"
-        page.wait(lambda: page.js(f"return {about}"), "tell of the adapter")
+
+        def shown() -> str:
+            return page.js("return [...document.querySelectorAll('[data-node-id]')].map(e => e.innerText).join('\\n')")
+
+        page.wait(lambda: "0.9 M weights" in shown(), "tell of the adapter")
         page.run()
-        page.wait(lambda: any("U-Net" in text for text in page.badges("SUN_Sampler")), "tell of the run")
+        page.wait(lambda: "4 U-Net calls" in shown(), "tell of the run")
         page.shoot("html-nodes")
         assert page.js("return window.seen.errors") == []
     finally:
