@@ -210,7 +210,7 @@ function carriesModel(input) {
 /** Whether the model that reaches `node` has come through Apply SUN to Model. */
 function fedBySun(node, visited = new Set()) {
   return (node.inputs ?? []).some((input, slot) => {
-    const source = input.link != null && carriesModel(input) ? node.getInputNode?.(slot) : null;
+    const source = carriesModel(input) && node.isInputConnected(slot) ? node.getInputNode(slot) : null;
     if (!source || visited.has(source)) return false;
     visited.add(source);
     const acts = source.mode !== MUTED && source.mode !== BYPASSED;
@@ -220,7 +220,7 @@ function fedBySun(node, visited = new Set()) {
 
 /** The value in a node's widget; undefined when there is none, or when a link takes its place. */
 function setting(node, name) {
-  const linked = node.inputs?.some((input) => input.widget?.name === name && input.link != null);
+  const linked = node.inputs?.some((input, slot) => input.widget?.name === name && node.isInputConnected(slot));
   return linked ? undefined : node.widgets?.find((widget) => widget.name === name)?.value;
 }
 

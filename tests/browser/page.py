@@ -114,8 +114,8 @@ class Page:
             json.dumps(workflow),
             f"{name}.json",
         )
-        ids = sorted(node["id"] for node in workflow["nodes"])
-        self.wait(lambda: sorted(self.js("return app.graph.nodes.map(node => node.id)")) == ids, f"load {name}")
+        kinds = sorted(node["type"] for node in workflow["nodes"])
+        self.wait(lambda: sorted(self.js("return app.graph.nodes.map(node => node.type)")) == kinds, f"load {name}")
         self.fit()
 
     def fit(self) -> None:
