@@ -140,7 +140,7 @@ class Page:
 
     def run(self) -> None:
         """Presses Run, and takes the pointer away from it, for its tooltip would stay."""
-        self.element("[data-testid='queue-button'] button").click()
+        self.element("[data-testid='queue-button'] button, button[data-testid='queue-button']").click()
         pointer = ActionBuilder(self.driver)
         pointer.pointer_action.move_to_location(SIZE[0] - 5, SIZE[1] // 2)
         pointer.perform()
