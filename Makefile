@@ -5,7 +5,7 @@
 PYTHON ?= python3
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint chromium clean
 
 DEMO := .venv-demo
 TEST := .venv-test
@@ -52,7 +52,16 @@ lint: $(TEST)/.installed ## ruff and mypy
 	$(TEST)/bin/ruff format --check $(SOURCES)
 	$(TEST)/bin/mypy
 
-test: lint ## linter, types and every test
+# The browser tests need a Chromium; where there is none and none can be installed, they skip and say so.
+chromium:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "Installing Chromium for the browser tests (once)"; \
+		{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
+			chromium chromium-driver >/dev/null; } || echo "Chromium could not be installed; the browser tests skip."; \
+	fi
+
+test: lint chromium ## linter, types and every test
 	$(TEST)/bin/python -m pytest -c tests/pytest.ini tests
 
 clean: ## remove the environments, caches and demo pictures

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import folders
+from . import details, folders
 from .emoji_nodes import LoadEmojiControlNet, LoadEmojiDiffusion
 from .nodes import ApplySun, LoadSunAdapter, SunSampler
 from .parts import SunAdapterInfo, SunGuider, SunScheduler
@@ -18,4 +18,5 @@ class SunExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> SunExtension:
     folders.register()  # not in on_load: ComfyUI 0.3.75 does not call it
+    details.register()
     return SunExtension()

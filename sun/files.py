@@ -8,16 +8,18 @@ Both hold the same tensors, so converting loses nothing; our metadata travels in
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .layers import guess_layers
@@ -129,6 +131,10 @@ def parse(
             extra.append(str(key))
         elif not isinstance(value, torch.Tensor):
             raise SunFileError(f"{where}: {key} is a {type(value).__name__}, not a tensor. Get the file again.")
+        elif not _is_plain(value):
+            raise SunFileError(
+                f"{where}: {key} is a sparse, quantized or otherwise unusual tensor. Save it as a plain one."
+            )
         else:
             grouped.setdefault(layer, {})[ours_of[suffix]] = value
     if not grouped:
@@ -221,6 +227,8 @@ def text_width_name(width: int) -> str:
 def _read_tensors(path: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
     if path.is_dir():
         raise SunFileError(f"{path} is a folder. Give the adapter file inside it.")
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise SunFileError(f"{path} is not a regular file. Give the adapter file itself.")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -243,16 +251,19 @@ def _read_tensors(path: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
             # clone: what safetensors returns is mapped from the file, which may be replaced later
             keys = tensors.keys()
             return {key: tensors.get_tensor(key).clone() for key in keys}, tensors.metadata() or {}
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        state = "truncated" if size < 8 + header or "incomplete" in str(error).lower() else "damaged"
+    except Exception as error:  # a damaged header makes it raise anything
+        truncated = size < 8 + header or "incomplete" in str(error).lower()
+        state, reason = ("truncated", "") if truncated else ("damaged", f": {_short(str(error))}")
         raise SunFileError(
-            f"{path} is a {state} safetensors file ({size:,} bytes: {error}). Download or copy it again."
+            f"{path} is a {state} safetensors file ({size:,} bytes{reason}). Download or copy it again."
         ) from error
 
 
 def _read_pickle(path: Path) -> Mapping[str, Any]:
     try:
         with path.open("rb") as file:  # given a path, torch.load judges by the name
+            if _is_compressed(file):
+                raise ValueError("torch does not compress; this would unpack to any size")
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises anything on hostile or damaged input
         raise SunFileError(
@@ -266,9 +277,26 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
     return content
 
 
+def _is_compressed(file: BinaryIO) -> bool:
+    """Whether a zip file holds compressed parts. Leaves the file at its beginning."""
+    compressed = False
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            compressed = any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist())
+    file.seek(0)
+    return compressed
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    """Ordinary numbers in memory of their own: not sparse, quantized, without data, or one number for many places."""
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized or value.is_meta:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
 def _is_layer(name: str, official: bool) -> bool:
     pattern = r"0|[1-9]\d{0,5}" if official else r"[A-Za-z_]\w*(\.\w+)*"
-    return re.fullmatch(pattern, name, flags=re.ASCII) is not None
+    return len(name) <= 200 and re.fullmatch(pattern, name, flags=re.ASCII) is not None
 
 
 def _layer_order(name: str) -> tuple[Any, ...]:
@@ -289,7 +317,7 @@ def _check_tensors(
             shape = (width, text) if part.endswith(".weight") else (2, width) if part in GUIDANCE_PARTS else (width,)
             if tuple(value.shape) != shape or value.numel() == 0:
                 raise SunFileError(
-                    f"{where}: {key} has shape {list(value.shape)} where {list(shape)} belongs. "
+                    f"{where}: {key} has shape {_clip(str(list(value.shape)))} where {list(shape)} belongs. "
                     "The file mixes models or is damaged; choose another."
                 )
             if value.dtype not in DTYPES:
@@ -333,9 +361,12 @@ def _info_from_metadata(metadata: Mapping[str, str], where: str) -> SunInfo:
 
     def number(key: str) -> float | None:
         try:
-            return float(metadata[key]) if key in metadata else None
+            value = float(metadata[key]) if key in metadata else None
         except ValueError:
-            raise SunFileError(f"{where}: header entry {key} = {_short(metadata[key])} is not a number.") from None
+            value = math.nan
+        if value is not None and not 0 <= value < math.inf:
+            raise SunFileError(f"{where}: header entry {key} = {_short(metadata[key])} is not a number from 0 up.")
+        return value
 
     try:
         training = json.loads(metadata.get("training", "{}"))
@@ -384,8 +415,12 @@ def _keys(keys: Sequence[str]) -> str:
     return f"{len(keys)} key" + ("s" if len(keys) > 1 else "")
 
 
+def _clip(text: str, limit: int = 80) -> str:
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
 def _short(text: str, limit: int = 80) -> str:
-    return repr(text if len(text) <= limit else text[:limit] + "...")
+    return repr(_clip(text, limit))
 
 
 def _umask() -> int:

@@ -15,6 +15,11 @@ import torch
 from tiny import TEXT_WIDTH, CallLog, make_adapter, make_unet
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-texts", action="store_true", help="write locales/en/nodeDefs.json from the nodes")
+    parser.addoption("--screenshots", metavar="DIR", help="the browser tests write screenshots to this folder")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way

@@ -1,0 +1,55 @@
+"""Facts of an adapter file for the page to show under Load SUN Adapter: one route, GET /sun/adapter?name=..."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..sun import files
+from . import folders
+
+
+def facts_of(name: str) -> dict[str, Any]:
+    """What the file behind a name of the list is, or {"error": why it cannot be used}. Never raises for a file."""
+    try:
+        path = folders.find(name)
+    except FileNotFoundError:  # its message lists folders, too much for a node; running the node shows it
+        return {"error": f"{name!r} is not there. Put it into models/sun and press R, or choose another."}
+    try:
+        return _read(path, folders.fingerprint(path))
+    except files.SunFileError as error:
+        return {"error": str(error).replace(str(path), name)}
+    except OSError as error:
+        return {"error": f"{name} cannot be read: {error.strerror or error}."}
+
+
+@functools.lru_cache(maxsize=32)
+def _read(path: Path, _fingerprint: str) -> dict[str, Any]:
+    content = files.read(path)
+    info = content.info
+    return {
+        "base_model": info.base_model,
+        "positive": content.positive,
+        "layers": len(content.layers),
+        "parameters": sum(part.numel() for layer in content.layers for part in layer.values()),
+        "guidance_scale": info.guidance_scale,
+        "steps": round(1 / info.stage_length) if info.stage_length else None,
+    }
+
+
+def register() -> None:
+    """Adds the route to ComfyUI's server; does nothing where nodes run without one."""
+    module = sys.modules.get("server")  # importing it would start a database and more
+    server = getattr(getattr(module, "PromptServer", None), "instance", None)
+    if server is None:
+        return
+    from aiohttp import web
+
+    @server.routes.get("/sun/adapter")
+    async def adapter(request: web.Request) -> web.Response:
+        # Reading takes moments for a large file; the server has other pages to serve meanwhile.
+        name = request.query.get("name", "")
+        return web.json_response(await asyncio.get_running_loop().run_in_executor(None, facts_of, name))
