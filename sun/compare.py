@@ -44,8 +44,8 @@ def compare(
     pairs: Sequence[tuple[str, str]],
     methods: Sequence[str],
     guidance: float | None = None,
-    offsets: Sequence[int] | None = None,
     on_method: Callable[[str], None] | None = None,
+    offsets: Sequence[int] | None = None,
 ) -> list[Row]:
     """Run the reference and ``methods`` (``sun-4``, ``ddim-4``, ...) on (prompt, negative) pairs of one model.
 
