@@ -82,7 +82,9 @@ class Bench:
     def __init__(self, models: Models, adapter: SunAdapter, size: int, dtype: torch.dtype, steps: int = 4) -> None:
         self.models, self.adapter, self.dtype, self.steps = models, adapter, dtype, steps
         for module in (models.unet, models.vae, models.text_encoder, adapter):
-            module.requires_grad_(False).eval().to(dtype)
+            module.requires_grad_(False).eval()
+            if next(module.parameters()).dtype != dtype:  # diffusers warns of every cast
+                module.to(dtype)
         self.latent = max(1, size // latent_scale(models.vae))
 
     @torch.inference_mode()
