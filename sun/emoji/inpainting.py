@@ -193,7 +193,7 @@ def draw_inpainted(
     base = StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False)
     inpainting = StableDiffusionInpaintPipeline(**{**pipe.components, "unet": wide}, requires_safety_checker=False)
     size, guidance = config.stages[-1][0], config.sample_guidance
-    given = {
+    given: dict[str, Any] = {
         "image": checked.pixels / 2 + 0.5, "mask_image": masks, "strength": 1.0, "width": size, "height": size,
     }  # fmt: skip
     with torch.no_grad(), torch.autocast(run.accelerator.device.type, torch.bfloat16):
