@@ -1,4 +1,4 @@
-"""Makes docs/images/comfyui-*.png from the real page: python tests/browser/make_images.py (from the repository's root)."""
+"""Makes docs/images/comfyui-*.png from the real page: python tests/browser/make_images.py"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+sys.path.insert(1, str(Path(__file__).parents[2]))  # this folder is first already: it is the script's
 from page import Page, start
 from PIL import Image
 from serving import serving
