@@ -168,10 +168,10 @@ class Page:
         self.screenshots.mkdir(parents=True, exist_ok=True)
         image = Image.open(io.BytesIO(self.driver.get_screenshot_as_png())).convert("RGB")
         if nodes:
-            image = image.crop(self._area(nodes))
+            image = image.crop(self.area(nodes))
         image.save(self.screenshots / f"{name}.png", optimize=True)
 
-    def _area(self, kinds: list[str]) -> tuple[int, int, int, int]:
+    def area(self, kinds: list[str]) -> tuple[int, int, int, int]:
         """(left, top, right, bottom) in pixels of the window around the nodes of these types, title and badges too."""
         boxes = self.js(
             """
