@@ -193,5 +193,5 @@ def _peak_gib(device: torch.device) -> float:
 def device_name(device: torch.device) -> str:
     """The accelerator's name, or a CPU's threads."""
     if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
