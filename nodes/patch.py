@@ -47,13 +47,15 @@ NEGATIVE = "sun_negative_{}"
 @dataclass
 class SunForward:
     """One call of the U-Net. `negatives` and `texts.positive` have a row for each of the `rows` of the batch, as it
-    was when they were made; `prior` is the attention others put in."""
+    was when they were made; `prior` is the attention others put in; `layer_text` what attn2 patches of others left to
+    the layer that runs now, if there are any."""
 
     adapter: SunAdapter
     settings: SunSettings
     negatives: list[tuple[float, torch.Tensor]]
     texts: AdapterTexts
     prior: dict[int, Callable] = field(default_factory=dict)
+    layer_text: torch.Tensor | None = None
 
 
 # --------------------------------------------------------------------------------------------------------- applying
@@ -236,7 +238,18 @@ def _diffusion_model(
             forward.prior[position] = prior
         attn2[layer.comfy] = sun_attention(position)  # ComfyUI asks for (block, id, depth) before (block, id)
     options = {**options, "patches_replace": {**replace, "attn2": attn2}}
+    patches = options.get("patches", {})
+    if patches.get("attn2_patch"):  # regional prompters: each layer gets its texts, and more rows, from them
+        options["patches"] = {**patches, "attn2_patch": [*patches["attn2_patch"], remember_text]}
     return executor(x, timesteps, context, y, control, options, **kwargs)
+
+
+def remember_text(
+    n: torch.Tensor, context: torch.Tensor, value: torch.Tensor, extra: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The last attn2 patch: remembers the text [B, L, width] that those before it left to the layer."""
+    extra[KEY].layer_text = context
+    return n, context, value
 
 
 def _rows(text: torch.Tensor, rows: int) -> torch.Tensor:
@@ -270,7 +283,11 @@ def sun_attention(position: int) -> Callable[..., torch.Tensor]:
             )
 
         z_p = attend(q, k, v, heads)
-        z = forward.adapter.layers[position](q, z_p, heads=heads, attend=attend, texts=forward.texts.layers[position])
+        layer, texts = forward.adapter.layers[position], forward.texts.layers[position]
+        if forward.layer_text is not None and forward.layer_text is not forward.texts.positive:
+            negatives = [(weight, _rows(text, q.shape[0])) for weight, text in forward.negatives]
+            texts = layer.texts(negatives, forward.layer_text, strength=forward.settings.strength)
+        z = layer(q, z_p, heads=heads, attend=attend, texts=texts)
         prior = forward.prior.get(position)
         return z if prior is None else prior(q, k, v, extra) + (z - z_p)
 

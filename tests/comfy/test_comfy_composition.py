@@ -133,7 +133,8 @@ def features(host: SimpleNamespace, run: SimpleNamespace, lora_file: Path) -> di
         "lora": lambda model: host.comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0.0)[0],
         "ip-adapter": ImageAttention.put_on,
         "couple": lambda model: couple(model, texts, halves()),
-        "pag": node("PerturbedAttentionGuidance", scale=1.0),
+        # The middle of this small model has 4 tokens, whose attention matters little: a scale to be seen.
+        "pag": node("PerturbedAttentionGuidance", scale=30.0),
         "sag": node("SelfAttentionGuidance", scale=0.5, blur_sigma=2.0),
         "freeu": node("FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2),
     }
@@ -217,7 +218,7 @@ def test_all_at_once_in_several_orders_with_a_controlnet(
 def test_an_ip_adapter_acts_in_its_range_alone(run: SimpleNamespace) -> None:
     model = run.apply()
     everywhere, nowhere = ImageAttention.put_on(model), ImageAttention.put_on(model, start=0.01)
-    assert torch.equal(run.sun(nowhere), run.sun(model))
+    assert relative(run.sun(nowhere), run.sun(model)) < SAME
     early = run.sun(ImageAttention.put_on(model, end=3.0))  # the first two steps
     assert relative(early, run.sun(model)) > 1e-3
     assert relative(early, run.sun(everywhere)) > 1e-4
