@@ -19,14 +19,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """ComfyUI with the pack, an adapter file cut short, and step previews."""
     with serving(tmp_path_factory.mktemp("browser"), "--preview-method", "latent2rgb") as server:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     """ComfyUI's page, open and ready."""
     pytest.importorskip("selenium", reason='the browser tests need selenium: pip install -e ".[dev]"')

@@ -133,8 +133,8 @@ def features(host: SimpleNamespace, run: SimpleNamespace, lora_file: Path) -> di
         "lora": lambda model: host.comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0.0)[0],
         "ip-adapter": ImageAttention.put_on,
         "couple": lambda model: couple(model, texts, halves()),
-        # The middle of this small model has 4 tokens, whose attention matters little: a scale to be seen.
-        "pag": node("PerturbedAttentionGuidance", scale=30.0),
+        # The middle of this small model has 4 tokens, whose attention matters little: a scale far above the usual 3.
+        "pag": node("PerturbedAttentionGuidance", scale=300.0),
         "sag": node("SelfAttentionGuidance", scale=0.5, blur_sigma=2.0),
         "freeu": node("FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2),
     }

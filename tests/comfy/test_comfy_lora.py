@@ -31,6 +31,7 @@ def test_a_style_lora_equals_diffusers(
     with caplog.at_level("WARNING"):
         model, _ = host.comfy.sd.load_lora_for_models(emoji.model, None, weights, 1.0, 0.0)
     assert "lora key not loaded" not in caplog.text
+    host.comfy.model_management.unload_all_models()  # a clone that is still loaded shares the weights, patched
     model.patch_model(device_to=torch.device("cpu"))
     try:
         ours = model.model.diffusion_model.float()(x, t.float(), context=text, transformer_options={})
