@@ -11,7 +11,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..layering import put_on, take_off
+from .calibration import run_calibration
 from .errors import LtcError
 from .fingerprint import fingerprint
 from .interval import LtcSettings
@@ -26,7 +27,6 @@ from .keep import keep_measured, none_calm
 from .run import LtcRun, Measurements
 from .schedulers import Stepper, sampler_of
 from .table import LtcKey, LtcTable, TableStore
-from .transitions import Fit
 
 DENOISERS = ("unet", "transformer")
 SKIPPED = (*DENOISERS, "transformer_2", "controlnet")
@@ -113,47 +113,11 @@ def calibrate(
     def run(opener: Callable[[LtcKey], LtcRun]) -> list[Tensor]:
         return [_sample(pipe, state, opener, prompts[p], negatives[p], seed + p.start, options) for p in parts]
 
-    measured: list[Measurements] = []
-
-    def measure(key: LtcKey) -> LtcRun:
-        if not measured:
-            measured.append(Measurements(key.steps, state.settings))
-        return LtcRun(key.steps, measure=measured[0])
-
-    progress("measuring angles")
-    reference = run(measure)
-    steps = measured[0].skipped()
-    if not steps:
-        raise LtcError(none_calm(measured[0].turns, state.settings))
-    fits = {i: Fit(state.settings.terms) for i in steps}
-    progress("fitting coefficients")
-    run(lambda key: LtcRun(key.steps, fits=fits, terms=state.settings.terms))
-    key = state.last_key
-    assert key is not None
-    found = {i: fit.coefficients() for i, fit in fits.items()}
-    table = LtcTable(key, state.settings, found, measured[0].turns, pictures=len(prompts), error_aware=True)
-    if find_bias:
-        progress("looking for the bias")
-
-        def error(bias: float) -> float:
-            tried = run(lambda key: LtcRun(key.steps, table=replace(table, bias=bias)))
-            return sum(float((a - b).square().sum()) for a, b in zip(tried, reference, strict=True))
-
-        table = replace(table, bias=bisect_bias(error))
+    table = run_calibration(run, state.settings, find_bias=find_bias, progress=progress)
+    if not table.coefficients:
+        raise LtcError(none_calm(table.turns, state.settings))
     state.store.put(table)
     return table
-
-
-def bisect_bias(error: Callable[[float], float], low: float = 0.9, high: float = 1.1, rounds: int = 5) -> float:
-    """The factor between ``low`` and ``high`` with the least ``error``, found by bisection on the error's slope."""
-    for _ in range(rounds):
-        middle, reach = (low + high) / 2, (high - low) / 16
-        if error(middle + reach) < error(middle - reach):
-            low = middle
-        else:
-            high = middle
-    best = (low + high) / 2
-    return best if error(best) < error(1.0) else 1.0
 
 
 def _sample(
