@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
@@ -23,27 +24,29 @@ class InheritanceRun:
         self.full = self.inherited = self.most_bytes = 0
         self._slots: dict[Hashable, Memory] = {}
         self._step, self._time = -1, float("inf")
-        self._calls = 0
+        self._seen: Counter[Hashable] = Counter()
 
     def reset(self) -> None:
         """Begin a new run; nothing of the last one is kept."""
         self._slots.clear()
-        self._step, self._time, self._calls = -1, float("inf"), 0
+        self._step, self._time = -1, float("inf")
+        self._seen.clear()
 
     @contextmanager
     def call(self, time: float, shape: tuple[int, ...], who: Hashable = None, full: bool = False) -> Iterator[bool]:
         """Around one call of the U-Net: yields whether it is a full one.
 
         time: timestep or sigma, which falls within a run; a rise begins a new run. shape: of the input. who: which
-        part of the conditioning the call is for; without it, calls for the same time are told apart by their order.
+        part of the conditioning the call is for; calls for the same time and part are told apart by their order.
         full: this call cannot inherit.
         """
         if time > self._time:
             self.reset()
         if time != self._time:
-            self._step, self._time, self._calls = self._step + 1, time, 0
-        slot = (shape, self._calls if who is None else who)
-        self._calls += 1
+            self._step, self._time = self._step + 1, time
+            self._seen.clear()
+        slot = (shape, who, self._seen[shape, who])
+        self._seen[shape, who] += 1
         memory = self._slots.get(slot)
         key = full or memory is None or self.plan.is_key(self._step, self.steps)
         memory = self._slots.setdefault(slot, {})

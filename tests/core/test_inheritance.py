@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -76,10 +77,10 @@ def test_key_steps() -> None:
     early = Plan(stages=1, every=3, mode="dense-early", power=2.0).key_steps(20)
     late = Plan(stages=1, every=3, mode="dense-late", power=2.0).key_steps(20)
     assert early[0] == late[0] == 0
-    gaps = [b - a for a, b in zip(early, early[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(early)]
     assert gaps == sorted(gaps)
     assert gaps[0] < gaps[-1]
-    gaps = [b - a for a, b in zip(late[1:], late[2:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(late[1:])]
     assert gaps == sorted(gaps, reverse=True)
     with pytest.raises(InheritanceError, match="number of steps"):
         Plan(stages=1, mode="dense-early").is_key(1)

@@ -130,8 +130,7 @@ def sample(scheduler: Any, steps: int, open_run: Any) -> tuple[torch.Tensor, int
     """Latents, model calls, and the latents at the beginning of every call."""
     scheduler.set_timesteps(steps)
     calls, seen = 0, []
-    x = torch.randn(2, 4, 4, 4, generator=torch.manual_seed(3)) * scheduler.init_noise_sigma \
-        if hasattr(scheduler, "init_noise_sigma") else torch.randn(2, 4, 4, 4, generator=torch.manual_seed(3))  # fmt: skip
+    x = torch.randn(2, 4, 4, 4, generator=torch.manual_seed(3)) * getattr(scheduler, "init_noise_sigma", 1.0)
     stepper = Stepper(scheduler, open_run)
     for t in scheduler.timesteps:
         seen.append(x)
