@@ -18,6 +18,8 @@ TITLES = {
     "SUN_Apply": "Apply SUN to Model",
     "SUN_Sampler": "SUN 4-step Sampler",
     "SUN_LoadEmojiDiffusion": "Load Emoji Diffusion",
+    "SUN_ApplyLtcAccel": "Apply LTC-Accel",
+    "SUN_ApplyFeatureInheritance": "Apply Feature Inheritance",
 }
 
 
