@@ -36,7 +36,7 @@ def draw(sampler: Sampler, method: str) -> Any:
         ("ltc-10", 14, "dpmpp-10"),
         ("ltc[terms=2,scheduler=ddim]-14", 20, "ddim-14"),
         ("inherit[fine]-6", 12, "dpmpp-6"),
-        ("ltc+inherit[fast,every=3]-12", 18, "dpmpp-12"),
+        ("ltc+inherit[fast,every=3]-12", 20, "dpmpp-12"),
         ("sun+ltc[last=0]-8", 5, "sun-8"),
         ("sun+inherit[stages=2]-4", 4, "sun-4"),
     ],
