@@ -12,6 +12,8 @@ from .roles import Memory, Role, memory_of, substituted
 
 log = logging.getLogger(__name__)
 
+MOST_CALLS = 256  # for one time and part, as for the tiles of a large picture; more is somebody calling in a loop
+
 
 class InheritanceRun:
     """Counts steps by the times the U-Net is called for, and keeps the features of each part of the batch.
@@ -40,7 +42,7 @@ class InheritanceRun:
         part of the conditioning the call is for; calls for the same time and part are told apart by their order.
         full: this call cannot inherit.
         """
-        if time > self._time:
+        if time > self._time or self._seen[shape, who] >= MOST_CALLS:
             self.reset()
         if time != self._time:
             self._step, self._time = self._step + 1, time

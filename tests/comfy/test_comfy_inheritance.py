@@ -64,6 +64,8 @@ def test_control_residuals(run: SimpleNamespace, emoji: SimpleNamespace, apply, 
     """Residuals reach the parts that run, and ComfyUI is not asked to add those of parts that do not."""
 
     class Control:
+        extra_hooks = previous_controlnet = None
+
         def __init__(self, strength: float) -> None:
             self.strength = strength
 
