@@ -94,12 +94,9 @@ def _of_diffusers(unet: Any) -> Places:
         more = tuple(Part(f"up.{s}.sample", module) for module in getattr(stage, "upsamplers", None) or [])
         outputs[-1] = Block(outputs[-1].name, (*outputs[-1].parts, *more))
     mid = unet.mid_block
-    parts = [Part(f"mid.{i}", module) for i, module in enumerate([*mid.resnets, *filter(None, _attentions(mid))])]
-    return Places(tuple(inputs), Block("mid", tuple(parts)), tuple(outputs), tuple(ends))
-
-
-def _attentions(stage: Any) -> list[Any]:
-    return list(getattr(stage, "attentions", None) or [])
+    inner = [] if mid is None else [*mid.resnets, *(m for m in getattr(mid, "attentions", None) or [] if m is not None)]
+    parts = tuple(Part(f"mid.{i}", module) for i, module in enumerate(inner))
+    return Places(tuple(inputs), Block("mid", parts), tuple(outputs), tuple(ends))
 
 
 def _of_ldm(unet: Any) -> Places:
