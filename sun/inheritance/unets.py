@@ -27,9 +27,18 @@ _ARGUMENTS = ("sample", "timestep", "encoder_hidden_states")
 
 @dataclass(eq=False)
 class _Attachment:
+    """``waiting``: (time, shape, full) of a call whose first convolution has not run; LTC-Accel may answer it."""
+
     run: InheritanceRun
     hooks: list[Any] = field(default_factory=list)
     stack: ExitStack = field(default_factory=ExitStack)
+    waiting: tuple[float, tuple[int, ...], bool] | None = None
+
+    def begin(self) -> None:
+        """The U-Net really runs: put the roles in."""
+        if self.waiting is not None:
+            (time, shape, full), self.waiting = self.waiting, None
+            self.stack.enter_context(self.run.call(time, shape, full=full))
 
 
 def attach(target: Any, plan: Plan | str = "balanced", *, steps: int = 0) -> None:
@@ -52,6 +61,7 @@ def attach(target: Any, plan: Plan | str = "balanced", *, steps: int = 0) -> Non
     attachment = _Attachment(InheritanceRun(plan, roles, steps))
     attachment.hooks = [
         unet.register_forward_pre_hook(_before, with_kwargs=True),
+        unet.conv_in.register_forward_pre_hook(lambda *_: attachment.begin()),
         unet.register_forward_hook(_after, always_call=True),
     ]
     unet._inheritance = attachment
@@ -86,12 +96,13 @@ def _before(unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     # T2I-Adapters add to the inside of stages, in place.
     full = given.get("down_intrablock_additional_residuals") is not None
     attachment.stack.close()
-    attachment.stack.enter_context(attachment.run.call(time, tuple(given["sample"].shape), full=full))
+    attachment.waiting = (time, tuple(given["sample"].shape), full)
 
 
 def _after(unet: Any, _args: Any, _output: Any) -> None:
     attachment = unet.__dict__.get("_inheritance")
     if attachment is not None:
+        attachment.waiting = None
         attachment.stack.close()
 
 

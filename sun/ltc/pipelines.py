@@ -39,7 +39,6 @@ class _Attachment:
     settings: LtcSettings
     store: TableStore
     opener: Callable[[LtcKey], LtcRun] | None = None
-    last_run: LtcRun | None = None
     last_key: LtcKey | None = None
 
 
@@ -177,8 +176,7 @@ def _running(pipe: Any, state: _Attachment, w: float) -> Iterator[None]:
     scheduler, model = pipe.scheduler, _denoiser(pipe)
 
     def open_run(sampler: str, sigmas: tuple[float, ...]) -> LtcRun:
-        state.last_run = _open_run(state, LtcKey(fingerprint(model), sampler, sigmas, w))
-        return state.last_run
+        return _open_run(state, LtcKey(fingerprint(model), sampler, sigmas, w))
 
     def finished(run: LtcRun) -> None:
         if run.measure is not None and state.opener is None and state.last_key is not None:

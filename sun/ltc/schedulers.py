@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .errors import LtcError, noise_added, unknown_sampler
 from .run import LtcRun
-from .table import LtcKey
 
 Open = Callable[[str, tuple[float, ...]], LtcRun]
 """(sampler, sigmas) -> the run to make."""
@@ -62,7 +61,8 @@ def noise_levels(scheduler: Any, begin: int = 0) -> tuple[float, ...]:
     if levels is not None:
         last = len(levels) - 1
         return tuple(float(levels[min(begin + i * calls, last)]) for i in range(steps + 1))
-    kept = [float(scheduler.alphas_cumprod[int(t)]) for t in scheduler.timesteps[begin:]]
+    # A schedule may begin at no signal at all; its sigma is then only large.
+    kept = [max(float(scheduler.alphas_cumprod[int(t)]), 1e-9) for t in scheduler.timesteps[begin:]]
     return tuple(((1 - a) / a) ** 0.5 for a in (*kept, float(scheduler.final_alpha_cumprod)))
 
 
@@ -156,11 +156,6 @@ class Stepper:
         )
         tried: Tensor = type(copy).step(copy, model_output.float(), timestep, sample.float(), return_dict=False)[0]
         return tried.float()
-
-
-def key_of(scheduler: Any, model: str, w: float) -> LtcKey:
-    """The key of a scheduler whose timesteps are set, for a run from its first timestep."""
-    return LtcKey(model, sampler_of(scheduler), noise_levels(scheduler), w)
 
 
 def _replaced(result: Any, latents: Tensor) -> Any:

@@ -247,6 +247,17 @@ def test_with_sun_and_ltc_in_any_order(make_pipeline: Callable[..., Any]) -> Non
     assert torch.equal(results[0], results[2])
 
 
+def test_steps_that_ltc_skips_are_not_counted(make_pipeline: Callable[..., Any], caplog: Any) -> None:
+    pipe = make_pipeline()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    inheritance.attach(pipe, "stages=1")
+    sun.ltc.attach(pipe, settings=sun.ltc.LtcSettings(tau=0))
+    draw(pipe)
+    with caplog.at_level("INFO"):
+        draw(pipe)
+    assert "3 full and 2 inherited U-Net calls" in caplog.text  # step 3 of 6 is skipped
+
+
 def test_control_residuals_are_respected(make_pipeline: Callable[..., Any]) -> None:
     pipe = make_pipeline(StableDiffusionControlNetPipeline)
     picture = Image.effect_noise((64, 64), 90).convert("RGB")
