@@ -4,6 +4,8 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import details, folders
 from .emoji_nodes import LoadEmojiControlNet, LoadEmojiDiffusion
+from .inheritance import ApplyFeatureInheritance
+from .ltc import ApplyLtcAccel
 from .nodes import ApplySun, LoadSunAdapter, SunSampler
 from .parts import SunAdapterInfo, SunGuider, SunScheduler
 
@@ -12,7 +14,7 @@ class SunExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             LoadSunAdapter, ApplySun, SunSampler, SunScheduler, SunGuider, SunAdapterInfo, LoadEmojiDiffusion,
-            LoadEmojiControlNet,
+            LoadEmojiControlNet, ApplyLtcAccel, ApplyFeatureInheritance,
         ]  # fmt: skip
 
 

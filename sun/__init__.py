@@ -36,6 +36,8 @@ _HOME_OF = {
     "trailing_timesteps": "schedule",
 }
 
+_PACKAGES = ("inheritance", "ltc")  # the accelerators beside SUN
+
 __all__ = [
     "AttentionLayer",
     "SunAdapter",
@@ -54,6 +56,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the module that defines ``name`` the first time it is asked for (PEP 562)."""
+    if name in _PACKAGES:
+        return import_module(f".{name}", __name__)
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)

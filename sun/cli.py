@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 # Importing a module registers its commands; --help lists them in this order.
-from .commands import pictures, adapters, evaluation, training, benchmark  # isort: skip
+from .commands import pictures, adapters, calibration, evaluation, training, benchmark  # isort: skip
 from .commands.app import app
 
-__all__ = ["adapters", "app", "benchmark", "evaluation", "main", "pictures", "training"]
+__all__ = ["adapters", "app", "benchmark", "calibration", "evaluation", "main", "pictures", "training"]
 
 
 def main() -> None:

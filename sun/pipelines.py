@@ -37,6 +37,7 @@ from torch import nn
 from .adapter import SunAdapter, SunLayer
 from .attention import attend
 from .files import DTYPES
+from .layering import put_on, take_off
 from .layers import layers_of_unet
 from .schedulers import make_scheduler
 from .texts import AdapterTexts, RunTexts
@@ -111,9 +112,8 @@ def attach(
         unet._sun = _UNetAttachment.install(unet, adapter, strength, guidance_scale, modules)
     if pipe is not None:
         unet._sun.pipelines += 1
-        original_class: Any = type(pipe)
-        pipe._sun = _PipelineAttachment(original_class, pipe.scheduler, unet._sun)
-        pipe.__class__ = _sun_class(original_class)
+        pipe._sun = _PipelineAttachment(pipe.scheduler, unet._sun)
+        put_on(pipe, _sun_class)
         pipe.scheduler = scheduler
 
 
@@ -131,7 +131,7 @@ def detach(target: Any) -> None:
     if state is None:
         return
     del pipe._sun
-    pipe.__class__ = state.original_class
+    take_off(pipe, _sun_class)
     pipe.scheduler = state.original_scheduler
     state.attachment.pipelines -= 1
     if state.attachment.pipelines == 0:
@@ -406,7 +406,6 @@ def _trailing_ddim(pipe: Any, final_sigma_zero: bool) -> Any:
 class _PipelineAttachment:
     """What a pipeline was before, and, during a run only, its text embeddings and what the adapter makes of them."""
 
-    original_class: Any
     original_scheduler: Any
     attachment: _UNetAttachment
     negative: torch.Tensor | None = None

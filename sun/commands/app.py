@@ -17,7 +17,7 @@ from .show import err, out
 
 BAD_INPUT, INTERRUPTED = 2, 130
 # By name, because their module needs torch, which --help should not wait for.
-_LAZY_ERRORS = ("SunFileError", "DataError", "NonFiniteLoss")
+_LAZY_ERRORS = ("SunFileError", "DataError", "NonFiniteLoss", "LtcError", "InheritanceError")
 
 
 class SunGroup(TyperGroup):

@@ -113,6 +113,7 @@ def method_names(config: EvaluateConfig) -> list[str]:
 
 def check(config: EvaluateConfig) -> None:
     """Raise ConfigError for settings that would fail only after hours, for want of a package too."""
+    from .accelerators import import_deepcache
     from .edits import parse_edit
     from .methods import load_peer, parse_method
     from .metrics import import_torchmetrics
@@ -133,6 +134,8 @@ def check(config: EvaluateConfig) -> None:
         call = parse_method(name)
         if call.method.name in ("nasa", "nag"):
             load_peer(call.method.name, call)
+        if call.method.name == "deepcache":
+            import_deepcache()
 
 
 def portable(settings: Any) -> Any:

@@ -113,7 +113,7 @@ def missing_asset(spec: ModelSpec, method: str, adapters: Mapping[str, str], shi
     name = call.method.name
     if name == "sun" and call.variant:
         return "" if call.variant in adapters else f"adapters.{call.variant}"
-    if name == "sun":
+    if call.method.adapter:
         return "" if spec.adapter or shipped_fits else "adapter"
     return {"lcm-lora": "" if spec.lcm_lora else "lcm_lora",
             "guided-distill": "" if spec.guided_distill else "guided_distill"}.get(name, "")  # fmt: skip

@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from torch import Tensor
 
 from ..adapter import SunAdapter
 from ..config import ConfigError
+from ..ltc import LtcSettings
 from ..pipelines import NEGATIVE, TEXTS, attach, detach, texts_for
 from ..schedulers import SCHEDULERS, make_scheduler
 from ..texts import RunTexts
+from .accelerators import INHERIT_OPTIONS, LTC_OPTIONS, PRESET_NAMES, deepcache, inheriting, ltc_settings
 
 REFERENCE = "dpmpp-25"
 
@@ -49,10 +51,15 @@ class Assets:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A U-Net ready for a method, and how to ask it; U-Net calls are counted on ``unet``."""
+    """A U-Net ready for a method, and how to ask it; U-Net calls are counted on ``unet``.
+
+    begin: told the scheduler before every run. ltc: how LTC-Accel chooses the steps to skip, if it does.
+    """
 
     unet: Any
     predict: Predict
+    begin: Callable[[Any], None] = lambda _scheduler: None
+    ltc: LtcSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,8 @@ class Method:
     uses_negative: bool = False
     options: tuple[str, ...] = ()
     named: bool = False  # brackets may name an adapter
+    presets: tuple[str, ...] = ()  # names that brackets may hold
+    adapter: bool = False  # needs a SUN adapter
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,9 @@ class MethodCall:
     def numbers(self) -> dict[str, float]:
         """The options that are keyword arguments of a peer's ``attach``."""
         return {key: float(value) for key, value in self.options.items() if key != "scheduler"}
+
+
+Prepare = Callable[[Assets, MethodCall], AbstractContextManager[Prepared]]
 
 
 @contextmanager
@@ -216,6 +228,34 @@ def _guided_distill(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
     yield _plain(assets.loaded[call.method.name])
 
 
+def _with_ltc(base: Prepare) -> Prepare:
+    """``base``, skipping steps."""
+
+    @contextmanager
+    def prepare(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
+        with base(assets, replace(call, variant="")) as ready:
+            yield replace(ready, ltc=ltc_settings(call))
+
+    return prepare
+
+
+def _inheriting(base: Prepare) -> Prepare:
+    """``base``, with features of earlier steps."""
+
+    @contextmanager
+    def prepare(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
+        with base(assets, replace(call, variant="")) as ready, inheriting(ready.unet, call):
+            yield ready
+
+    return prepare
+
+
+@contextmanager
+def _deepcache(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
+    with _guided(assets, call) as ready, deepcache(ready.unet, call) as begin:
+        yield replace(ready, begin=begin)
+
+
 def _existing(path: str, setting: str, what: str, call: MethodCall) -> Path:
     if not path:
         raise ConfigError(f"{call.text} needs the setting {setting}: {what}. Give it, or leave the method out.")
@@ -224,6 +264,7 @@ def _existing(path: str, setting: str, what: str, call: MethodCall) -> Path:
     return Path(path)
 
 
+# fmt: off
 METHODS = {
     m.name: m
     for m in (
@@ -232,14 +273,24 @@ METHODS = {
         Method("unipc", "unipc", "UniPC with CFG", _guided, guided=True, uses_negative=True),
         Method("euler", "euler", "Euler with CFG", _guided, guided=True, uses_negative=True),
         Method("cond", "dpmpp_2m", "DPM-Solver++ without guidance", _conditional),
-        Method("sun", "ddim", "SUN", _sun, uses_negative=True, options=("strength",), named=True),
+        Method("sun", "ddim", "SUN", _sun, uses_negative=True, options=("strength",), named=True, adapter=True),
         Method("nasa", "ddim", "NASA", _training_free, uses_negative=True, options=("scale",)),
         Method("nag", "ddim", "NAG", _training_free, uses_negative=True, options=("phi", "tau", "alpha")),
         Method("lcm-lora", "lcm", "LCM-LoRA", _lcm_lora),
         Method("guided-distill", "ddim", "guided distillation", _guided_distill),
+        Method("ltc", "dpmpp_2m", "LTC-Accel", _with_ltc(_guided), True, True, LTC_OPTIONS),
+        Method("inherit", "dpmpp_2m", "feature inheritance", _inheriting(_guided), True, True, INHERIT_OPTIONS,
+               presets=PRESET_NAMES),
+        Method("ltc+inherit", "dpmpp_2m", "LTC-Accel and feature inheritance", _with_ltc(_inheriting(_guided)),
+               True, True, (*LTC_OPTIONS, *INHERIT_OPTIONS), presets=PRESET_NAMES),
+        Method("sun+ltc", "ddim", "SUN and LTC-Accel", _with_ltc(_sun), False, True, LTC_OPTIONS, adapter=True),
+        Method("sun+inherit", "ddim", "SUN and feature inheritance", _inheriting(_sun), False, True, INHERIT_OPTIONS,
+               presets=PRESET_NAMES, adapter=True),
+        Method("deepcache", "dpmpp_2m", "DeepCache", _deepcache, True, True, ("interval", "branch")),
     )
 }
-_PATTERN = re.compile(r"(?P<name>[a-z][a-z-]*?)(?:\[(?P<inside>[^\[\]]*)\])?-(?P<steps>[1-9]\d*)")
+# fmt: on
+_PATTERN = re.compile(r"(?P<name>[a-z][a-z+-]*?)(?:\[(?P<inside>[^\[\]]*)\])?-(?P<steps>[1-9]\d*)")
 
 
 def parse_method(text: str) -> MethodCall:
@@ -255,12 +306,12 @@ def parse_method(text: str) -> MethodCall:
     variant, options = "", {}
     for part in filter(None, (p.strip() for p in (match["inside"] or "").split(","))):
         key, equals, value = part.partition("=")
-        if not equals and method.named and not variant:
+        if not equals and not variant and (method.named or part in method.presets):
             variant = part
         elif equals and (key in method.options or key == "scheduler"):
             options[key] = _checked(key, value, text)
         else:
-            known = ", ".join(f"{o}=VALUE" for o in (*method.options, "scheduler"))
+            known = ", ".join((*method.presets, *(f"{o}=VALUE" for o in (*method.options, "scheduler"))))
             raise ConfigError(f"{text}: {part!r} is no option of {method.name}; it takes {known}")
     return MethodCall(text, method, int(match["steps"]), variant, options)
 

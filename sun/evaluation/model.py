@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..recipe import fingerprint
-from .cells import CellStore, Tensors, fingerprint_module
+from .accelerators import plan_of
+from .cells import CellStore, Tensors, digest, fingerprint_module
 from .config import EvaluateConfig, method_names
 from .edits import Edits
 from .features import Features
@@ -283,9 +284,13 @@ class ModelEvaluation:
 def asset_fingerprint(sampler: Sampler, method: str) -> str:
     """Fingerprint of the files a method adds to the model: its adapter, LoRA or U-Net."""
     call, assets = parse_method(method), sampler.assets
-    if call.method.named:
-        adapter = assets.adapters.get(call.variant)
-        return "" if adapter is None else fingerprint_module(adapter)
+    added = digest(sampler.calibration) if "ltc" in call.method.name else ""
+    added += str(plan_of(call)) if call.method.presets else ""
+    if call.method.adapter:
+        adapter = assets.adapters.get(call.variant if call.method.named else "")
+        return added if adapter is None else added + fingerprint_module(adapter)
+    if added:
+        return added
     folder = {"lcm-lora": assets.lcm_lora, "guided-distill": assets.guided_distill}.get(call.method.name, "")
     if not folder:
         return ""

@@ -100,8 +100,21 @@ def _panel(axes: Any, model: dict[str, Any], cost: str, key: str) -> None:
         above = [max(0.0, p[2][1] - p[1]) if p[2] else 0.0 for p in points]
         axes.errorbar(x, y, yerr=[below, above], marker="o", capsize=2, label=family,
                       linewidth=2.5 if ours else 1.2, zorder=3 if ours else 2)  # fmt: skip
+    every = [(x, y) for points in lines.values() for x, y, _ in points]
+    if len(every) > 2:
+        front = best_front(every)
+        axes.plot(*zip(*front, strict=True), color="black", linestyle=":", linewidth=1, zorder=1, label="best front")
     if model.get("floor", {}).get(key, 0) > 0:
         axes.axhline(model["floor"][key], linestyle="--", color="gray", linewidth=1, label="floor: other noise")
+
+
+def best_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (cost, distance) points to which no other is both cheaper and nearer, by cost."""
+    front: list[tuple[float, float]] = []
+    for cost, distance in sorted(points):
+        if not front or distance < front[-1][1]:
+            front.append((cost, distance))
+    return front
 
 
 def import_matplotlib() -> tuple[Any, Any]:

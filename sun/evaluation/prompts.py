@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..config import ConfigError
@@ -39,6 +39,13 @@ def build_prompts(config: EvaluateConfig) -> PromptSet:
     pairs = min(config.negative_pairs, len(positives))
     groups = {name: _group(name, pairs, source.phrases, scenes, rng) for name in config.negative_groups}
     return PromptSet(positives, negatives, groups)
+
+
+def calibration_pairs(config: EvaluateConfig, count: int = 8) -> list[tuple[str, str]]:
+    """Prompts and negatives that LTC-Accel is calibrated on: others than the measured ones, where there are others."""
+    other = replace(config, seed=config.seed + 1, prompts=count, negative_pairs=0, negative_groups=())
+    found = build_prompts(other)
+    return list(zip(found.positives, found.negatives, strict=True))
 
 
 def read_pairs(path: Path, count: int) -> tuple[list[str], list[str]]:

@@ -17,7 +17,7 @@ from .features import load_features
 from .loading import check_models, load_sampler, methods_of
 from .methods import REFERENCE
 from .model import ModelEvaluation
-from .prompts import PromptSet, build_prompts
+from .prompts import PromptSet, build_prompts, calibration_pairs
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -48,6 +48,7 @@ def prepare(
 ) -> ModelEvaluation:
     """Load one model and all it is measured with."""
     sampler = load_sampler(config, spec)
+    sampler.calibration = calibration_pairs(config)
     features = load_features(
         config.features, sampler, emoji_model=spec.model == "emoji", contrast=config.contrast,
         clip_model=config.clip_model, inception=config.inception,

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from ..adapter import SunAdapter
+from ..ltc import LtcKey, LtcRun, LtcTable
+from ..ltc.calibration import Opener, run_calibration
+from ..ltc.schedulers import Stepper
 from ..schedulers import make_scheduler
 from ..text import encode_texts
 from .methods import Assets, MethodCall, Prepared, parse_method, scheduler_of
@@ -20,6 +23,8 @@ from .methods import Assets, MethodCall, Prepared, parse_method, scheduler_of
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHTS = {"fp32": torch.float32, "bf16-weights": torch.bfloat16, "fp16-weights": torch.float16}
 PRECISIONS = (*AUTOCAST, *WEIGHTS)
+CALIBRATION = 8  # pictures LTC-Accel is calibrated on, with a seed that no evaluation uses
+CALIBRATION_SEED = 77_000_000
 
 
 @dataclass
@@ -88,6 +93,7 @@ class Sampler:
         self.scheduler_config, self.w, self.adapter = scheduler.config, w, adapter
         named = {**(adapters or {}), **({} if adapter is None else {"": adapter})}
         self.assets = Assets(unet, w, named, attached, lcm_lora, guided_distill)
+        self.calibration: list[tuple[str, str]] = []  # prompts and negatives for LTC-Accel's tables
         self.latent_size = resolution // 8 if resolution else unet.config.sample_size
         self.device = next(unet.parameters()).device
 
@@ -131,10 +137,39 @@ class Sampler:
         self, ready: Prepared, call: MethodCall, prompts: list[str], negatives: list[str], noise: Tensor,
         edit: Edit | None = None,
     ) -> Sample:  # fmt: skip
-        scheduler = scheduler_of(call, self.scheduler_config)
-        scheduler.set_timesteps(call.steps, device=self.device)
         positive = self.encode(prompts)
         negative = self.encode(negatives) if call.method.uses_negative else positive
+        if ready.ltc is None:
+            return self._denoise(ready, call, positive, negative, noise, edit)
+        table = self._ltc_table(ready, call, prompts, negatives, edit)
+        return self._denoise(ready, call, positive, negative, noise, edit, lambda key: LtcRun(key.steps, table=table))
+
+    def _ltc_table(
+        self, ready: Prepared, call: MethodCall, prompts: list[str], negatives: list[str], edit: Edit | None
+    ) -> LtcTable:
+        """LTC-Accel's coefficients, found once a method on the calibration prompts, else on the first ones drawn."""
+        assert ready.ltc is not None
+        name = f"ltc {call.text} {1 if edit is None else edit.strength:g}"
+        if name not in self.assets.loaded:
+            pairs = self.calibration or list(zip(prompts, negatives, strict=True))
+            positive, negative = (self.encode(list(texts)) for texts in zip(*pairs[:CALIBRATION], strict=True))
+            noise = self.noise(len(positive), CALIBRATION_SEED)
+            start = None if edit is None else Edit(edit.init[:1].expand_as(noise), edit.strength)
+
+            def run(open_run: Opener) -> list[Tensor]:
+                return [self._denoise(ready, call, positive, negative, noise, start, open_run).latents]
+
+            self.assets.loaded[name] = run_calibration(run, ready.ltc)
+        table: LtcTable = self.assets.loaded[name]
+        return table
+
+    def _denoise(
+        self, ready: Prepared, call: MethodCall, positive: Tensor, negative: Tensor, noise: Tensor,
+        edit: Edit | None = None, open_ltc: Opener | None = None,
+    ) -> Sample:  # fmt: skip
+        scheduler = scheduler_of(call, self.scheduler_config)
+        scheduler.set_timesteps(call.steps, device=self.device)
+        ready.begin(scheduler)
         dtype = ready.unet.dtype
         begin = 0
         x = noise.float() * scheduler.init_noise_sigma
@@ -144,12 +179,18 @@ class Sampler:
                 scheduler.set_begin_index(begin)
             x = noised(scheduler, edit.init, noise, begin)
         extra = {"generator": picture_generators(noise)} if call.scheduler == "lcm" else {}
+        stepper = None
+        if open_ltc is not None:
+            stepper = Stepper(scheduler, lambda sampler, sigmas: open_ltc(LtcKey("", sampler, sigmas, self.w)))
+        step = stepper.step if stepper else scheduler.step
         with CallCounter(ready.unet) as counter:
             self.synchronize()
             began = time.perf_counter()
             for i, t in enumerate(scheduler.timesteps[begin:], begin + 1):
-                predicted = ready.predict(scheduler.scale_model_input(x, t).to(dtype), t, positive, negative)
-                x = scheduler.step(predicted, t, x, return_dict=False, **extra)[0]
+                predicted = None
+                if stepper is None or not stepper.skips_next:
+                    predicted = ready.predict(scheduler.scale_model_input(x, t).to(dtype), t, positive, negative)
+                x = step(predicted, t, x, return_dict=False, **extra)[0]
                 if edit is not None and edit.mask is not None:
                     x = edit.mask * x + (1 - edit.mask) * noised(scheduler, edit.init, noise, i)
             self.synchronize()

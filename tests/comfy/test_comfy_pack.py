@@ -22,6 +22,8 @@ TITLES = {
     "SUN_AdapterInfo": "SUN Adapter Info",
     "SUN_LoadEmojiDiffusion": "Load Emoji Diffusion",
     "SUN_LoadEmojiControlNet": "Load Emoji ControlNet",
+    "SUN_ApplyLtcAccel": "Apply LTC-Accel",
+    "SUN_ApplyFeatureInheritance": "Apply Feature Inheritance",
 }
 
 

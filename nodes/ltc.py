@@ -1,0 +1,214 @@
+"""LTC-Accel in ComfyUI: the node Apply LTC-Accel, and how it gets into the sampling.
+
+Nothing is patched while nothing is sampled. Two wrappers hang on a clone of the model:
+
+    SAMPLER_SAMPLE   once a run         knows the sampler and its sigmas, and looks for a table
+    PREDICT_NOISE    each model call    in a skipped step answers itself, instead of both passes of guidance
+
+An answer is the `denoised` that makes the sampler's own update go where LTC-Accel wants it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_sampling
+import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from comfy_api.latest import io
+
+from ..sun.ltc import LtcKey, LtcRun, LtcSettings, Measurements, TableStore, fingerprint
+from ..sun.ltc.errors import noise_added, unknown_sampler
+from ..sun.ltc.keep import keep_measured
+
+log = logging.getLogger(__name__)
+
+KEY = "sun_ltc"
+AUTOMATIC, AGAIN = "automatic", "measure again"
+SOLVERS = {"sample_euler": "euler", "sample_dpmpp_2m": "dpmpp_2m", "sample_heun": "heun", "sample_dpm_2": "dpm_2"}
+NOISY = ("ancestral", "sde", "lcm", "ddpm", "seeds", "sa_solver")
+
+
+@dataclass(frozen=True)
+class LtcChoice:
+    """What Apply LTC-Accel remembers."""
+
+    settings: LtcSettings
+    calibration: str
+
+
+def tables_folder() -> Path:
+    """Where tables are kept: ComfyUI's user folder, out of reach of its web server where it knows such a place."""
+    system = getattr(folder_paths, "get_system_user_directory", None)
+    base = Path(system("sun")) if system else Path(folder_paths.get_user_directory()) / "default" / "sun"
+    return base / "ltc"
+
+
+def apply(model: ModelPatcher, settings: LtcSettings, calibration: str = AUTOMATIC) -> ModelPatcher:
+    """A clone of `model` that skips steps. An LTC-Accel already on the model is replaced."""
+    patched = model.clone()
+    if patched.get_attachment(KEY) is not None:
+        log.warning("LTC-Accel: the model had it already; the later node takes its place.")
+    patched.set_attachments(KEY, LtcChoice(settings, calibration))
+    for kind, wrapper in ((WrappersMP.SAMPLER_SAMPLE, _sampler_sample), (WrappersMP.PREDICT_NOISE, _predict_noise)):
+        patched.remove_wrappers_with_key(kind, KEY)
+        patched.add_wrapper_with_key(kind, KEY, wrapper)
+    return patched
+
+
+def solver_of(sampler: Any) -> str:
+    """Name of a ComfyUI SAMPLER's solver. Raises LtcError for one that cannot be accelerated, saying which can."""
+    function = getattr(sampler, "sampler_function", None)
+    name = getattr(function, "__name__", type(sampler).__name__)
+    shown = name.removeprefix("sample_")
+    if any(word in name for word in NOISY):
+        raise noise_added(shown)
+    if name not in SOLVERS:
+        raise unknown_sampler(shown)
+    if getattr(sampler, "extra_options", {}).get("s_churn", 0) > 0:
+        raise noise_added(f"{shown} with s_churn")
+    return SOLVERS[name]
+
+
+# ------------------------------------------------------------------------------------------------------ the wrappers
+
+
+def _sampler_sample(
+    executor: Any, guider: Any, sigmas: torch.Tensor, extra_args: dict[str, Any], *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    choice: LtcChoice | None = guider.model_patcher.get_attachment(KEY)
+    if choice is None or len(sigmas) < 2:
+        return executor(guider, sigmas, extra_args, *args, **kwargs)
+    solver = solver_of(executor.class_obj)
+    levels = tuple(float(sigma) for sigma in sigmas)
+    flow = isinstance(guider.model_patcher.get_model_object("model_sampling"), comfy.model_sampling.CONST)
+    key = LtcKey(
+        fingerprint(guider.model_patcher.model.diffusion_model), f"flow_{solver}" if flow else solver, levels,
+        float(getattr(guider, "cfg", 1.0)),
+    )  # fmt: skip
+    store = TableStore(tables_folder())
+    table = None if choice.calibration == AGAIN else store.find(key, choice.settings)
+    if table is not None:
+        run = LtcRun(key.steps, table=table)
+        log.info("LTC-Accel: %d of %d steps call the model.", table.calls, key.steps)
+    else:
+        run = LtcRun(key.steps, measure=Measurements(key.steps, choice.settings))
+        log.info("LTC-Accel: no table for these %d steps yet, so this run measures at full cost.", key.steps)
+    options = extra_args["model_options"].setdefault("transformer_options", {})
+    options[KEY] = ComfyRun(solver, levels, run)
+    try:
+        samples = executor(guider, sigmas, extra_args, *args, **kwargs)
+    finally:
+        options.pop(KEY, None)
+    if levels[-1] == 0:  # otherwise another sampler goes on from here, and the last step was not seen
+        run.finish(samples)
+    if run.measure is not None:
+        keep_measured(run.measure, key, store)
+    return samples
+
+
+def _predict_noise(
+    executor: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any] | None = None,
+    seed: int | None = None,
+) -> torch.Tensor:  # fmt: skip
+    options = model_options if model_options is not None else {}
+    run = options.get("transformer_options", {}).get(KEY)
+    if not isinstance(run, ComfyRun):
+        return executor(x, timestep, options, seed)
+    return run.denoised(x, lambda: executor(x, timestep, options, seed))
+
+
+class ComfyRun:
+    """One sampling run: follows the sampler's calls, and in skipped steps says what the model would have to say."""
+
+    def __init__(self, solver: str, sigmas: tuple[float, ...], run: LtcRun) -> None:
+        self.solver, self.sigmas, self.run = solver, sigmas, run
+        self._calls_a_step = 2 if solver in ("heun", "dpm_2") else 1
+        self._calls = 0
+        self._derivative: torch.Tensor | None = None
+        self._previous: torch.Tensor | None = None
+
+    def denoised(self, x: torch.Tensor, model: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """`denoised` [B, ...] for the sampler's next call, at latents x."""
+        i, call = divmod(self._calls, self._calls_a_step)
+        self._calls += 1
+        if call == 0:
+            self.run.enter(i, x)
+            self._derivative = None
+            if self.run.skips(i):
+                self._derivative = (self.run.target(i) - x) / (self.sigmas[i + 1] - self.sigmas[i])
+        answer = model() if self._derivative is None else self._answer(i, call, x, self._derivative)
+        self._previous = answer
+        return answer
+
+    def _answer(self, i: int, call: int, x: torch.Tensor, derivative: torch.Tensor) -> torch.Tensor:
+        """What makes every sampler go along `derivative` for the whole of step i."""
+        here, there = self.sigmas[i], self.sigmas[i + 1]
+        if call == 1:  # Heun looks at the end of the step, DPM2 at its middle
+            here = there if self.solver == "heun" else math.sqrt(here * there)
+        answer = x - here * derivative
+        if self.solver == "dpmpp_2m" and there > 0 and i > 0 and self._previous is not None:
+            # It extrapolates from the last denoised; this one makes the extrapolation come out right.
+            ratio = math.log(self.sigmas[i - 1] / here) / math.log(here / there)
+            answer = (answer + self._previous / (2 * ratio)) / (1 + 1 / (2 * ratio))
+        return answer.to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------- the node
+
+
+class ApplyLtcAccel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SUN_ApplyLtcAccel",
+            display_name="Apply LTC-Accel",
+            category="SUN",
+            description=(
+                "Skips sampling steps in which the picture hardly changes its course; nothing is trained. For any "
+                "model with euler, ddim, dpmpp_2m, heun or dpm_2. The first run with new steps measures at full cost."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="Any model: SD 1.5, SDXL, SD 3, Flux, video; with or without SUN."),
+                io.Float.Input(
+                    "tau",
+                    default=0.1,
+                    min=0.0,
+                    max=1.6,
+                    step=0.01,
+                    tooltip=(
+                        "Steps are skipped where the course turns by less than this, in radians: more skips more. "
+                        "0 skips by position alone, in the last three quarters."
+                    ),
+                ),
+                io.Int.Input(
+                    "every",
+                    default=2,
+                    min=2,
+                    max=10,
+                    tooltip="One step of this many is skipped there: 2 is the fastest, more is nearer to the original.",
+                ),
+                io.Combo.Input(
+                    "calibration",
+                    options=[AUTOMATIC, AGAIN],
+                    default=AUTOMATIC,
+                    tooltip=(
+                        "automatic: the first run with a model, sampler, scheduler, steps and cfg measures at full "
+                        "cost and gives the usual picture; later runs are fast. measure again: forget what was "
+                        "measured before."
+                    ),
+                ),
+            ],
+            outputs=[io.Model.Output("ltc_model", display_name="model", tooltip="The model, for any sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, tau: float, every: int, calibration: str) -> io.NodeOutput:
+        return io.NodeOutput(apply(model, LtcSettings(tau=tau, every=every), calibration))

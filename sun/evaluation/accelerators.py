@@ -1,0 +1,98 @@
+"""LTC-Accel, feature inheritance and DeepCache as methods: ``ltc[terms=2]-30``, ``inherit[fast]-25``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from .. import inheritance
+from ..config import ConfigError
+from ..inheritance import PRESETS, InheritanceError, Plan
+from ..ltc import LtcError, LtcSettings
+
+if TYPE_CHECKING:
+    from .methods import MethodCall
+
+LTC_OPTIONS = ("tau", "every", "first", "last", "terms")
+INHERIT_OPTIONS = ("stages", "outer", "every", "forecast", "early", "late")
+PRESET_NAMES = tuple(PRESETS)
+
+
+def ltc_settings(call: MethodCall) -> LtcSettings:
+    """Steps are chosen by position unless tau is given, so that the number of calls is known. Raises ConfigError."""
+    try:
+        return LtcSettings(
+            tau=call.number("tau", 0.0),
+            every=int(call.number("every", 2)),
+            first=call.number("first", 0.25),
+            last=int(call.number("last", 2)),
+            terms=int(call.number("terms", 1)),
+        )
+    except LtcError as error:
+        raise ConfigError(f"{call.text}: {error}") from error
+
+
+def plan_of(call: MethodCall) -> Plan:
+    """The preset in the brackets, balanced without one, changed by the options. Raises ConfigError.
+
+    early, late: the power of key steps that are dense there. ``every`` of a combination is LTC-Accel's.
+    """
+    plan = PRESETS[call.variant or "balanced"]
+    given: dict[str, Any] = {key: int(call.number(key, 0)) for key in ("stages", "outer") if key in call.options}
+    if "outer" in given:
+        given.setdefault("stages", 0)
+    if "every" in call.options and "ltc" not in call.method.name:
+        given["every"] = int(call.number("every", 2))
+    for word in ("early", "late"):
+        if word in call.options:
+            given |= {"mode": f"dense-{word}", "power": call.number(word, 1.4)}
+    try:
+        return replace(plan, forecast=call.number("forecast", plan.forecast), **given)
+    except InheritanceError as error:
+        raise ConfigError(f"{call.text}: {error}") from error
+
+
+@contextmanager
+def inheriting(unet: Any, call: MethodCall) -> Iterator[None]:
+    """A diffusers U-Net that inherits features. Raises ConfigError for a plan that does not fit it."""
+    try:
+        inheritance.attach(unet, plan_of(call), steps=call.steps)
+    except InheritanceError as error:
+        raise ConfigError(f"{call.text}: {error}") from error
+    try:
+        yield
+    finally:
+        inheritance.detach(unet)
+
+
+def import_deepcache() -> Any:
+    """DeepCache's helper for Stable Diffusion. Raises ConfigError with what to install."""
+    try:
+        from DeepCache import DeepCacheSDHelper
+    except ImportError as error:
+        raise ConfigError("deepcache needs the package DeepCache: pip install --no-deps DeepCache.") from error
+    return DeepCacheSDHelper
+
+
+@contextmanager
+def deepcache(unet: Any, call: MethodCall) -> Iterator[Callable[[Any], None]]:
+    """A U-Net under the package DeepCache; yields what tells it of a new run's scheduler."""
+    pipe = SimpleNamespace(unet=unet, scheduler=SimpleNamespace(timesteps=range(1000)))
+    helper = import_deepcache()(pipe=pipe)
+    helper.set_params(cache_interval=int(call.number("interval", 2)), cache_branch_id=int(call.number("branch", 2)))
+    helper.enable()
+
+    def begin(scheduler: Any) -> None:
+        pipe.scheduler, helper.start_timestep = scheduler, None
+        helper.cached_output.clear()
+
+    modules = list(unet.modules())
+    try:
+        yield begin
+    finally:
+        helper.disable()
+        for module in modules:  # it leaves the original bound to each module, where a class's own would do
+            module.__dict__.pop("forward", None)

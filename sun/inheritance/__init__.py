@@ -1,0 +1,47 @@
+"""Feature inheritance: leave out parts of the U-Net in some steps and take their output of an earlier one.
+
+>>> import sun.inheritance
+>>> sun.inheritance.attach(pipe, "balanced")
+>>> pipe("a cat", num_inference_steps=25)
+
+Training-free (the idea of A-SDM, arXiv 2406.00210; our reconstruction). Hosts other than diffusers use
+:class:`InheritanceRun` on the U-Net of their own.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .places import Places, places_of
+from .plan import MODES, PRESETS, InheritanceError, Plan, parse_plan
+from .roles import roles_of, skipped_outputs
+from .run import InheritanceRun
+
+if TYPE_CHECKING:
+    from .unets import attach, detach, run_of
+
+_NEEDS_DIFFUSERS = ("attach", "detach", "run_of")
+
+__all__ = [
+    "MODES",
+    "PRESETS",
+    "InheritanceError",
+    "InheritanceRun",
+    "Places",
+    "Plan",
+    "attach",
+    "detach",
+    "parse_plan",
+    "places_of",
+    "roles_of",
+    "run_of",
+    "skipped_outputs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs diffusers the first time it is asked for (PEP 562)."""
+    if name not in _NEEDS_DIFFUSERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".unets", __name__), name)

@@ -1,0 +1,50 @@
+"""LTC-Accel: skip whole steps of any deterministic sampler, without training (arXiv 2503.09675).
+
+>>> import sun.ltc
+>>> sun.ltc.attach(pipe)
+>>> pipe("a cat", num_inference_steps=30)  # measures itself at full cost
+>>> pipe("a dog", num_inference_steps=30)  # skips about a third of the U-Net calls
+
+Hosts other than diffusers use :class:`LtcRun` on their own latents.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import LtcError
+from .fingerprint import fingerprint
+from .interval import LtcSettings, interval, skipped_steps
+from .run import LtcRun, Measurements
+from .table import LtcKey, LtcTable, TableStore, load_table
+
+if TYPE_CHECKING:
+    from .pipelines import attach, calibrate, detach, last_table
+
+_NEEDS_DIFFUSERS = ("attach", "calibrate", "detach", "last_table")
+
+__all__ = [
+    "LtcError",
+    "LtcKey",
+    "LtcRun",
+    "LtcSettings",
+    "LtcTable",
+    "Measurements",
+    "TableStore",
+    "attach",
+    "calibrate",
+    "detach",
+    "fingerprint",
+    "interval",
+    "last_table",
+    "load_table",
+    "skipped_steps",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs diffusers the first time it is asked for (PEP 562)."""
+    if name not in _NEEDS_DIFFUSERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".pipelines", __name__), name)

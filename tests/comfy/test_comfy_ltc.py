@@ -1,0 +1,111 @@
+"""LTC-Accel in ComfyUI's sampling."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from comfy_helpers import relative
+
+
+@pytest.fixture(autouse=True)
+def no_tables(host: SimpleNamespace) -> Iterator[None]:
+    yield
+    shutil.rmtree(host.part("nodes.ltc").tables_folder(), ignore_errors=True)
+
+
+@pytest.fixture
+def apply(host: SimpleNamespace, emoji: SimpleNamespace):
+    def make(model=None, tau: float = 0.0, every: int = 2, calibration: str = "automatic"):
+        return host.nodes["SUN_ApplyLtcAccel"].execute(model or emoji.model, tau, every, calibration).result[0]
+
+    return make
+
+
+def watched(model):
+    """The model with the latents of each of the sampler's calls written down."""
+    from comfy.patcher_extension import WrappersMP
+
+    seen: list[torch.Tensor] = []
+
+    def watch(executor, x, *args):
+        seen.append(x.clone())
+        return executor(x, *args)
+
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test", watch)
+    return model, seen
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "heun", "dpm_2"])
+def test_the_first_run_is_plain_and_skips_go_where_they_should(
+    host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace, apply, name: str
+) -> None:
+    plain = run.ksampler(emoji.model, steps=8, name=name, cfg=3.0)
+    model = apply()
+    with run.count(model) as counts:
+        assert torch.equal(run.ksampler(model, steps=8, name=name, cfg=3.0), plain)
+    full = counts.unet
+    model, seen = watched(model)
+    with run.count(model) as counts:
+        fast = run.ksampler(model, steps=8, name=name, cfg=3.0)
+    calls = 2 if name in ("heun", "dpm_2") else 1
+    passes = full // (8 * calls - (calls - 1))  # 1 or 2, as ComfyUI batches guidance
+    assert full - counts.unet == 2 * calls * passes  # steps 3 and 5
+    table = host.part("sun.ltc").load_table(next(host.part("nodes.ltc").tables_folder().glob("*.json")))
+    starts = seen[::calls]
+    for i, (c,) in table.coefficients.items():
+        expected = starts[i] + c * (starts[i] - starts[i - 1])
+        torch.testing.assert_close(starts[i + 1], expected, rtol=1e-4, atol=1e-4)
+    assert 0 < relative(fast, plain) < 0.5
+
+
+def test_order_with_sun_does_not_matter_and_the_model_is_as_before(
+    run: SimpleNamespace, emoji: SimpleNamespace, apply
+) -> None:
+    plain = run.ksampler(emoji.model, cfg=1.0)
+    results = []
+    for model in (run.apply(apply()), apply(run.apply())):
+        run.sun(model, steps=8)
+        results.append(run.sun(model, steps=8))
+    assert torch.equal(*results)
+    assert relative(results[0], run.sun(run.apply(), steps=8)) > 1e-6
+    assert torch.equal(run.ksampler(emoji.model, cfg=1.0), plain)
+
+
+@pytest.mark.parametrize(("name", "words"), [("euler_ancestral", "fresh noise"), ("uni_pc", "does not know")])
+def test_other_samplers_get_a_sentence(run: SimpleNamespace, apply, name: str, words: str) -> None:
+    with pytest.raises(ValueError, match=f"{words}.*Use Euler, DDIM"):
+        run.ksampler(apply(), name=name)
+
+
+def test_measuring_again_and_interrupts(host: SimpleNamespace, run: SimpleNamespace, apply) -> None:
+    folder = host.part("nodes.ltc").tables_folder()
+
+    def stop(*_, **__):
+        raise InterruptedError
+
+    model = apply()
+    broken, _ = watched(model)
+    broken.model_options["sampler_post_cfg_function"] = [stop]
+    with pytest.raises(InterruptedError):
+        run.ksampler(broken, steps=8)
+    assert not list(folder.glob("*.json"))
+    for _ in range(2):
+        with run.count(model) as counts:
+            run.ksampler(apply(calibration="measure again"), steps=8)
+        assert counts.unet == 8
+    with run.count(model) as counts:
+        run.ksampler(model, steps=8)
+    assert counts.unet == 6
+
+
+def test_the_fingerprint_is_that_of_diffusers(host: SimpleNamespace, emoji: SimpleNamespace, emoji_folder) -> None:
+    from diffusers import UNet2DConditionModel
+
+    fingerprint = host.part("sun.ltc").fingerprint
+    unet = UNet2DConditionModel.from_pretrained(emoji_folder / "unet")
+    assert fingerprint(emoji.model.model.diffusion_model) == fingerprint(unet)

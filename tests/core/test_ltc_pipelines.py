@@ -1,0 +1,246 @@
+"""LTC-Accel on diffusers pipelines: what runs, what it costs, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    TextToVideoSDPipeline,
+    UNet2DConditionModel,
+    UNet3DConditionModel,
+)
+from tiny import TEXT_WIDTH, make_adapter
+
+import sun
+import sun.ltc
+
+FIXED = sun.ltc.LtcSettings(tau=0)
+
+
+@pytest.fixture
+def pipe(make_pipeline: Callable[..., Any]) -> Any:
+    made = make_pipeline()
+    made.scheduler = DPMSolverMultistepScheduler.from_config(made.scheduler.config, timestep_spacing="trailing")
+    return made
+
+
+def draw(pipe: Any, steps: int = 12, seed: int = 5, **options: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return pipe("a b", negative_prompt="c", num_inference_steps=steps, generator=generator, output_type="latent",
+                **options).images  # fmt: skip
+
+
+def test_the_first_run_is_the_usual_picture_and_the_next_is_fast(pipe: Any, count_calls: Callable[..., Any]) -> None:
+    plain = draw(pipe)
+    own_class = type(pipe)
+    sun.ltc.attach(pipe, settings=FIXED)
+    calls = count_calls(pipe.unet.conv_out)  # hooks of the U-Net itself count skipped calls too
+    assert torch.equal(draw(pipe), plain)
+    assert len_of(calls) == 12
+    fast = draw(pipe)
+    assert len_of(calls) == 12 + 9  # 5, 7 and 9 are skipped
+    assert 0 < (fast - plain).abs().max() < plain.abs().max()
+    assert "forward" not in vars(pipe.unet)
+    assert "step" not in vars(pipe.scheduler)
+    assert type(pipe).__name__ == own_class.__name__
+    draw(pipe, 10)  # another number of steps measures itself
+    assert len_of(calls) == 21 + 10
+    sun.ltc.detach(pipe)
+    assert type(pipe) is own_class
+    assert torch.equal(draw(pipe), plain)
+
+
+def len_of(log: Any) -> int:
+    return len(log.rows)
+
+
+@pytest.fixture
+def count_calls() -> Any:
+    """Counts calls of any module."""
+    handles = []
+
+    class Log:
+        def __init__(self, module: Any) -> None:
+            self.rows: list[int] = []
+            handles.append(module.register_forward_pre_hook(lambda _m, args: self.rows.append(len(args[0]))))
+
+    yield Log
+    for handle in handles:
+        handle.remove()
+
+
+def test_tables_are_kept_in_a_folder_and_found_by_another_pipeline(
+    pipe: Any, count_calls: Callable[..., Any], tmp_path: Path
+) -> None:
+    sun.ltc.attach(pipe, settings=FIXED, folder=tmp_path)
+    draw(pipe)
+    assert len(list(tmp_path.glob("dpmpp_2m-12-*.json"))) == 1
+    sun.ltc.attach(pipe, settings=FIXED, folder=tmp_path)
+    calls = count_calls(pipe.unet.conv_out)
+    draw(pipe)
+    assert len_of(calls) == 9
+    draw(pipe, guidance_scale=3.0)
+    assert len_of(calls) == 9 + 12  # another w is another table
+
+
+def test_calibration_on_prompts(pipe: Any, count_calls: Callable[..., Any]) -> None:
+    sun.ltc.attach(pipe, settings=FIXED)
+    table = sun.ltc.calibrate(
+        pipe, ["a", "b", "c"], ["d", "", "e"], batch=2, find_bias=True, num_inference_steps=12, guidance_scale=7.5
+    )
+    assert table.error_aware
+    assert table.pictures == 3
+    assert tuple(table.coefficients) == (5, 7, 9)
+    assert 0.9 < table.bias < 1.1
+    calls = count_calls(pipe.unet.conv_out)
+    draw(pipe)
+    assert len_of(calls) == 9
+    sun.ltc.attach(pipe, settings=sun.ltc.LtcSettings(tau=1e-9))
+    with pytest.raises(sun.ltc.LtcError, match="Raise tau"):
+        sun.ltc.calibrate(pipe, ["a"], num_inference_steps=12)
+
+
+@pytest.mark.parametrize("sun_first", [True, False])
+def test_with_sun_in_either_order(pipe: Any, count_calls: Callable[..., Any], sun_first: bool) -> None:
+    own_class, adapter = type(pipe), make_adapter(pipe.unet)
+    for who in ("sun", "ltc") if sun_first else ("ltc", "sun"):
+        if who == "sun":
+            sun.attach(pipe, adapter)
+        else:
+            sun.ltc.attach(pipe, settings=FIXED)
+    calls = count_calls(pipe.unet.conv_out)
+    plain = draw(pipe, 8)
+    fast = draw(pipe, 8)
+    assert calls.rows == [1] * (8 + 6)
+    assert not torch.equal(plain, fast)
+    sun.detach(pipe)  # LTC-Accel stays
+    draw(pipe), draw(pipe)
+    assert len_of(calls) == 14 + 12 + 9
+    sun.ltc.detach(pipe)
+    assert type(pipe) is own_class
+
+
+def test_an_interrupted_run_leaves_nothing(pipe: Any) -> None:
+    sun.ltc.attach(pipe, settings=FIXED)
+
+    def stop(_pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        if step == 6:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipe, callback_on_step_end=stop)
+    assert "forward" not in vars(pipe.unet)
+    assert "step" not in vars(pipe.scheduler)
+    assert sun.ltc.last_table(pipe) is None
+
+
+def test_a_scheduler_that_adds_noise_is_refused_now_and_later(pipe: Any) -> None:
+    noisy = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    sun.ltc.attach(pipe)
+    pipe.scheduler, plain = noisy, pipe.scheduler
+    with pytest.raises(sun.ltc.LtcError, match="fresh noise"):
+        draw(pipe)
+    with pytest.raises(sun.ltc.LtcError, match="fresh noise"):
+        sun.ltc.attach(pipe)
+    pipe.scheduler = plain
+    draw(pipe, 4)
+
+
+# ---------------------------------------------------------------------------------------------------- other pipelines
+
+
+def sdxl() -> tuple[Any, dict[str, Any]]:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=TEXT_WIDTH,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2), attention_head_dim=2, norm_num_groups=4,
+        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=40,
+    ).eval()  # fmt: skip
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(
+        block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4,
+    )  # fmt: skip
+    pipe = StableDiffusionXLPipeline(
+        vae, None, None, None, None, unet, DPMSolverMultistepScheduler(timestep_spacing="trailing")
+    )
+    text, pooled = torch.randn(1, 5, TEXT_WIDTH), torch.randn(1, 16)
+    return pipe, {"prompt_embeds": text, "negative_prompt_embeds": -text, "pooled_prompt_embeds": pooled,
+                  "negative_pooled_prompt_embeds": -pooled, "height": 64, "width": 64}  # fmt: skip
+
+
+def sd3() -> tuple[Any, dict[str, Any]]:
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=1, in_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=2,
+        joint_attention_dim=TEXT_WIDTH, caption_projection_dim=8, pooled_projection_dim=16, out_channels=4,
+    ).eval()  # fmt: skip
+    from diffusers import AutoencoderTiny
+
+    pipe = StableDiffusion3Pipeline(
+        transformer, FlowMatchEulerDiscreteScheduler(), AutoencoderTiny(), None, None, None, None, None, None
+    )
+    text, pooled = torch.randn(1, 5, TEXT_WIDTH), torch.randn(1, 16)
+    return pipe, {"prompt_embeds": text, "negative_prompt_embeds": -text, "pooled_prompt_embeds": pooled,
+                  "negative_pooled_prompt_embeds": -pooled, "height": 64, "width": 64}  # fmt: skip
+
+
+def video() -> tuple[Any, dict[str, Any]]:
+    torch.manual_seed(0)
+    unet = UNet3DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=TEXT_WIDTH,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        attention_head_dim=4, norm_num_groups=4,
+    ).eval()  # fmt: skip
+    from diffusers import AutoencoderTiny
+
+    pipe = TextToVideoSDPipeline(
+        AutoencoderTiny(), None, None, unet, DPMSolverMultistepScheduler(timestep_spacing="trailing")
+    )
+    text = torch.randn(1, 5, TEXT_WIDTH)
+    return pipe, {"prompt_embeds": text, "negative_prompt_embeds": -text, "num_frames": 2, "height": 64, "width": 64}
+
+
+@pytest.mark.parametrize("make", [sdxl, sd3, video])
+def test_other_models_skip_steps(make: Callable[[], Any], count_calls: Callable[..., Any]) -> None:
+    pipe, texts = make()
+    pipe.set_progress_bar_config(disable=True)
+    model = getattr(pipe, "unet", None) or pipe.transformer
+    last = getattr(model, "conv_out", None) or model.proj_out
+
+    def sample() -> torch.Tensor:
+        return pipe(**texts, num_inference_steps=12, output_type="latent", generator=torch.manual_seed(1))[0]
+
+    plain = sample()
+    sun.ltc.attach(pipe, settings=FIXED)
+    calls = count_calls(last)
+    assert torch.equal(sample(), plain)
+    fast = sample()
+    assert len_of(calls) == 12 + 9
+    assert 0 < (fast - plain).abs().max() < plain.abs().max()
+
+
+def test_what_is_no_pipeline_is_refused(unet: Any) -> None:
+    with pytest.raises(TypeError, match="diffusers pipeline"):
+        sun.ltc.attach(unet)
+
+
+def test_the_fingerprint_knows_a_model_again_but_not_its_number_format(unet: Any) -> None:
+    from tiny import make_unet
+
+    assert sun.ltc.fingerprint(unet) == sun.ltc.fingerprint(make_unet())
+    assert sun.ltc.fingerprint(unet) == sun.ltc.fingerprint(make_unet().half())
+    assert sun.ltc.fingerprint(unet) != sun.ltc.fingerprint(make_unet(seed=1))
