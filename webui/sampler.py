@@ -1,7 +1,7 @@
 """The sampler "SUN" and the schedule "SUN Trailing" in the host's lists.
 
 The sampler is the host's Euler (DDIM with eta 0 in its space, Eq. 9) with three differences: it starts from the noise
-diffusers starts from, it uses the trained timesteps for image to image, and it does nothing where nothing is to be done.
+diffusers starts from, uses the trained timesteps for image to image, and does nothing where nothing is to be done.
 """
 
 from __future__ import annotations
