@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import sun
+from ..sun import __version__
 from . import store
 from .run import SunSettings
 
@@ -30,7 +30,7 @@ def write(settings: SunSettings, path: Path) -> dict[str, Any]:
         STRENGTH: f"{settings.strength:g}",
         DENOISE_MODE: settings.denoise_mode,
         SAMPLING: settings.sampling,
-        VERSION: sun.__version__,
+        VERSION: __version__,
     }
     if settings.main_negative:
         return entries | {MAIN_NEGATIVE: "True"}

@@ -64,8 +64,7 @@ class SunScript(scripts.Script):
             )  # fmt: skip
             with gr.Row():
                 mode = gr.Radio(
-                    DENOISE_MODES, value="trained", label="SUN image to image", elem_id=self.elem_id("denoise_mode"),
-                    visible=is_img2img,
+                    DENOISE_MODES, value="trained", label="SUN image to image, hires fix", elem_id=self.elem_id("denoise_mode"),
                 )  # fmt: skip
                 sampling = gr.Radio(SAMPLINGS, value="sun", label="SUN sampler", elem_id=self.elem_id("sampling"))
         refresh.click(fn=lambda: gr.update(choices=folders.names()), inputs=[], outputs=[adapter])

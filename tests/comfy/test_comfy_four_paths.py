@@ -1,5 +1,6 @@
 """One picture four ways: A1111's, Forge's and ComfyUI's way into the attention, and diffusers', from the same noise on
-Emoji Diffusion's weights, in LDM layout for the web UIs. Their hosts are stand-ins (tests/stubs/webui), ComfyUI is real."""
+Emoji Diffusion's weights, in LDM layout for the web UIs. Their hosts are stand-ins (tests/stubs/webui), ComfyUI's is
+real."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from comfy_helpers import relative
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS / "webui"), str(TESTS / "cli")]
-from ldm import _unet as ldm_name
-from webui_host import UnetLog, stand_in_host
+from ldm import _unet as ldm_name  # noqa: E402
+from webui_host import UnetLog, stand_in_host  # noqa: E402
 
 PROMPT, NEGATIVE, SEED = "large polar bear, yellow background", "blurry, red, a car", 7
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ADAPTER
+from webui_host import ADAPTER
 
 fastapi = pytest.importorskip("fastapi")
 pytest.importorskip("httpx")

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ADAPTER, make_unet, relative
-from webui_host import UnetLog, hooks_on, load_model
+from webui_host import ADAPTER, UnetLog, hooks_on, load_model, make_unet, relative
 
 SUN = {"adapter": ADAPTER}
 TRAINED = [999, 749, 499, 249]

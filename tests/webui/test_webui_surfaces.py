@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ADAPTER
-from webui_host import REPOSITORY, UnetLog
+from webui_host import ADAPTER, REPOSITORY, UnetLog
 
 SUN = {"adapter": ADAPTER}
 

@@ -10,9 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 STUBS = REPOSITORY / "tests/stubs/webui"
 TOP_LEVEL = ("modules", "gradio", "backend", "ldm_unet", "models", "sd_webui_sun", "modules_forge")
+STAGES, WIDTH = (8, 16, 24, 24), 16
+"""A tiny random model: widths of its stages, and of its text states."""
+ADAPTER = "tiny.safetensors"
+"""The adapter made for it, in models/sun."""
 
 
 @contextmanager
@@ -60,8 +66,6 @@ def process(
     image: start latent, for image to image. Returns .images [B, 4, H, W], .infotexts, .p, .errors (reported, not
     raised) of the run.
     """
-    import torch
-
     processing, scripts = importlib.import_module("modules.processing"), importlib.import_module("modules.scripts")
     errors = importlib.import_module("modules.errors")
     kind = processing.StableDiffusionProcessingTxt2Img if image is None else processing.StableDiffusionProcessingImg2Img
@@ -103,3 +107,25 @@ class UnetLog:
 def hooks_on(unet: Any) -> int:
     """Hooks hanging on any module of the U-Net."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in unet.modules())
+
+
+def make_unet(host: SimpleNamespace, channels: int = 4) -> Any:
+    torch.manual_seed(0)
+    return host.stub("ldm_unet").UNet(STAGES, WIDTH, heads=2, groups=4, channels=channels).eval().requires_grad_(False)
+
+
+def make_adapter(unet: Any, path: Path, positive: bool = True) -> None:
+    from sun import SunAdapter, layers_of_ldm
+
+    layers = layers_of_ldm(unet)
+    adapter = SunAdapter([layer.channels for layer in layers], WIDTH, positive, names=[la.name for la in layers])
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    adapter.save(path)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference relative to the largest value of b."""
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
