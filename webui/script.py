@@ -64,8 +64,11 @@ class SunScript(scripts.Script):
             )  # fmt: skip
             with gr.Row():
                 mode = gr.Radio(
-                    DENOISE_MODES, value="trained", label="SUN image to image, hires fix", elem_id=self.elem_id("denoise_mode"),
-                )  # fmt: skip
+                    DENOISE_MODES,
+                    value="trained",
+                    label="SUN image to image, hires fix",
+                    elem_id=self.elem_id("denoise_mode"),
+                )
                 sampling = gr.Radio(SAMPLINGS, value="sun", label="SUN sampler", elem_id=self.elem_id("sampling"))
         refresh.click(fn=lambda: gr.update(choices=folders.names()), inputs=[], outputs=[adapter])
         controls = [enabled, adapter, strength, steps, main_negative, own, mode, sampling]
