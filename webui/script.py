@@ -78,7 +78,11 @@ class SunScript(scripts.Script):
 
     def before_process(self, p: Any, *args: Any) -> None:
         p.sun_run = None
-        enabled, settings = read_arguments(args)
+        try:
+            enabled, settings = read_arguments(args)
+        except (TypeError, ValueError) as error:
+            p.sun_run = SunRun(SunSettings(""), error=error)
+            return
         if not enabled:
             return
         p.sun_run = SunRun(replace(settings, **getattr(p, "sun_overrides", {})))

@@ -121,8 +121,8 @@ def test_the_api_may_name_arguments(family: Any) -> None:
         off = family.run({**SUN, "enabled": False}, prompt="a cat", seed=3, steps=3)
     assert log.timesteps[:2] == [999, 499]
     assert off.p.sun_run is None
-    wrong = family.run({"adaptor": ADAPTER}, prompt="a cat", seed=3, steps=1)
-    assert "adaptor" in wrong.errors[0]
+    with pytest.raises(ValueError, match="adaptor"):
+        family.run({"adaptor": ADAPTER}, prompt="a cat", seed=3, steps=1)
 
 
 # ------------------------------------------------------------------------------------------------------ X/Y/Z plot
@@ -179,7 +179,6 @@ def tab(host: Any) -> Any:
     ((_, title, name),) = host.modules("script_callbacks").call("ui_tabs")[0]
     assert (title, name) == ("SUN", "sun_tab")
     components = {component.elem_id: component for component in gradio.CREATED if component.elem_id}
-    assert host.modules("errors").reports == [] or components
     return components
 
 

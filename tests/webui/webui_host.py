@@ -36,6 +36,7 @@ def stand_in_host(models_path: Path) -> Iterator[SimpleNamespace]:
         paths.models_path = str(models_path)
         scripts = importlib.import_module("modules.scripts")
         scripts.load_scripts(str(REPOSITORY))
+        assert not importlib.import_module("modules.errors").reports, "the extension did not load"
         yield SimpleNamespace(
             modules=lambda name: importlib.import_module(f"modules.{name}"),
             part=lambda name: importlib.import_module(f"sd_webui_sun.webui.{name}"),
@@ -51,7 +52,7 @@ def stand_in_host(models_path: Path) -> Iterator[SimpleNamespace]:
 
 def load_model(family: str, unet: Any, encode: Any) -> Any:
     """Makes `unet` the host's loaded model, in this family's wrapping."""
-    shared, models = sys.modules["modules.shared"], importlib.import_module("models")
+    shared, models = importlib.import_module("modules.shared"), importlib.import_module("models")
     shared.family = family
     shared.sd_model = (models.A1111Model if family == "a1111" else models.ForgeModel)(unet, encode)
     shared.state.begin()

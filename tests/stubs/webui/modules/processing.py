@@ -24,6 +24,8 @@ FIELDS: dict[str, Any] = {
 class StableDiffusionProcessing:
     def __init__(self, **fields: Any) -> None:
         self.mask: Any = None
+        self.noise: Any = None
+        """The test's: noise [B, 4, H, W] in place of the random one."""
         for name, value in (FIELDS | fields).items():
             setattr(self, name, value)
         self.styles = self.styles or []
@@ -35,8 +37,6 @@ class StableDiffusionProcessing:
         self.scripts: Any = None
         self.script_args: Any = ()
         self.cached_uc, self.cached_c, self.extra_network_data = [None, None], [None, None], {}
-        self.noise: Any = None
-        """The test's: noise [B, 4, H, W] in place of the random one."""
 
     @property
     def sd_model(self) -> Any:
