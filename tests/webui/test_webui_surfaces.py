@@ -178,8 +178,7 @@ def tab(host: Any) -> Any:
     del gradio.CREATED[:]
     ((_, title, name),) = host.modules("script_callbacks").call("ui_tabs")[0]
     assert (title, name) == ("SUN", "sun_tab")
-    components = {component.elem_id: component for component in gradio.CREATED if component.elem_id}
-    return components
+    return {component.elem_id: component for component in gradio.CREATED if component.elem_id}
 
 
 def press(tab: Any, button: str, **values: Any) -> tuple[Any, ...]:
