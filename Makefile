@@ -9,7 +9,7 @@ PYTHON ?= python3
 
 DEMO := .venv-demo
 TEST := .venv-test
-SOURCES := sun nodes tests __init__.py install.py
+SOURCES := sun nodes webui scripts tests __init__.py install.py preload.py
 PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
 
 # Nothing here may ask a model hub for anything: the models are in the repository.

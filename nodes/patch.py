@@ -31,6 +31,7 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 
 from ..sun.adapter import SunAdapter
+from ..sun.text import match_rows
 from ..sun.texts import AdapterTexts
 from . import checks
 from .loading import LoadedAdapter, check_base, load_adapter
@@ -198,7 +199,7 @@ def _apply_model(
         patchers = executor.class_obj.current_patcher.get_additional_models_with_key(KEY)
         if weights and patchers:
             c_crossattn, *negatives = (_cast(text, executor.class_obj, x) for text in (c_crossattn, *negatives))
-            chosen = [(weight, _rows(negatives[i], x.shape[0])) for i, weight in weights.items()]
+            chosen = [(weight, match_rows(negatives[i], x.shape[0])) for i, weight in weights.items()]
             adapter: SunAdapter = patchers[0].model
             texts = run.texts(
                 adapter, chosen, c_crossattn, strength=run.settings.strength, key=_which(options, x.device)
@@ -228,7 +229,7 @@ def _diffusion_model(
         return executor(x, timesteps, context, y, control, options, **kwargs)
 
     if context is not forward.texts.positive:  # another node changed it on the way here
-        negatives = [(weight, _rows(text, x.shape[0])) for weight, text in forward.negatives]
+        negatives = [(weight, match_rows(text, x.shape[0])) for weight, text in forward.negatives]
         forward.texts = forward.adapter.texts(negatives, context, strength=forward.settings.strength)
     replace = options.get("patches_replace", {})
     attn2 = dict(replace.get("attn2", {}))
@@ -252,20 +253,6 @@ def remember_text(
     return n, context, value
 
 
-def _rows(text: torch.Tensor, rows: int) -> torch.Tensor:
-    """The negative text with one row per row of the U-Net's batch; nodes that tile a picture change the batch late."""
-    if text.shape[0] == rows:
-        return text
-    if text.shape[0] == 1:
-        return text.expand(rows, -1, -1)
-    if rows % text.shape[0] == 0:
-        return text.repeat(rows // text.shape[0], 1, 1)
-    raise ValueError(
-        f"SUN: another node changed the batch to {rows} rows, which the {text.shape[0]} rows of the negative prompt do "
-        f"not divide. Use a batch size of 1 with that node."
-    )
-
-
 # ----------------------------------------------------------------------------------------------------- the attention
 
 
@@ -285,7 +272,7 @@ def sun_attention(position: int) -> Callable[..., torch.Tensor]:
         z_p = attend(q, k, v, heads)
         layer, texts = forward.adapter.layers[position], forward.texts.layers[position]
         if forward.layer_text is not None and forward.layer_text is not forward.texts.positive:
-            negatives = [(weight, _rows(text, q.shape[0])) for weight, text in forward.negatives]
+            negatives = [(weight, match_rows(text, q.shape[0])) for weight, text in forward.negatives]
             texts = layer.texts(negatives, forward.layer_text, strength=forward.settings.strength)
         z = layer(q, z_p, heads=heads, attend=attend, texts=texts)
         prior = forward.prior.get(position)

@@ -1,0 +1,3 @@
+"""Where the host keeps models; a test sets it."""
+
+models_path = "."

@@ -1,0 +1,39 @@
+"""SamplerData, the count of img2img steps, and Sampler.launch_sampling, which ends an interrupted run quietly."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import Any
+
+from .shared import opts
+
+
+class SamplerData(namedtuple("SamplerData", ["name", "constructor", "aliases", "options"])):
+    def total_steps(self, steps: int) -> int:
+        return steps * 2 if self.options.get("second_order", False) else steps
+
+
+class InterruptedException(BaseException):
+    pass
+
+
+def setup_img2img_steps(p: Any, steps: int | None = None) -> tuple[int, int]:
+    if opts.img2img_fix_steps or steps is not None:
+        requested = steps or p.steps
+        return int(requested / min(p.denoising_strength, 0.999)) if p.denoising_strength > 0 else 0, requested - 1
+    return p.steps, int(min(p.denoising_strength, 0.999) * p.steps)
+
+
+class Sampler:
+    def __init__(self) -> None:
+        self.config: Any = None
+        self.last_latent: Any = None
+        self.sampler_extra_args: dict[str, Any] = {}
+
+    def launch_sampling(self, steps: int, func: Any) -> Any:
+        self.model_wrap_cfg.steps = steps
+        self.model_wrap_cfg.total_steps = self.config.total_steps(steps)
+        try:
+            return func()
+        except InterruptedException:
+            return self.last_latent

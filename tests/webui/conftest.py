@@ -1,0 +1,42 @@
+"""Fixtures for the extension in a stand-in host: a tiny random model and an adapter file for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from webui_host import ADAPTER, REPOSITORY, WIDTH, hooks_on, load_model, make_adapter, make_unet, stand_in_host
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """The stand-in host with this extension, and the tiny adapter in models/sun."""
+    models = tmp_path_factory.mktemp("webui-models")
+    with stand_in_host(models) as host:
+        unet = make_unet(host)
+        make_adapter(unet, models / "sun" / ADAPTER)
+        make_adapter(unet, models / "sun" / "negative-only.safetensors", positive=False)
+        host.scripts = host.modules("scripts")
+        host.repository, host.models_path = REPOSITORY, models
+        host.scripts.load_scripts(str(REPOSITORY))  # again, as "Reload UI" does: the list now has the file
+        yield host
+
+
+@pytest.fixture(params=["a1111", "forge"])
+def family(request: pytest.FixtureRequest, host: SimpleNamespace) -> Iterator[SimpleNamespace]:
+    """A family with the tiny model loaded: .name, .unet, .model, .run(...). Nothing may be left on the U-Net."""
+    unet = make_unet(host)
+    model = load_model(request.param, unet, host.stub("models").any_text(WIDTH))
+    opts = host.modules("shared").opts
+    before = dict(opts.data)
+    yield SimpleNamespace(name=request.param, unet=unet, model=model, run=host.process)
+    opts.data.clear()
+    opts.data.update(before)
+    assert hooks_on(unet) == 0
+    if request.param == "forge":
+        assert model.forge_objects.unet.model_options.get("conditioning_modifiers", []) == []

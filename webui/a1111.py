@@ -1,0 +1,156 @@
+"""A1111's way into cross-attention: torch hooks on three Linear layers of each `attn2`.
+
+Every attention implementation of the host, and every extension that replaces `CrossAttention.forward`, still calls
+`to_q`, `to_k` and the Linear in `to_out`. Hooks on them need no forward replaced and leave when their handle does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from modules import shared
+
+from .run import UNCONDITIONAL, SunRun
+
+log = logging.getLogger(__name__)
+
+SKIP = "skip_early_cond"
+SKIP_INFOTEXT = "Skip Early CFG"
+
+
+@dataclass
+class Batch:
+    """Which image each row of a step paints. The host may call the U-Net for some rows at a time."""
+
+    weights: list[list[float]] = field(default_factory=list)
+    """The AND sub-prompts of each image."""
+    layout: list[int] = field(default_factory=list)
+    row: int = 0
+    images: list[int] = field(default_factory=list)
+    """Of the rows of the U-Net call that runs now."""
+
+    def begin(self, rows: int) -> None:
+        self.images = self.layout[self.row : self.row + rows]
+        self.row += rows
+        if len(self.images) != rows:
+            raise RuntimeError(
+                f"SUN: the U-Net got {rows} rows where {len(self.images)} were expected; another extension changed the "
+                "batch. Switch it off, or use a batch size of 1."
+            )
+
+
+_batches: dict[int, Batch] = {}
+
+
+def unet_of(sd_model: Any) -> torch.nn.Module:
+    return sd_model.model.diffusion_model
+
+
+@contextmanager
+def sampling(run: SunRun, p: Any) -> Iterator[None]:
+    unet = unet_of(p.sd_model)
+    batch = _batches[id(run)] = Batch()
+    with ExitStack() as stack:
+        stack.callback(_batches.pop, id(run))
+        stack.enter_context(one_call_a_step(p))
+
+        def begin(_module: Any, args: tuple[Any, ...]) -> None:
+            if run.error is not None:
+                raise run.error
+            batch.begin(args[0].shape[0])
+
+        stack.callback(unet.register_forward_pre_hook(begin).remove)
+        for position, layer in enumerate(run.layers):
+            for handle in _hook(unet.get_submodule(layer.ldm), position, run, batch):
+                stack.callback(handle.remove)
+        yield
+
+
+def _hook(attn2: Any, position: int, run: SunRun, batch: Batch) -> list[Any]:
+    """Hooks that take the query and the text of one layer and change its attention output before `to_out`."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def query(_module: Any, _args: Any, output: torch.Tensor) -> None:
+        seen["query"] = output
+
+    def text(_module: Any, args: tuple[Any, ...]) -> None:
+        seen["text"] = args[0]
+
+    def output(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if "query" not in seen or "text" not in seen:
+            return None
+        z_p, q = args[0], seen.pop("query")
+        z = run.change(position, q, z_p.to(q.dtype), seen.pop("text"), attn2.heads, batch.images)
+        return (z.to(z_p.dtype), *args[1:])
+
+    return [
+        attn2.to_q.register_forward_hook(query),
+        attn2.to_k.register_forward_pre_hook(text),
+        attn2.to_out[0].register_forward_pre_hook(output),
+    ]
+
+
+@contextmanager
+def one_call_a_step(p: Any) -> Iterator[None]:
+    """Makes the host leave out the unconditional prompt, which it evaluates at CFG 1 too.
+
+    Its option for the first part of a run does it for all of it. Set here rather than through p.override_settings,
+    which an API caller may ask not to be restored. Nor does it stay in the infotext: pasted back, it would be set for
+    pictures without SUN.
+    """
+    options = shared.opts.data
+    if SKIP not in shared.opts.data_labels:
+        log.warning("SUN: this A1111 is older than 1.10 and calls the U-Net twice a step. Update it for full speed.")
+        yield
+        return
+    before, written = options.get(SKIP), SKIP_INFOTEXT in p.extra_generation_params
+    options[SKIP] = 1.0
+    try:
+        yield
+    finally:
+        if before is None:
+            options.pop(SKIP, None)
+        else:
+            options[SKIP] = before
+        if not written:
+            p.extra_generation_params.pop(SKIP_INFOTEXT, None)
+
+
+def before_step(run: SunRun, params: Any) -> None:
+    """Notes which image each row of the step paints, and keeps the host from preparing unconditional rows."""
+    batch = _batches[id(run)]
+    prompts = params.denoiser.sampler.sampler_extra_args["cond"].batch
+    batch.weights = [[part.weight for part in parts] for parts in prompts]
+    conditional = [image for image, parts in enumerate(prompts) for _ in parts]
+    batch.layout = conditional + [UNCONDITIONAL] * (params.x.shape[0] - len(conditional))
+    batch.row = 0
+    if SKIP in shared.opts.data_labels:
+        # The host cuts x and sigma to the conditional rows but not this one: an inpainting model would fail on it.
+        params.image_cond = params.image_cond[: len(conditional)]
+        # Never evaluated; of the positive's length, so that "pad prompt" options leave the positive as it is.
+        if isinstance(params.text_cond, torch.Tensor):
+            params.text_uncond = params.text_cond[:1].expand(len(prompts), -1, -1)
+
+
+def after_step(run: SunRun, params: Any) -> None:
+    """Averages the predictions of AND sub-prompts by weight.
+
+    The host computes u + sum w_i (c_i - u) with the first prediction in the place of u, which would drop the first
+    sub-prompt. With the average in its place the sum is the average.
+    """
+    batch = _batches[id(run)]
+    if all(len(weights) == 1 for weights in batch.weights) or SKIP not in shared.opts.data_labels:
+        return
+    start, parts = 0, sum(len(weights) for weights in batch.weights)
+    for image, weights in enumerate(batch.weights):
+        total = sum(weights)
+        if total:
+            rows = params.x[start : start + len(weights)]
+            shares = torch.tensor(weights, device=rows.device, dtype=rows.dtype).view(-1, 1, 1, 1) / total
+            params.x[parts + image] = (rows * shares).sum(0)
+        start += len(weights)

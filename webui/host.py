@@ -1,0 +1,32 @@
+"""Which family of hosts runs us. Asked of the loaded model at run time: names and versions change, this does not."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+
+from . import a1111, forge
+from .run import SunRun
+
+
+class Host(Protocol):
+    """What differs between the families; `a1111` and `forge` are the two modules that have it."""
+
+    def unet_of(self, sd_model: Any) -> torch.nn.Module:
+        """The U-Net in LDM layout."""
+
+    def sampling(self, run: SunRun, p: Any) -> AbstractContextManager[None]:
+        """Hangs SUN on the model while one sampling runs, and takes it off whatever happens."""
+
+    def before_step(self, run: SunRun, params: Any) -> None:
+        """Prepares a step, from the host's CFG denoiser callback."""
+
+    def after_step(self, run: SunRun, params: Any) -> None:
+        """Ends a step, before the host combines its predictions."""
+
+
+def of(sd_model: Any) -> Host:
+    """Forge, reForge and Forge Classic keep their model in `forge_objects`; A1111 and its forks have none."""
+    return forge if hasattr(sd_model, "forge_objects") else a1111
