@@ -137,7 +137,7 @@ def _pair(name: str, resnet: nn.Module, attention: nn.Module | None) -> tuple[Pa
 def _shortcut(resnet: Any) -> Callable[[Tensor], Tensor]:
     """What a ResBlock adds its residual to."""
     if hasattr(resnet, "skip_connection"):
-        return lambda x: resnet.skip_connection(x)  # type: ignore[no-any-return]
+        return lambda x: resnet.skip_connection(x)
 
     def shortcut(x: Tensor) -> Tensor:
         y: Tensor = x if resnet.conv_shortcut is None else resnet.conv_shortcut(x)
