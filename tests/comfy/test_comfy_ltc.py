@@ -26,7 +26,7 @@ def apply(host: SimpleNamespace, emoji: SimpleNamespace):
 
 
 def watched(model):
-    """The model with the latents of each of the sampler's calls written down."""
+    """The model with the latents of each of the sampler's calls written down; wrappers added later are inside."""
     from comfy.patcher_extension import WrappersMP
 
     seen: list[torch.Tensor] = []
@@ -49,7 +49,8 @@ def test_the_first_run_is_plain_and_skips_go_where_they_should(
     with run.count(model) as counts:
         assert torch.equal(run.ksampler(model, steps=8, name=name, cfg=3.0), plain)
     full = counts.unet
-    model, seen = watched(model)
+    model, seen = watched(emoji.model)
+    model = apply(model)
     with run.count(model) as counts:
         fast = run.ksampler(model, steps=8, name=name, cfg=3.0)
     calls = 2 if name in ("heun", "dpm_2") else 1
