@@ -11,17 +11,16 @@ from .generate import complete, load, png_texts
 from .images import save_png
 from .recipe import Recipe
 
-# (prompt, negative); the last two pairs differ in the negative alone.
-PROMPTS = (
-    ("pizza, blue background", ""),
-    ("hot beverage, yellow background", ""),
-    ("owl, pink background", ""),
-    ("smiling face with sunglasses, green background", ""),
-    ("rocket, black background", ""),
-    ("polar bear", ""),
-    ("polar bear", "white background"),
+# (prompt, negative, seed counted from the recipe's); the last two differ in the negative alone.
+PICTURES = (
+    ("pizza, blue background", "", 0),
+    ("hot beverage, yellow background", "", 1),
+    ("owl, pink background", "", 2),
+    ("smiling face with sunglasses, green background", "", 3),
+    ("rocket, black background", "", 4),
+    ("polar bear", "", 12),
+    ("polar bear", "white background", 12),
 )
-NOISES = (0, 1, 2, 3, 4, 12, 12)  # seeds, counted from the recipe's; of the last two the same
 
 
 @dataclass
@@ -39,10 +38,12 @@ def run(folder: Path, on_method: Callable[[str], None] | None = None) -> Demo:
     recipe = Recipe()
     loaded = load(recipe)
     recipe = complete(recipe, loaded)
-    rows = compare(loaded, recipe, PROMPTS, ["sun-4"], offsets=NOISES, on_method=on_method)
-    sheet = save_png(picture(rows, PROMPTS), folder / "grid.png")
+    prompts = [(prompt, negative) for prompt, negative, _ in PICTURES]
+    offsets = [offset for _, _, offset in PICTURES]
+    rows = compare(loaded, recipe, prompts, ["sun-4"], offsets=offsets, on_method=on_method)
+    sheet = save_png(picture(rows, prompts), folder / "grid.png")
     pictures = []
-    for image, (prompt, negative), offset in zip(rows[1].images, PROMPTS, NOISES, strict=True):
+    for image, (prompt, negative, offset) in zip(rows[1].images, PICTURES, strict=True):
         mine = replace(recipe, prompt=prompt, negative=negative, seed=recipe.seed + offset)
         name = "-".join("".join(c if c.isalnum() else " " for c in prompt).split())
         suffix = "-without-" + "-".join(negative.split()) if negative else ""

@@ -57,15 +57,25 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return sum(float((a[k] - b[k]).square().sum()) for k in a) ** 0.5
 
 
-def launch(values: dict[str, Any], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Train with two CPU processes."""
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python with `arguments`, on the CPU."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "ACCELERATE_USE_CPU": "true",
+           "OMP_NUM_THREADS": "1"}  # fmt: skip
+    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=540)
+
+
+def saved(values: dict[str, Any], folder: Path) -> str:
+    """The file of these settings, made in `folder`."""
     file = folder / "settings.json"
     file.write_text(json.dumps(values))
-    root, here = Path(__file__).parents[2], Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
-               "--standalone", str(here / "sun_process.py"), str(file), *arguments]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=540)
+    return str(file)
+
+
+def launch(values: dict[str, Any], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Train with two CPU processes."""
+    script = str(Path(__file__).parent / "sun_process.py")
+    return command("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone",
+                   script, saved(values, folder), *arguments)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -90,17 +100,10 @@ def test_two_processes_one_killed_and_resumed_train_what_one_process_trains(
 
 def test_accelerate_launch_trains_from_a_config(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
     """The command the presets and the guide name, whole. On CPUs accelerate starts several processes only with MPI."""
-    values = settings(tiny_model, pictures, tmp_path / "run")
-    values["run"]["steps"] = 1
-    config = tmp_path / "settings.toml"
-    tables = [f"{name} = {json.dumps(value)}" for name, value in values.items() if name != "run"]
-    tables += ["[run]", *(f"{name} = {json.dumps(value)}" for name, value in values["run"].items())]
-    config.write_text("\n".join(tables))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1",
-               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-               "-m", "sun", "train", "--config", str(config)]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=540)
+    values = settings(tiny_model, pictures, tmp_path / "run", steps=1)
+    done = command("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
+                   "--mixed_precision", "no", "--dynamo_backend", "no",
+                   "-m", "sun", "train", "--config", saved(values, tmp_path))  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert log(tmp_path / "run")[-1]["step"] == 1
     assert SunAdapter.load(tmp_path / "run" / "adapter.safetensors").layers
