@@ -18,7 +18,7 @@ from ..images import grid, to_images
 from ..pipelines import attach, detach
 from ..schedulers import make_scheduler
 from ..shipped import EMOJI_SUN
-from .scenes import Scene, random_scene, render_scene
+from .scenes import Scene, posed, random_scene, render_scene
 from .sources import load_metadata, load_pictures
 from .vae import to_tensor
 
@@ -40,12 +40,16 @@ class Scenes:
         return [scene.caption for scene in self.scenes]
 
 
-def draw_scenes(style: str, emojis: str, count: int, size: int) -> Scenes:
+def draw_scenes(style: str, emojis: str, count: int, size: int, pose: bool = False) -> Scenes:
+    """Scenes for a check; with ``pose`` each is turned and stretched in a way its caption does not tell."""
     known = load_metadata(emojis)
     pictures = load_pictures(style, known, 128)
     rng = random.Random(_SEED)
     scenes = [random_scene([e for e in known if e.code in pictures], rng) for _ in range(count)]
-    return Scenes(scenes, pictures, to_tensor([render_scene(s, pictures, size) for s in scenes]))
+    drawn = [render_scene(scene, pictures, size) for scene in scenes]
+    if pose:
+        drawn = [posed(picture, scene, rng) for picture, scene in zip(drawn, scenes, strict=True)]
+    return Scenes(scenes, pictures, to_tensor(drawn))
 
 
 def adapter_for(model: str) -> SunAdapter | None:

@@ -6,6 +6,7 @@ attributes that the renderer chose, so that prompts compose and a negative promp
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -95,6 +96,24 @@ def render_scene(scene: Scene, pictures: dict[str, Image.Image], size: int) -> I
     for picture, box in _placed(scene, pictures, size):
         canvas.paste(picture, box, picture)
     return canvas
+
+
+def posed(picture: Image.Image, scene: Scene, rng: random.Random) -> Image.Image:
+    """A scene's picture turned by up to 40 degrees, stretched and moved at random, on its background.
+
+    No caption tells of it, so only an edge ControlNet can draw it.
+    """
+    angle = math.radians(rng.uniform(-40, 40))
+    stretch, zoom = math.exp(rng.uniform(-0.35, 0.35)), math.exp(rng.uniform(-0.1, 0.4))
+    across, down = zoom * stretch, zoom / stretch
+    cos, sin = math.cos(angle), math.sin(angle)
+    a, b, d, e = across * cos, across * sin, -down * sin, down * cos
+    middle = picture.width / 2
+    x, y = (middle * (1 + rng.uniform(-0.2, 0.2)) for _ in range(2))
+    return picture.transform(
+        picture.size, Image.Transform.AFFINE, (a, b, middle - a * x - b * y, d, e, middle - d * x - e * y),
+        Image.Resampling.BICUBIC, fillcolor=BACKGROUNDS[scene.background],
+    )  # fmt: skip
 
 
 def subject_mask(scene: Scene, pictures: dict[str, Image.Image], size: int, which: int = 0) -> Image.Image:

@@ -294,6 +294,67 @@ def upscale(g: EmojiGraph) -> None:
         g.picture(again, loader["vae"])
 
 
+def without_adapter(g: EmojiGraph, note: str, *nodes: str) -> None:
+    """25 steps with guidance, accelerated by `nodes`, which take a model and give one."""
+    with g.group("Model, accelerated"):
+        loader = g.add("SUN_LoadEmojiDiffusion")
+        model = loader["model"]
+        for node in nodes:
+            model = g.add(node, model=model)[0]
+        g.note(note)
+    with g.group("25 steps with CFG"):
+        positive = g.prompt(loader["clip"], "owl, pink background")
+        negative = g.prompt(loader["clip"], "blurry", negative=True)
+        latent = g.add("EmptyLatentImage", width=128, height=128, batch_size=1)[0]
+        g.column()
+        samples = g.add(
+            "KSampler", model=model, positive=positive, negative=negative, latent_image=latent, seed=7, steps=25,
+            cfg=4.0, sampler_name="dpmpp_2m", scheduler="simple", denoise=1.0,
+        )[0]  # fmt: skip
+        g.picture(samples, loader["vae"])
+
+
+def ltc_accel(g: EmojiGraph) -> None:
+    without_adapter(
+        g,
+        "LTC-Accel skips whole steps of **any** model; nothing is trained.\n\n"
+        "The first run measures at full cost and gives the usual picture. From the second run on (change the seed) steps "
+        "are skipped, until steps, sampler, scheduler, cfg or model change. The log says how many steps call the model.",
+        "SUN_ApplyLtcAccel",
+    )
+
+
+def inheritance(g: EmojiGraph) -> None:
+    without_adapter(
+        g,
+        "Feature inheritance leaves out the inner parts of the U-Net in some steps and takes what they gave in an earlier "
+        "one. For SD 1.x, 2.x and SDXL, with any sampler; nothing is trained.\n\n"
+        "*fine* stays nearest to the usual picture, *fast* saves most.",
+        "SUN_ApplyFeatureInheritance",
+    )
+
+
+def together(g: EmojiGraph) -> None:
+    with g.group("Model with SUN and both accelerators"):
+        loader = g.add("SUN_LoadEmojiDiffusion")
+        adapter = g.add("SUN_LoadAdapter", adapter_name=SHIPPED)
+        g.column()
+        applied = g.add("SUN_Apply", model=loader["model"], adapter=adapter[0])
+        inheriting = g.add("SUN_ApplyFeatureInheritance", model=applied[0], preset="fine")
+        model = g.add("SUN_ApplyLtcAccel", model=inheriting[0], tau=0.0)[0]
+        g.note(
+            "SUN with 8 steps, of which LTC-Accel skips some from the second run on (change the seed), and feature "
+            "inheritance makes others cheaper. The order of the three does not matter.\n\n"
+            "With 4 steps neither is worth it: there is nothing left to leave out."
+        )
+    with g.group("Sample"):
+        positive = g.prompt(loader["clip"], "owl, pink background")
+        negative = g.prompt(loader["clip"], "blurry", negative=True)
+        latent = g.add("EmptyLatentImage", width=128, height=128, batch_size=1)[0]
+        g.column()
+        g.picture(g.sampler(model, positive, negative, latent, steps=8), loader["vae"])
+
+
 GRAPHS: dict[str, Callable[[EmojiGraph], None]] = {
     "sun_emoji_txt2img": text_to_image,
     "sun_emoji_img2img": image_to_image,
@@ -305,6 +366,9 @@ GRAPHS: dict[str, Callable[[EmojiGraph], None]] = {
     "sun_emoji_long_prompts": long_prompts,
     "sun_emoji_custom_sampler": custom_sampler,
     "sun_emoji_upscale": upscale,
+    "sun_emoji_ltc_accel": ltc_accel,
+    "sun_emoji_inheritance": inheritance,
+    "sun_emoji_accelerators": together,
     "sun_sd15_txt2img": sd15,
 }
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,9 @@ EXPECTED = {
     "sun_emoji_long_prompts": (4, 1, (128, 128)),
     "sun_emoji_custom_sampler": (4, 1, (128, 128)),
     "sun_emoji_upscale": (4 + 2, 2, (256, 256)),
+    "sun_emoji_ltc_accel": (25, 0, (128, 128)),  # both passes of guidance in a call; the first run skips nothing
+    "sun_emoji_inheritance": (25, 0, (128, 128)),
+    "sun_emoji_accelerators": (8, 1, (128, 128)),
 }
 
 
@@ -64,6 +68,13 @@ def lora_in_place(host: SimpleNamespace, emoji_folder: Path) -> Iterator[None]:
     assert path.name == LORA_FILE
     yield
     path.unlink()
+
+
+@pytest.fixture(autouse=True)
+def no_tables(host: SimpleNamespace) -> Iterator[None]:
+    """LTC-Accel has measured nothing before, and nothing stays for other tests."""
+    yield
+    shutil.rmtree(host.part("nodes.ltc").tables_folder(), ignore_errors=True)
 
 
 @pytest.fixture
@@ -197,6 +208,31 @@ def test_the_masked_part_alone_is_painted(known: dict[str, Any], execute, host: 
     difference = np.abs(one - other)
     assert difference[:, :48].mean() < 4  # what the autoencoder changes
     assert difference[:, 64:].mean() > 10
+
+
+@pytest.mark.parametrize(("name", "fewer"), [("sun_emoji_ltc_accel", 25), ("sun_emoji_accelerators", 8)])
+def test_ltc_accel_calls_the_model_less_often_in_the_second_run(
+    name: str, fewer: int, known: dict[str, Any], execute
+) -> None:
+    prompt = prompt_of(name, known)
+    ran = execute(prompt)
+    assert len(ran.texts) == fewer
+    sampler = next(n for n in prompt.values() if n["class_type"] in ("KSampler", "SUN_Sampler"))
+    sampler["inputs"]["seed"] += 1
+    ran = execute(prompt)  # counts on
+    assert len(ran.texts) < 2 * fewer
+    assert ran.finite
+
+
+def test_inheritance_leaves_out_inner_parts(known: dict[str, Any], execute) -> None:
+    """Its picture differs from the plain one a little."""
+    prompt = prompt_of("sun_emoji_inheritance", known)
+    fast = execute(prompt).pictures[-1]
+    loader = next(key for key, n in prompt.items() if n["class_type"] == "SUN_LoadEmojiDiffusion")
+    next(n for n in prompt.values() if n["class_type"] == "KSampler")["inputs"]["model"] = [loader, 0]
+    plain = execute(prompt).pictures[-1]
+    difference = np.abs(np.asarray(fast, dtype=int) - np.asarray(plain, dtype=int)).mean()
+    assert 0 < difference < 40
 
 
 def test_the_custom_sampler_gives_the_samplers_picture(known: dict[str, Any], execute) -> None:
