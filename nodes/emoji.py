@@ -6,6 +6,7 @@ classes: a UNetModel, an SD1 CLIP with another size and vocabulary, and TAESD. N
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import re
@@ -293,21 +294,22 @@ def _taesd_name(name: str) -> str:
     return f"taesd_{side}.{int(number) + (side == 'decoder')}.{rest}"
 
 
-@torch.no_grad()
 def preview_format(vae: comfy.sd.VAE) -> comfy.latent_formats.SD15:
-    """SD 1.5's latent format with the colours of this autoencoder, for ComfyUI's live previews.
+    """SD 1.5's latent format with this autoencoder's colours, for ComfyUI's live previews of kind "latent2rgb".
 
-    Previews are one linear map from 4 latent channels to RGB. SD 1.5's map would show other colours, so it is fitted,
-    by least squares, to what the decoder makes of random patches.
+    Those are one linear map from latent channels to RGB, after a step that some formats use to rearrange channels. No
+    linear map suits this autoencoder, so that step decodes, and the map leaves its colours as they are.
     """
     latent_format = comfy.latent_formats.SD15()
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(4, 4, 4, 4, generator=generator).repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
-    pixels = vae.decode(latent_format.process_out(latents)).movedim(-1, 1).cpu() * 2 - 1
-    colors = torch.nn.functional.avg_pool2d(pixels, 8).movedim(1, -1).reshape(-1, 3)
-    rows = torch.cat([latents.movedim(1, -1).reshape(-1, 4), torch.ones(len(colors), 1)], dim=1)
-    solution = torch.linalg.lstsq(rows, colors).solution
-    latent_format.latent_rgb_factors = solution[:4].tolist()
-    latent_format.latent_rgb_factors_bias = solution[4].tolist()
+    decoder = copy.deepcopy(vae.first_stage_model).float()  # small; ComfyUI moves the VAE's own to and fro
+
+    @torch.no_grad()
+    def decoded(latents: torch.Tensor) -> torch.Tensor:
+        """[B, 3, 8 h, 8 w] in -1..1 of the sampler's latents [B, 4, h, w]; the first picture alone is shown."""
+        return decoder.to(latents.device).decode(latent_format.process_out(latents[:1].float())).to(latents.dtype)
+
+    latent_format.latent_rgb_factors = torch.eye(3).tolist()
+    latent_format.latent_rgb_factors_bias = [0.0] * 3
+    latent_format.latent_rgb_factors_reshape = decoded
     latent_format.taesd_decoder_name = None  # SD 1.5's preview decoder belongs to another latent space
     return latent_format
