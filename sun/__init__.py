@@ -10,8 +10,9 @@ Names load on first use, so that ``import sun`` costs nothing and needs neither 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from . import lazy
 
 if TYPE_CHECKING:
     from .adapter import SunAdapter, SunLayer
@@ -34,9 +35,9 @@ _HOME_OF = {
     "detach": "pipelines",
     "denoise_timesteps": "schedule",
     "trailing_timesteps": "schedule",
+    "inheritance": "",  # the accelerators beside SUN
+    "ltc": "",
 }
-
-_PACKAGES = ("inheritance", "ltc")  # the accelerators beside SUN
 
 __all__ = [
     "AttentionLayer",
@@ -53,16 +54,7 @@ __all__ = [
     "trailing_timesteps",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import the module that defines ``name`` the first time it is asked for (PEP 562)."""
-    if name in _PACKAGES:
-        return import_module(f".{name}", __name__)
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy.attributes(__name__, _HOME_OF)
 
 
 def __dir__() -> list[str]:

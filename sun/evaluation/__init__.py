@@ -10,9 +10,9 @@ Who only samples (``sun compare``, training) imports :class:`Sampler` and pays f
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .. import lazy
 from .config import EvaluateConfig, ModelSpec
 from .methods import METHODS, REFERENCE, parse_method, split_method
 from .sampler import CallCounter, Sample, Sampler
@@ -52,11 +52,4 @@ __all__ = [
     "split_method",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import the module that defines ``name`` the first time it is asked for (PEP 562)."""
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy.attributes(__name__, _HOME_OF)

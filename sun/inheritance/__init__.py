@@ -10,9 +10,9 @@ Training-free (the idea of A-SDM, arXiv 2406.00210; our reconstruction). Hosts o
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .. import lazy
 from .places import Places, places_of
 from .plan import MODES, PRESETS, InheritanceError, Plan, parse_plan
 from .roles import roles_of, skipped_outputs
@@ -21,7 +21,7 @@ from .run import InheritanceRun
 if TYPE_CHECKING:
     from .unets import attach, detach, run_of
 
-_NEEDS_DIFFUSERS = ("attach", "detach", "run_of")
+_NEED_DIFFUSERS = ("attach", "detach", "run_of")
 
 __all__ = [
     "MODES",
@@ -39,9 +39,4 @@ __all__ = [
     "skipped_outputs",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import what needs diffusers the first time it is asked for (PEP 562)."""
-    if name not in _NEEDS_DIFFUSERS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(".unets", __name__), name)
+__getattr__ = lazy.attributes(__name__, dict.fromkeys(_NEED_DIFFUSERS, "unets"))

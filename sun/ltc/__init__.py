@@ -10,9 +10,9 @@ Hosts other than diffusers use :class:`LtcRun` on their own latents.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .. import lazy
 from .errors import LtcError
 from .fingerprint import fingerprint
 from .interval import LtcSettings, interval, skipped_steps
@@ -22,7 +22,7 @@ from .table import LtcKey, LtcTable, TableStore, load_table
 if TYPE_CHECKING:
     from .pipelines import attach, calibrate, detach, last_table
 
-_NEEDS_DIFFUSERS = ("attach", "calibrate", "detach", "last_table")
+_NEED_DIFFUSERS = ("attach", "calibrate", "detach", "last_table")
 
 __all__ = [
     "LtcError",
@@ -42,9 +42,4 @@ __all__ = [
     "skipped_steps",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import what needs diffusers the first time it is asked for (PEP 562)."""
-    if name not in _NEEDS_DIFFUSERS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(".pipelines", __name__), name)
+__getattr__ = lazy.attributes(__name__, dict.fromkeys(_NEED_DIFFUSERS, "pipelines"))
