@@ -78,7 +78,7 @@ def text_to_image(g: EmojiGraph) -> None:
         "# SUN in 4 steps\n\nPress **Run**: this graph needs no download.\n\n**Load Emoji Diffusion** is a small Stable "
         "Diffusion that comes with SUN (128 x 128 emoji). **Apply SUN to Model** puts the 4-step adapter on it, and "
         "**SUN 4-step Sampler** makes the picture with one U-Net call a step.\n\nThings to try:\n- change the *negative* "
-        "prompt only: `yellow`, `polar bear`\n- two things: `cat face next to fish, purple background`\n- strength 0 in "
+        "prompt only: `yellow background`\n- two things: `polar bear next to ghost, purple background`\n- strength 0 in "
         "Apply SUN: what 4 steps give without SUN\n\nSelect a node and press the **i** above it to read its page."
     )
     with g.group("Prompts"):
@@ -116,10 +116,10 @@ def image_to_image(g: EmojiGraph) -> None:
         "start from a picture of yours, delete the first group and connect **Load Image** to VAE Encode; 128 x 128 "
         "pixels suit this model."
     )
-    image, negative = g.first_picture(loader, applied, "large tangerine, white background")
+    image, negative = g.first_picture(loader, applied, "large panda, pink background")
     with g.group("Painted over"):
         latent = g.add("VAEEncode", pixels=image, vae=loader["vae"])[0]
-        positive = g.prompt(loader["clip"], "large red apple, white background")
+        positive = g.prompt(loader["clip"], "large polar bear, pink background")
         g.column()
         g.picture(g.sampler(applied[0], positive, negative, latent, denoise=0.75), loader["vae"])
 
@@ -131,13 +131,13 @@ def inpaint_mask(g: EmojiGraph) -> None:
         "own, use **Load Image**, right-click it, *Open in MaskEditor*, and connect its two outputs.\n\nThe graph "
         "`sun_emoji_inpaint_model` does the same with an inpainting model, which sees the rest of the picture."
     )
-    image, negative = g.first_picture(loader, applied, "cat face on the left and fish on the right, yellow background")
+    image, negative = g.first_picture(loader, applied, "large panda, pink background")
     with g.group("What to paint"):
         mask = g.right_half()
         latent = g.add("VAEEncode", pixels=image, vae=loader["vae"])[0]
         latent = g.add("SetLatentNoiseMask", samples=latent, mask=mask)[0]
     with g.group("Painted under the mask"):
-        positive = g.prompt(loader["clip"], "cat face on the left and pizza on the right, yellow background")
+        positive = g.prompt(loader["clip"], "large panda, yellow background")
         g.column()
         g.picture(g.sampler(applied[0], positive, negative, latent, seed=8), loader["vae"])
 
@@ -149,14 +149,14 @@ def inpaint_model(g: EmojiGraph) -> None:
         "on any other model. For Stable Diffusion 1.5, load an inpainting checkpoint instead (`sd-v1-5-inpainting`).\n\n"
         "With `noise_mask` off the model alone decides what stays."
     )
-    image, negative = g.first_picture(loader, applied, "cat face on the left and fish on the right, yellow background")
+    image, negative = g.first_picture(loader, applied, "large panda, pink background")
     with g.group("Inpainting model with SUN"):
         painter = g.add("SUN_LoadEmojiDiffusion", "Load Emoji Diffusion (inpainting)", variant="inpainting")
         adapter = g.add("SUN_LoadAdapter", adapter_name=SHIPPED)
         painting = g.add("SUN_Apply", model=painter["model"], adapter=adapter[0])
         mask = g.right_half()
     with g.group("Painted under the mask"):
-        positive = g.prompt(loader["clip"], "cat face on the left and pizza on the right, yellow background")
+        positive = g.prompt(loader["clip"], "large panda, yellow background")
         given = g.add(
             "InpaintModelConditioning", positive=positive, negative=negative, vae=loader["vae"], pixels=image, mask=mask
         )
@@ -171,10 +171,10 @@ def controlnet(g: EmojiGraph) -> None:
         "and end of its effect are set in **Apply ControlNet**. It costs no U-Net call.\n\nWith a Stable Diffusion 1.5 "
         "model use ComfyUI's **Load ControlNet Model** in its place."
     )
-    image, negative = g.first_picture(loader, applied, "red apple, white background")
+    image, negative = g.first_picture(loader, applied, "panda, white background")
     with g.group("Drawn along its edges"):
         control = g.add("SUN_LoadEmojiControlNet")[0]
-        positive = g.prompt(loader["clip"], "tomato, purple background")
+        positive = g.prompt(loader["clip"], "polar bear, purple background")
         steered = g.add(
             "ControlNetApplyAdvanced", positive=positive, negative=negative, control_net=control, image=image
         )
@@ -214,7 +214,7 @@ def regions(g: EmojiGraph) -> None:
         left = g.prompt(loader["clip"], "polar bear, yellow background", title="Left")
         left = g.add("ConditioningSetArea", conditioning=left, width=128, height=128, x=0, y=0, strength=1.0)[0]
     with g.group("Right: a mask"):
-        right = g.prompt(loader["clip"], "snake, purple background", title="Right")
+        right = g.prompt(loader["clip"], "pizza, purple background", title="Right")
         mask = g.right_half(256, 128)
         right = g.add("ConditioningSetMask", conditioning=right, mask=mask, strength=1.0)[0]
     with g.group("Together"):
@@ -225,11 +225,7 @@ def regions(g: EmojiGraph) -> None:
         g.picture(g.sampler(applied[0], positive, negative, latent), loader["vae"])
 
 
-LONG = (
-    "large polar bear, yellow background, a white bear with a friendly face, small round ears, a black nose and two black "
-    "eyes, looking straight ahead, drawn as a flat emoji with clean outlines and few colours, in the middle of the picture, "
-    "on a plain bright yellow background without any pattern, nothing else in the picture, no text, no frame, no shadow"
-)
+LONG = ", ".join(["large polar bear, yellow background"] * 12)
 LONG_NEGATIVE = (
     "blurry, unsharp, noisy, dark, gray background, black background, white background, text, letters, numbers, frame, "
     "border, shadow, two animals, several animals, cat face, dog face, fox face, lion face, tiger face, panda face, a car, "
@@ -241,7 +237,8 @@ def long_prompts(g: EmojiGraph) -> None:
     loader, applied = g.model(
         "# Long prompts\n\nA prompt of more than 75 words' pieces is encoded in several blocks of 77. Both sides may be "
         "long, and they need not be of equal length: SUN reads each with an attention of its own.\n\nIt was trained with "
-        "one block a side, so what matters most belongs to the beginning."
+        "one block a side, so what matters most belongs to the beginning. This small model knows short captions only, so the "
+        "prompt repeats itself."
     )
     with g.group("Prompts of more than 77 tokens"):
         positive = g.prompt(loader["clip"], LONG)
@@ -276,8 +273,8 @@ def custom_sampler(g: EmojiGraph) -> None:
 def upscale(g: EmojiGraph) -> None:
     loader, applied = g.model(
         "# Larger in a second pass\n\nThe first pass draws at the model's own size. Its latent is enlarged and painted "
-        "over by a second SUN pass of 2 steps (`denoise` 0.5), which makes edges sharp again.\n\n6 U-Net calls in all. "
-        "With Stable Diffusion 1.5: 512 first, then 768 or 1024."
+        "over by a second SUN pass of one step (`denoise` 0.25), which makes edges sharp again.\n\n5 U-Net calls in all. "
+        "With Stable Diffusion 1.5: 512 first, then 768 or 1024, and `denoise` 0.5."
     )
     with g.group("First pass, 128 x 128"):
         positive = g.prompt(loader["clip"], "large polar bear, yellow background")
@@ -286,11 +283,11 @@ def upscale(g: EmojiGraph) -> None:
         g.column()
         samples = g.sampler(applied[0], positive, negative, latent)
         g.picture(samples, loader["vae"], save=False)
-    with g.group("Second pass, 256 x 256"):
+    with g.group("Second pass, 192 x 192"):
         larger = g.add(
-            "LatentUpscale", samples=samples, upscale_method="bislerp", width=256, height=256, crop="disabled"
+            "LatentUpscale", samples=samples, upscale_method="bislerp", width=192, height=192, crop="disabled"
         )[0]
-        again = g.sampler(applied[0], positive, negative, larger, seed=8, denoise=0.5)
+        again = g.sampler(applied[0], positive, negative, larger, seed=8, denoise=0.25)
         g.picture(again, loader["vae"])
 
 
