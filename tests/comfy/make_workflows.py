@@ -131,13 +131,13 @@ def inpaint_mask(g: EmojiGraph) -> None:
         "own, use **Load Image**, right-click it, *Open in MaskEditor*, and connect its two outputs.\n\nThe graph "
         "`sun_emoji_inpaint_model` does the same with an inpainting model, which sees the rest of the picture."
     )
-    image, negative = g.first_picture(loader, applied, "large panda, pink background")
+    image, negative = g.first_picture(loader, applied, "soccer ball, white background")
     with g.group("What to paint"):
         mask = g.right_half()
         latent = g.add("VAEEncode", pixels=image, vae=loader["vae"])[0]
         latent = g.add("SetLatentNoiseMask", samples=latent, mask=mask)[0]
     with g.group("Painted under the mask"):
-        positive = g.prompt(loader["clip"], "large panda, yellow background")
+        positive = g.prompt(loader["clip"], "soccer ball, red background")
         g.column()
         g.picture(g.sampler(applied[0], positive, negative, latent, seed=8), loader["vae"])
 
@@ -149,14 +149,14 @@ def inpaint_model(g: EmojiGraph) -> None:
         "on any other model. For Stable Diffusion 1.5, load an inpainting checkpoint instead (`sd-v1-5-inpainting`).\n\n"
         "With `noise_mask` off the model alone decides what stays."
     )
-    image, negative = g.first_picture(loader, applied, "large panda, pink background")
+    image, negative = g.first_picture(loader, applied, "soccer ball, white background")
     with g.group("Inpainting model with SUN"):
         painter = g.add("SUN_LoadEmojiDiffusion", "Load Emoji Diffusion (inpainting)", variant="inpainting")
         adapter = g.add("SUN_LoadAdapter", adapter_name=SHIPPED)
         painting = g.add("SUN_Apply", model=painter["model"], adapter=adapter[0])
         mask = g.right_half()
     with g.group("Painted under the mask"):
-        positive = g.prompt(loader["clip"], "large panda, yellow background")
+        positive = g.prompt(loader["clip"], "soccer ball, red background")
         given = g.add(
             "InpaintModelConditioning", positive=positive, negative=negative, vae=loader["vae"], pixels=image, mask=mask
         )
@@ -283,9 +283,9 @@ def upscale(g: EmojiGraph) -> None:
         g.column()
         samples = g.sampler(applied[0], positive, negative, latent)
         g.picture(samples, loader["vae"], save=False)
-    with g.group("Second pass, 192 x 192"):
+    with g.group("Second pass, 160 x 160"):
         larger = g.add(
-            "LatentUpscale", samples=samples, upscale_method="bislerp", width=192, height=192, crop="disabled"
+            "LatentUpscale", samples=samples, upscale_method="bicubic", width=160, height=160, crop="disabled"
         )[0]
         again = g.sampler(applied[0], positive, negative, larger, seed=8, denoise=0.25)
         g.picture(again, loader["vae"])

@@ -35,7 +35,7 @@ EXPECTED = {
     "sun_emoji_regions": (2 * 4, 1, (256, 128)),
     "sun_emoji_long_prompts": (4, 1, (128, 128)),
     "sun_emoji_custom_sampler": (4, 1, (128, 128)),
-    "sun_emoji_upscale": (4 + 1, 2, (192, 192)),
+    "sun_emoji_upscale": (4 + 1, 2, (160, 160)),
     "sun_emoji_ltc_accel": (25, 0, (128, 128)),  # both passes of guidance in a call; the first run skips nothing
     "sun_emoji_inheritance": (25, 0, (128, 128)),
     "sun_emoji_accelerators": (8, 1, (128, 128)),
