@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from sun import SunAdapter
 from sun.layers import layers_from_structure
-from sun.shipped import EMOJI_DIFFUSION, EMOJI_SUN
+from sun.shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_SUN
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -70,7 +70,39 @@ def test_the_adapter_says_what_it_is_and_fits():
     assert "/" not in json.dumps({**info.training, "run": 0, "teacher_solver": 0})
 
 
-@pytest.mark.parametrize("card", [EMOJI_DIFFUSION / "README.md", EMOJI_SUN.with_suffix(".md")])
+@torch.no_grad()
+def test_the_controlnet_steers_four_steps_of_sun():
+    """Along the edges of a shirt that is turned and stretched, as no caption can say."""
+    from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
+    from PIL import Image
+
+    import sun
+    from sun.control_lora import controlnet_from_unet
+    from sun.edges import edge_agreement
+    from sun.schedulers import make_scheduler
+
+    base = StableDiffusionPipeline.from_pretrained(EMOJI_DIFFUSION, safety_checker=None)
+    parts = {**base.components, "controlnet": controlnet_from_unet(base.unet, EMOJI_CONTROLNET)}
+    pipe = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = make_scheduler("ddim", pipe.scheduler.config)
+    sun.attach(pipe, EMOJI_SUN)
+    edges = torch.tensor(list(Image.open(EMOJI_CONTROLNET.with_name("edges-1.png")).convert("L").tobytes()))
+    edges = (edges.view(1, 1, 128, 128) > 127).float()
+
+    def agreement(strength: float) -> float:
+        pixels = pipe(
+            "large shirt emoji, green background", image=edges.expand(1, 3, 128, 128), num_inference_steps=4,
+            generator=torch.manual_seed(1), controlnet_conditioning_scale=strength, output_type="pt",
+        ).images  # fmt: skip
+        return float(edge_agreement(pixels, edges))
+
+    assert agreement(1.0) > 0.5 > agreement(0.0)
+
+
+@pytest.mark.parametrize(
+    "card", [EMOJI_DIFFUSION / "README.md", EMOJI_SUN.with_suffix(".md"), EMOJI_CONTROLNET.with_name("README.md")]
+)
 def test_cards_give_licence_command_seed_and_figures(card):
     text = card.read_text(encoding="utf-8").lower()
     for fact in ("cc-by 4.0", "sun train", "seed", "minutes", "loss", "twemoji"):
