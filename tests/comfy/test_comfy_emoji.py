@@ -110,7 +110,8 @@ def test_layers_that_get_their_weights_late(
     for loaded in (model.model.diffusion_model, clip.cond_stage_model, adapter.adapter):
         assert any(type(layer).__name__ == "Late" for layer in loaded.modules())
     tokens = clip.tokenize("large polar bear, yellow background")
-    for ours, usual in zip(*(c.encode_from_tokens(tokens, return_pooled=True) for c in (clip, emoji.clip)), strict=True):
+    texts = [each.encode_from_tokens(tokens, return_pooled=True) for each in (clip, emoji.clip)]
+    for ours, usual in zip(*texts, strict=True):
         assert torch.equal(ours, usual)
     assert torch.equal(run.sun(run.apply(model, adapter=adapter)), expected)
 
