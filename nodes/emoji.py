@@ -115,12 +115,10 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return comfy.utils.load_torch_file(str(files[0]), safe_load=True)
 
 
-def _load_exactly(
-    module: torch.nn.Module, weights: dict[str, torch.Tensor], part: str, optional: tuple[str, ...] = ()
-) -> None:
-    """load_state_dict that refuses anything missing or left over, except missing names that start with `optional`."""
+def _load_exactly(module: torch.nn.Module, weights: dict[str, torch.Tensor], part: str) -> None:
+    """load_state_dict that refuses anything missing or left over."""
     missing, unexpected = module.load_state_dict(weights, strict=False)
-    wrong = [name for name in missing if not name.startswith(optional or ("\0",))] + list(unexpected)
+    wrong = [*missing, *unexpected]
     if wrong:
         raise EmojiDiffusionError(
             f"The {part} of Emoji Diffusion has {len(wrong)} tensors that do not fit, such as {wrong[0]}."
@@ -196,6 +194,8 @@ def load_unet(
     )
     offload = comfy.model_management.unet_offload_device()
     model = model_config.get_model(weights, device=offload)
+    # With ComfyUI's dynamic VRAM layers keep the dtype of what is loaded, not the one they were made for.
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
     _load_exactly(model.diffusion_model, weights, "U-Net")
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
 
@@ -239,7 +239,6 @@ class SmallClip(SDClipModel):
         self.transformer.set_input_embeddings(
             self.operations.Embedding(config["vocab_size"], config["hidden_size"], device=device, dtype=dtype)
         )
-        torch.nn.init.eye_(self.transformer.text_projection.weight)  # SD 1.x has none; left alone it would hold noise
         self.freeze()
 
 
@@ -263,7 +262,9 @@ def load_clip(folder: Path) -> comfy.sd.CLIP:
         name if name.startswith("text_model.") else f"text_model.{name}": weight for name, weight in weights.items()
     }
     weights.pop("text_model.embeddings.position_ids", None)
-    _load_exactly(clip.cond_stage_model.clip_l.transformer, weights, "text encoder", optional=("text_projection.",))
+    # SD 1.x has none. Left alone it would hold noise, and under dynamic VRAM it is not there to be set before this.
+    weights["text_projection.weight"] = torch.eye(config["hidden_size"])
+    _load_exactly(clip.cond_stage_model.clip_l.transformer, weights, "text encoder")
     return clip
 
 

@@ -114,10 +114,13 @@ function addText(node, beforeDraw = () => {}) {
 
 // ------------------------------------------------------------------------------------------------- over a node: badges
 
-/** Adds a badge over a node that shows what `text()` returns; nothing while that is empty. */
+/**
+ * Adds a badge over a node that shows what `text()` returns; nothing while that is empty.
+ * Not on nodes made of HTML: they read badges once, and take the first for the page's own.
+ */
 function addBadge(node, text, bgColor) {
   const Badge = globalThis.LGraphBadge;
-  if (!Badge || !Array.isArray(node.badges)) return;
+  if (!Badge || !Array.isArray(node.badges) || globalThis.LiteGraph?.vueNodesMode) return;
   let shown = new Badge({ text: "" });
   node.badges.unshift(() => {
     const now = text();
@@ -193,7 +196,7 @@ function adapterInfo(node) {
 function sampler(node) {
   let line = "";
   addBadge(node, () => line, "#2d4a36");
-  const show = globalThis.LiteGraph?.vueNodesMode ? addText(node) : null; // badges of HTML nodes stay as they were
+  const show = globalThis.LiteGraph?.vueNodesMode ? addText(node) : null; // in the badge's place
   afterRun(node, (text) => {
     line = text.split("\n")[0];
     show?.(line, false);

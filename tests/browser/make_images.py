@@ -72,7 +72,7 @@ def errors(page: Page) -> None:
     save(page, "comfyui-broken", page.area(["SUN_LoadAdapter"]))
     page.fit()
     page.run()
-    page.element(".p-dialog .comfy-error-report")
+    page.error()
     time.sleep(1)
     save(page, "comfyui-error", (240, 220, 1360, 680), width=800)
 

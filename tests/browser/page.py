@@ -145,6 +145,24 @@ class Page:
         pointer.pointer_action.move_to_location(SIZE[0] - 5, SIZE[1] // 2)
         pointer.perform()
 
+    def error(self) -> WebElement:
+        """Where the page tells of an error: a dialog or, in newer pages, a panel that a notice leads to."""
+        shown = self.element(".p-dialog .comfy-error-report, [data-testid='error-overlay-see-errors']")
+        if not shown.get_attribute("data-testid"):
+            return shown
+        shown.click()
+        return self.element("[data-testid='properties-panel'] [data-testid^='error-group-']")
+
+    def close_errors(self) -> None:
+        """Closes what `error` opened."""
+        for _ in range(3):
+            if not self.js("return document.querySelector('.p-dialog') !== null"):
+                break
+            self.js("document.querySelector('.p-dialog-close-button')?.click()")
+            self.wait(lambda: self.js("return !document.querySelector('.p-dialog-leave-active')"), "close a dialog")
+        if self.js("return document.querySelector(\"[data-testid='properties-panel']\") !== null"):
+            self.js("return app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', false)")
+
     def focus(self, *kinds: str) -> None:
         """Brings the nodes of these types into view at full size."""
         self.js(

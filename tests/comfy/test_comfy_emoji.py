@@ -73,6 +73,45 @@ def test_previews_are_the_pictures(emoji: SimpleNamespace) -> None:
     assert difference.abs().max() < 0.01
 
 
+def layers_without_weights(kind: type[torch.nn.Linear]) -> type[torch.nn.Linear]:
+    """`kind` as newer ComfyUI makes it on NVIDIA: it has no weights until they are loaded, and keeps their dtype."""
+
+    class Late(kind):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+            self.weight = self.bias = None
+
+        def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+            for name in ("weight", "bias"):
+                if prefix + name in state_dict:
+                    loaded = state_dict[prefix + name].clone()
+                    setattr(self, name, torch.nn.Parameter(loaded, requires_grad=False))
+            if self.weight is None:
+                missing.append(prefix + "weight")
+
+    return Late
+
+
+def test_layers_that_get_their_weights_late(
+    host: SimpleNamespace, emoji: SimpleNamespace, run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.ops
+
+    expected = run.sun(run.apply())
+    for operations in (comfy.ops.manual_cast, comfy.ops.disable_weight_init):
+        monkeypatch.setattr(operations, "Linear", layers_without_weights(operations.Linear))
+    model, clip, _ = host.nodes["SUN_LoadEmojiDiffusion"].execute().result
+    loader = host.nodes["SUN_LoadAdapter"]
+    adapter = loader.execute(host.part("nodes.folders").SHIPPED).result[0]
+    for loaded in (model.model.diffusion_model, clip.cond_stage_model, adapter.adapter):
+        assert any(type(layer).__name__ == "Late" for layer in loaded.modules())
+    tokens = clip.tokenize("large polar bear, yellow background")
+    texts = [each.encode_from_tokens(tokens, return_pooled=True) for each in (clip, emoji.clip)]
+    for ours, usual in zip(*texts, strict=True):
+        assert torch.equal(ours, usual)
+    assert torch.equal(run.sun(run.apply(model, adapter=adapter)), expected)
+
+
 def test_incomplete_folder_is_named(host: SimpleNamespace, tmp_path: Path) -> None:
     emoji = host.part("nodes.emoji")
     with pytest.raises(emoji.EmojiDiffusionError, match="has no unet, vae, text_encoder, tokenizer, scheduler"):

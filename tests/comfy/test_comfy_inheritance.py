@@ -63,10 +63,11 @@ def test_a_batch_is_its_single_pictures(run: SimpleNamespace, apply) -> None:
 def test_control_residuals(run: SimpleNamespace, emoji: SimpleNamespace, apply, caplog) -> None:
     """Residuals reach the parts that run, and ComfyUI is not asked to add those of parts that do not."""
 
-    class Control:
-        extra_hooks = previous_controlnet = None
+    import comfy.controlnet
 
+    class Control(comfy.controlnet.ControlBase):
         def __init__(self, strength: float) -> None:
+            super().__init__()
             self.strength = strength
 
         def get_control(self, x, *_):
@@ -74,17 +75,6 @@ def test_control_residuals(run: SimpleNamespace, emoji: SimpleNamespace, apply, 
             torch.manual_seed(0)
             made = [self.strength * torch.randn(len(x), c, s, s) for c, s in sizes]
             return {"output": made, "middle": [self.strength * torch.randn(len(x), 64, 2, 2)]}
-
-        def pre_run(self, *_): ...
-        def cleanup(self): ...
-        def get_models(self):
-            return []
-
-        def get_extra_hooks(self):
-            return []
-
-        def inference_memory_requirements(self, _):
-            return 0
 
     def draw(model, strength: float):
         positive = [[run.positive[0][0], {**run.positive[0][1], "control": Control(strength)}]]

@@ -128,7 +128,7 @@ def execute(
         valid, error, outputs, node_errors = asyncio.run(execution.validate_prompt("test", prompt, None))
         assert valid, (error, node_errors)
         executor = execution.PromptExecutor(
-            page, cache_type=execution.CacheType.CLASSIC, cache_args={"lru": 0, "ram": 0.0}
+            page, cache_type=execution.CacheType.CLASSIC, cache_args={"lru": 0, "ram": 0.0, "ram_inactive": 0.0}
         )
         with caplog.at_level(logging.INFO):
             executor.execute(prompt, "test", {}, outputs)

@@ -1,5 +1,5 @@
 """Empty stand-in, see ../README.md."""
 
-from . import models, transforms
+from . import models, ops, transforms
 
 __version__ = "0.0.0"
