@@ -35,6 +35,7 @@ def run_and_help(page: Page) -> None:
     page.wait(lambda: page.node("SaveImage", "(node.imgs ?? []).length"), "show the picture")
     page.wait(lambda: any("U-Net" in text for text in page.badges("SUN_Sampler")), "tell of the run")
     page.fit()
+    time.sleep(8)  # the page's note of a finished run goes away
     left, top, right, bottom = page.area(["SUN_LoadEmojiDiffusion", "SUN_Apply", "SUN_Sampler", "SaveImage"])
     save(page, "comfyui-run", (left - 15, top - 20, right + 15, bottom + 15), width=1200)
     page.js("app.canvas.selectNode(app.graph.nodes.find(n => n.type === 'SUN_Sampler')); app.canvas.draw(true)")
