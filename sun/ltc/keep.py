@@ -1,4 +1,4 @@
-"""What becomes of a run that measured itself."""
+"""How a run begins, by a table or measuring itself, and what becomes of what it measured."""
 
 from __future__ import annotations
 
@@ -6,16 +6,33 @@ import logging
 from collections.abc import Sequence
 
 from .interval import LtcSettings
-from .run import Measurements
+from .run import LtcRun, Measurements
 from .table import LtcKey, LtcTable, TableStore
 
 log = logging.getLogger(__name__)
 
 
+AUTOMATIC, AGAIN = "automatic", "measure again"
+"""The choices of a user: take the table there is, or forget it."""
+
+
+def open_run(key: LtcKey, settings: LtcSettings, store: TableStore, calibration: str = AUTOMATIC) -> LtcRun:
+    """A run by the table kept for this key, or one that measures. Raises LtcError for a damaged table."""
+    table = None if calibration == AGAIN else store.find(key, settings)
+    if table is not None:
+        log.info("LTC-Accel: %d of %d steps call the model.", table.calls, key.steps)
+        return LtcRun(key.steps, table=table)
+    log.info("LTC-Accel: no table for these %d steps yet, so this run measures at full cost.", key.steps)
+    return LtcRun(key.steps, measure=Measurements(key.steps, settings))
+
+
 def keep_measured(measured: Measurements, key: LtcKey, store: TableStore) -> LtcTable:
     """The table of a run that measured itself, kept for the next ones; one line says what it will bring."""
     table = measured.table(key)
-    store.put(table)
+    try:
+        store.put(table)
+    except OSError as error:  # the picture is made; only the next one pays for it
+        log.warning("LTC-Accel could not keep what it measured, so the next run measures again: %s", error)
     if table.coefficients:
         log.info("LTC-Accel measured %d steps of %s; the next runs call the model %d times.",
                  key.steps, key.sampler, table.calls)  # fmt: skip
