@@ -38,9 +38,7 @@ def sampling(p: Any, settings: LtcSettings, calibration: str) -> Iterator[None]:
     sampler = p.sampler
     function = getattr(sampler, "func", None)
     if not callable(function):
-        raise LtcError(
-            f"LTC-Accel does not know how {p.sampler_name} samples. Use Euler, DPM++ 2M, Heun, DPM2 or DDIM."
-        )
+        raise unknown_sampler(p.sampler_name)
     runs: list[SamplerRun] = []
 
     @functools.wraps(function)  # hosts ask it for its parameters
