@@ -21,6 +21,7 @@ from diffusers import (
 )
 
 from sun.ltc import LtcError, LtcKey, LtcRun, LtcSettings, LtcTable, Measurements, TableStore, load_table, skipped_steps
+from sun.ltc.keep import keep_measured
 from sun.ltc.schedulers import Stepper, noise_levels, sampler_of
 from sun.ltc.transitions import Fit, angles
 from sun.schedulers import make_scheduler
@@ -103,6 +104,20 @@ def test_a_table_survives_its_file_and_is_found_by_everything_it_depends_on(tmp_
     store = TableStore(tmp_path)
     store.forget(made.key, made.settings)
     assert store.find(made.key, made.settings) is None
+
+
+def test_a_folder_that_cannot_be_written_does_not_cost_the_picture(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    measured, key = Measurements(8, LtcSettings(tau=0.0)), LtcKey("model", "euler", tuple(range(9, 0, -1)), 7.0)
+    run = LtcRun(8, measure=measured)
+    for i in range(8):
+        run.enter(i, torch.full((1, 4), float(i)))
+    run.finish(torch.full((1, 4), 8.0))
+    table = keep_measured(measured, key, TableStore(tmp_path / "file" / "ltc"))
+    assert set(table.coefficients) == {3, 5}
+    assert "measures again" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"format": "sun-ltc-9"}', "step", "nan"])
