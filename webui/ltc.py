@@ -20,7 +20,7 @@ from modules import paths, sd_samplers_common, shared
 from ..sun.ltc import LtcKey, LtcSettings, TableStore, fingerprint
 from ..sun.ltc.errors import unknown_sampler
 from ..sun.ltc.kdiffusion import SOLVERS, SamplerRun, solver_of
-from ..sun.ltc.keep import keep_measured, open_run
+from ..sun.ltc.keep import keep_measured, open_run, summary
 from . import host, infotext
 
 # Written by the hosts themselves in the space of variance 1, where a step with eta 0 is one of Euler.
@@ -55,7 +55,7 @@ def sampling(p: Any, settings: LtcSettings, calibration: str) -> Iterator[None]:
         runs[-1].run.finish(answering.plain(samples, key.sigmas[-1]))
         measured = runs[-1].run.measure
         if measured is not None:
-            keep_measured(measured, key, store)
+            p.comment(summary(keep_measured(measured, key, store)))
         infotext.write_measured(p, measured is not None)
         return samples
 

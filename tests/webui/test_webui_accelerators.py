@@ -120,6 +120,13 @@ def test_measuring_again_pays_in_full_and_a_table_serves_again(family: Any, tabl
     assert len(list(tables.glob("*.json"))) == 4
 
 
+def test_the_page_says_what_was_measured(family: Any) -> None:
+    """The hosts show comments below the picture; their logs hide what is no warning."""
+    assert "call the model in 6 of them" in family.run(LTC, **PICTURE).comments
+    assert family.run(LTC, **PICTURE).comments == ""
+    assert "turn by" in family.run({"ltc": True, "tau": 1e-6}, **PICTURE).comments
+
+
 def test_prompt_editing_keeps_its_steps(family: Any) -> None:
     """Skipped steps count, as the hosts count calls of their denoiser."""
     for _ in range(2):
