@@ -55,4 +55,5 @@ def none_calm(turns: Sequence[float], settings: LtcSettings) -> str:
     why = f"the steps it may skip turn by {min(free):.2f} radians or more, and tau is {settings.tau:g}"
     if min(free) < settings.tau:
         why = f"too few steps in a row turn by less than tau ({settings.tau:g} radians) to skip one of {settings.every}"
-    return f"LTC-Accel found no step to skip: {why}. Raise tau, take more steps, or set tau to 0 to skip by position alone."
+    mend = "Raise tau, take more steps, or set tau to 0 to skip by position alone."
+    return f"LTC-Accel found no step to skip: {why}. {mend}"
