@@ -21,10 +21,10 @@ from ..sun.inheritance import (
     InheritanceRun,
     Places,
     Plan,
+    control_of_what_runs,
     parse_plan,
     places_of,
     roles_of,
-    skipped_outputs,
 )
 
 log = logging.getLogger(__name__)
@@ -93,28 +93,8 @@ def _diffusion_model(
     who = (*options.get("uuids", ()), *options.get("cond_or_uncond", ()))
     with run.call(time, tuple(x.shape), who or None) as full:
         if not full:
-            control = _control_of_what_runs(control, state.plan, places)
+            control = control_of_what_runs(control, state.plan, places)
         return executor(x, timesteps, context, y, control, options, **kwargs)
-
-
-def _control_of_what_runs(control: Any, plan: Plan, places: Places) -> Any:
-    """ControlNet's residuals without those of the parts left out: ComfyUI adds them in place, and those have no room.
-
-    Lists are taken from the end: by the input blocks from the first, by the output blocks from the first.
-    """
-    ran, left_out = skipped_outputs(plan, places)
-    if not control or not left_out:
-        return control
-    control = {name: list(values) for name, values in control.items()}
-    if "middle" in control:
-        control["middle"] = [None] * len(control["middle"])
-    if "output" in control:
-        keep = max(len(control["output"]) - left_out, 0)
-        control["output"] = control["output"][:keep] + [None] * (len(control["output"]) - keep)
-    if "input" in control:
-        drop = max(len(control["input"]) - ran, 0)
-        control["input"] = [None] * drop + control["input"][drop:]
-    return control
 
 
 class ApplyFeatureInheritance(io.ComfyNode):

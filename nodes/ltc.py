@@ -4,15 +4,11 @@ Nothing is patched while nothing is sampled. Two wrappers hang on a clone of the
 
     SAMPLER_SAMPLE   once a run         knows the sampler and its sigmas, and looks for a table
     PREDICT_NOISE    each model call    in a skipped step answers itself, instead of both passes of guidance
-
-An answer is the `denoised` that makes the sampler's own update go where LTC-Accel wants it.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +20,13 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
-from ..sun.ltc import LtcKey, LtcRun, LtcSettings, Measurements, TableStore, fingerprint
-from ..sun.ltc.errors import noise_added, unknown_sampler
-from ..sun.ltc.keep import keep_measured
+from ..sun.ltc import LtcKey, LtcSettings, TableStore, fingerprint, kdiffusion
+from ..sun.ltc.kdiffusion import SamplerRun
+from ..sun.ltc.keep import AGAIN, AUTOMATIC, keep_measured, open_run
 
 log = logging.getLogger(__name__)
 
 KEY = "sun_ltc"
-AUTOMATIC, AGAIN = "automatic", "measure again"
-SOLVERS = {"sample_euler": "euler", "sample_dpmpp_2m": "dpmpp_2m", "sample_heun": "heun", "sample_dpm_2": "dpm_2"}
-NOISY = ("ancestral", "sde", "lcm", "ddpm", "seeds", "sa_solver")
 
 
 @dataclass(frozen=True)
@@ -67,14 +60,7 @@ def solver_of(sampler: Any) -> str:
     """Name of a ComfyUI SAMPLER's solver. Raises LtcError for one that cannot be accelerated, saying which can."""
     function = getattr(sampler, "sampler_function", None)
     name = getattr(function, "__name__", type(sampler).__name__)
-    shown = name.removeprefix("sample_")
-    if any(word in name for word in NOISY):
-        raise noise_added(shown)
-    if name not in SOLVERS:
-        raise unknown_sampler(shown)
-    if getattr(sampler, "extra_options", {}).get("s_churn", 0) > 0:
-        raise noise_added(f"{shown} with s_churn")
-    return SOLVERS[name]
+    return kdiffusion.solver_of(name, getattr(sampler, "extra_options", {}))
 
 
 # ------------------------------------------------------------------------------------------------------ the wrappers
@@ -94,15 +80,9 @@ def _sampler_sample(
         float(getattr(guider, "cfg", 1.0)),
     )  # fmt: skip
     store = TableStore(tables_folder())
-    table = None if choice.calibration == AGAIN else store.find(key, choice.settings)
-    if table is not None:
-        run = LtcRun(key.steps, table=table)
-        log.info("LTC-Accel: %d of %d steps call the model.", table.calls, key.steps)
-    else:
-        run = LtcRun(key.steps, measure=Measurements(key.steps, choice.settings))
-        log.info("LTC-Accel: no table for these %d steps yet, so this run measures at full cost.", key.steps)
+    run = open_run(key, choice.settings, store, choice.calibration)
     options = extra_args["model_options"].setdefault("transformer_options", {})
-    options[KEY] = ComfyRun(solver, levels, run)
+    options[KEY] = SamplerRun(solver, levels, run)
     try:
         samples = executor(guider, sigmas, extra_args, *args, **kwargs)
     finally:
@@ -120,45 +100,9 @@ def _predict_noise(
 ) -> torch.Tensor:  # fmt: skip
     options = model_options if model_options is not None else {}
     run = options.get("transformer_options", {}).get(KEY)
-    if not isinstance(run, ComfyRun):
+    if not isinstance(run, SamplerRun):
         return executor(x, timestep, options, seed)
     return run.denoised(x, lambda: executor(x, timestep, options, seed))
-
-
-class ComfyRun:
-    """One sampling run: follows the sampler's calls, and in skipped steps says what the model would have to say."""
-
-    def __init__(self, solver: str, sigmas: tuple[float, ...], run: LtcRun) -> None:
-        self.solver, self.sigmas, self.run = solver, sigmas, run
-        self._calls_a_step = 2 if solver in ("heun", "dpm_2") else 1
-        self._calls = 0
-        self._derivative: torch.Tensor | None = None
-        self._previous: torch.Tensor | None = None
-
-    def denoised(self, x: torch.Tensor, model: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """`denoised` [B, ...] for the sampler's next call, at latents x."""
-        i, call = divmod(self._calls, self._calls_a_step)
-        self._calls += 1
-        if call == 0:
-            self.run.enter(i, x)
-            self._derivative = None
-            if self.run.skips(i):
-                self._derivative = (self.run.target(i) - x) / (self.sigmas[i + 1] - self.sigmas[i])
-        answer = model() if self._derivative is None else self._answer(i, call, x, self._derivative)
-        self._previous = answer
-        return answer
-
-    def _answer(self, i: int, call: int, x: torch.Tensor, derivative: torch.Tensor) -> torch.Tensor:
-        """What makes every sampler go along `derivative` for the whole of step i."""
-        here, there = self.sigmas[i], self.sigmas[i + 1]
-        if call == 1:  # Heun looks at the end of the step, DPM2 at its middle
-            here = there if self.solver == "heun" else math.sqrt(here * there)
-        answer = x - here * derivative
-        if self.solver == "dpmpp_2m" and there > 0 and i > 0 and self._previous is not None:
-            # It extrapolates from the last denoised; this one makes the extrapolation come out right.
-            ratio = math.log(self.sigmas[i - 1] / here) / math.log(here / there)
-            answer = (answer + self._previous / (2 * ratio)) / (1 + 1 / (2 * ratio))
-        return answer.to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------- the node

@@ -19,7 +19,10 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, Field
 
 from ..sun.files import SunFileError
+from ..sun.inheritance import InheritanceError
+from ..sun.ltc import LtcError
 from . import folders, generate, store
+from .accelerators import OFF, AcceleratorSettings
 from .run import SunSettings
 
 MAX_PIXELS = 4096 * 4096
@@ -32,6 +35,17 @@ class AdapterItem(BaseModel):
     text_width: int
     layers: int
     positive: bool
+
+
+class LtcFields(BaseModel):
+    """LTC-Accel with its defaults."""
+
+    class Config:
+        extra = "forbid"
+
+    tau: float = Field(0.1, ge=0.0, le=1.6, description="steps that turn by less, in radians, may be skipped")
+    every: int = Field(2, ge=2, le=10, description="one of this many is")
+    calibration: Literal["automatic", "measure again"] = "automatic"
 
 
 class TextRequest(BaseModel):
@@ -51,6 +65,8 @@ class TextRequest(BaseModel):
     batch_size: int = Field(1, ge=1, le=16)
     seed: int = Field(-1, ge=-1, le=2**53)
     save_images: bool = False
+    ltc: LtcFields | None = Field(None, description="skip steps; the first run with new settings measures in full")
+    inherit: str = Field(OFF, max_length=400, description="feature inheritance: off, fine, balanced, fast or a plan")
 
 
 class ImageRequest(TextRequest):
@@ -141,6 +157,7 @@ def request_of(body: TextRequest, mode: Literal["trained", "respaced"] = "traine
         if sd_models.get_closet_checkpoint_match(body.model) is None:
             raise HTTPException(404, f"No checkpoint named {body.model!r}. /sdapi/v1/sd-models lists them.")
     return generate.Request(
+        accelerators=accelerators_of(body),
         prompt=body.prompt,
         negative=body.negative_prompt,
         settings=SunSettings(adapter, body.strength, body.steps, main_negative=True, denoise_mode=mode),
@@ -151,6 +168,20 @@ def request_of(body: TextRequest, mode: Literal["trained", "respaced"] = "traine
         seed=body.seed,
         save=body.save_images,
     )
+
+
+def accelerators_of(body: TextRequest) -> AcceleratorSettings:
+    """Raises HTTPException 422 for words that are no plan."""
+    chosen = body.ltc
+    settings = AcceleratorSettings(inherit=body.inherit)
+    if chosen is not None:
+        settings = AcceleratorSettings(True, chosen.tau, chosen.every, chosen.calibration, body.inherit)
+    try:
+        if settings.inherits:
+            settings.plan()
+    except InheritanceError as error:
+        raise HTTPException(422, str(error)) from error
+    return settings
 
 
 def decode(text: str, name: str) -> Image.Image:
@@ -169,12 +200,12 @@ def decode(text: str, name: str) -> Image.Image:
 
 
 def respond(request: generate.Request) -> PictureResponse:
-    """Paints in the host's queue. Raises HTTPException 409 where adapter and model do not belong together."""
+    """Paints in the host's queue. Raises HTTPException 409 where something does not go with the model."""
     with call_queue.queue_lock:
         shared.state.begin(job="sun_api")
         try:
             result = generate.paint(request)
-        except SunFileError as error:
+        except (SunFileError, LtcError, InheritanceError) as error:
             raise HTTPException(409, str(error)) from error
         finally:
             shared.state.end()

@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 
 from modules import processing, scripts, shared
 
+from .accelerators import AcceleratorSettings
+from .controls import arguments
 from .run import SunSettings
-from .script import Counter, arguments
+from .script import Counter
 
 T = TypeVar("T")
 
@@ -23,6 +25,7 @@ class Request:
     prompt: str
     negative: str = ""
     settings: SunSettings | None = None
+    accelerators: AcceleratorSettings | None = None
     model: str = ""
     """A checkpoint of the host's list; empty for the loaded one."""
     width: int = 512
@@ -110,17 +113,19 @@ def build(request: Request) -> Any:
     # The built-in seed and sampler controls would write their defaults over what is asked for here.
     p.scripts_setup_complete = True
     p.scripts = runner
-    p.script_args = tuple(script_arguments(runner, request.settings))
+    p.script_args = tuple(script_arguments(runner, request.settings, request.accelerators))
     return p
 
 
-def script_arguments(runner: Any, settings: SunSettings | None) -> list[Any]:
-    """The arguments of every script of the host: their controls' start values, and SUN's as given."""
+def script_arguments(
+    runner: Any, settings: SunSettings | None, accelerators: AcceleratorSettings | None = None
+) -> list[Any]:
+    """The arguments of every script of the host: their controls' start values, and ours as given."""
     values = [getattr(control, "value", None) for control in runner.inputs]
     values[0] = 0  # no script of the dropdown
     for script in runner.alwayson_scripts:
         if getattr(script, "sun_script", False):
-            values[script.args_from : script.args_to] = arguments(settings)
+            values[script.args_from : script.args_to] = arguments(settings, accelerators)
             return values
     raise RuntimeError("SUN's script is not loaded. Look for its error at the start of the log.")
 

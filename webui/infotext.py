@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..sun import __version__
+from ..sun.ltc.keep import AGAIN, AUTOMATIC
 from . import store
 from .run import SunSettings
+
+if TYPE_CHECKING:
+    from .accelerators import AcceleratorSettings
 
 ADAPTER = "SUN adapter"
 HASH = "SUN adapter hash"
@@ -18,6 +22,11 @@ MAIN_NEGATIVE = "SUN main negative prompt"
 DENOISE_MODE = "SUN denoise mode"
 SAMPLING = "SUN sampling"
 VERSION = "SUN version"
+TAU = "LTC-Accel tau"
+EVERY = "LTC-Accel every"
+MEASURED = "LTC-Accel measured"
+INHERIT = "Feature inheritance"
+PASTED = (ADAPTER, STRENGTH, NEGATIVE, TAU, INHERIT)
 
 Params = dict[str, Any]
 
@@ -37,6 +46,25 @@ def write(settings: SunSettings, path: Path) -> dict[str, Any]:
     return entries | ({NEGATIVE: settings.negative} if settings.negative else {})
 
 
+def write_accelerators(settings: AcceleratorSettings) -> dict[str, Any]:
+    """Entries of LTC-Accel and feature inheritance. Raises LtcError, InheritanceError for settings that cannot be."""
+    entries: dict[str, Any] = {}
+    if settings.ltc:
+        chosen = settings.ltc_settings()
+        entries |= {TAU: f"{chosen.tau:g}", EVERY: chosen.every}
+    if settings.inherits:
+        entries[INHERIT] = str(settings.plan())
+    return entries
+
+
+def write_measured(p: Any, measured: bool) -> None:
+    """Notes whether LTC-Accel measured in this sampling: such a picture is the plain one, and comes back only so."""
+    if measured:
+        p.extra_generation_params[MEASURED] = "True"
+    elif not getattr(p, "is_hr_pass", False):
+        p.extra_generation_params.pop(MEASURED, None)
+
+
 def _of_sun(read: Callable[[Params], Any]) -> Callable[[Params], Any]:
     """A reader that leaves the field alone (None) for pictures without SUN."""
     return lambda params: read(params) if ADAPTER in params else None
@@ -45,6 +73,10 @@ def _of_sun(read: Callable[[Params], Any]) -> Callable[[Params], Any]:
 def enabled(params: Params) -> bool:
     """Pasting a picture made without SUN switches it off."""
     return ADAPTER in params
+
+
+def _of_ltc(read: Callable[[Params], Any]) -> Callable[[Params], Any]:
+    return lambda params: read(params) if TAU in params else None
 
 
 READERS: dict[str, Callable[[Params], Any]] = {
@@ -56,5 +88,10 @@ READERS: dict[str, Callable[[Params], Any]] = {
     "negative": _of_sun(lambda params: params.get(NEGATIVE, "")),
     "denoise_mode": _of_sun(lambda params: params.get(DENOISE_MODE, "trained")),
     "sampling": _of_sun(lambda params: params.get(SAMPLING, "sun")),
+    "ltc": lambda params: TAU in params,
+    "tau": _of_ltc(lambda params: float(params[TAU])),
+    "every": _of_ltc(lambda params: int(params.get(EVERY, 2))),
+    "calibration": _of_ltc(lambda params: AGAIN if MEASURED in params else AUTOMATIC),
+    "inherit": lambda params: params.get(INHERIT, "off"),
 }
 """A reader for each control of the accordion, by its name."""

@@ -1,18 +1,18 @@
-"""The accordion "SUN" of txt2img and img2img, and the run behind it (accordion, tab, X/Y/Z plot and API alike)."""
+"""The script of txt2img and img2img, and the run behind it (accordions, tab, X/Y/Z plot and API alike)."""
 
 from __future__ import annotations
 
 import logging
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import gradio as gr
 from modules import scripts, shared
-from modules.ui_components import InputAccordion, ToolButton
 
-from . import folders, host, infotext, negative, sampler, store
+from . import controls, folders, host, infotext, negative, sampler, store
+from .accelerators import AcceleratorRun, AcceleratorSettings
+from .controls import CONTROLS, DENOISE_MODES, SAMPLINGS, TITLE, read_arguments
 from .run import SunRun, SunSettings, active, fit
 
 if TYPE_CHECKING:
@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TITLE = "SUN"
-CONTROLS = ("enabled", "adapter", "strength", "steps", "main_negative", "negative", "denoise_mode", "sampling")
-"""Names of the script's arguments, in order; the API's `alwayson_scripts` may give them by name in one object."""
-DENOISE_MODES = ["trained", "respaced"]
-SAMPLINGS = ["sun", "schedule", "keep"]
+Settings = TypeVar("Settings", SunSettings, AcceleratorSettings)
 
 
 @dataclass
@@ -48,46 +44,27 @@ class SunScript(scripts.Script):
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img: bool) -> list[Any]:
-        names = folders.names()
-        with InputAccordion(False, label=TITLE, elem_id=self.elem_id("enabled")) as enabled:
-            with gr.Row():
-                adapter = gr.Dropdown(names, value=names[0], label="SUN adapter", elem_id=self.elem_id("adapter"))
-                refresh = ToolButton("\U0001f504", elem_id=self.elem_id("refresh"))
-                strength = gr.Slider(0, 2, value=1.0, step=0.05, label="SUN strength", elem_id=self.elem_id("strength"))
-                steps = gr.Slider(1, 50, value=4, step=1, label="SUN steps", elem_id=self.elem_id("steps"))
-            main_negative = gr.Checkbox(
-                True, label="Use the main negative prompt", elem_id=self.elem_id("main_negative")
-            )
-            own = gr.Textbox(
-                "", lines=2, label="SUN negative prompt", elem_id=self.elem_id("negative"),
-                placeholder="Used when the box above is off. It acts at CFG 1, where the host's own does not.",
-            )  # fmt: skip
-            with gr.Row():
-                mode = gr.Radio(
-                    DENOISE_MODES,
-                    value="trained",
-                    label="SUN image to image, hires fix",
-                    elem_id=self.elem_id("denoise_mode"),
-                )
-                sampling = gr.Radio(SAMPLINGS, value="sun", label="SUN sampler", elem_id=self.elem_id("sampling"))
-        refresh.click(fn=lambda: gr.update(choices=folders.names()), inputs=[], outputs=[adapter])
-        controls = [enabled, adapter, strength, steps, main_negative, own, mode, sampling]
-        self.infotext_fields = [(c, infotext.READERS[name]) for c, name in zip(controls, CONTROLS, strict=True)]
-        self.paste_field_names = [infotext.ADAPTER, infotext.STRENGTH, infotext.NEGATIVE]
-        return controls
+        made = controls.create(self.elem_id)
+        self.infotext_fields = [(c, infotext.READERS[name]) for c, name in zip(made, CONTROLS, strict=True)]
+        self.paste_field_names = list(infotext.PASTED)
+        return made
 
     def before_process(self, p: Any, *args: Any) -> None:
-        p.sun_run = None
+        p.sun_run = p.sun_accelerators = None
         try:
-            enabled, settings = read_arguments(args)
+            enabled, settings, accelerators = read_arguments(args)
+            settings, accelerators = overridden(p, settings), overridden(p, accelerators)
         except (TypeError, ValueError) as error:
             p.sun_run = SunRun(SunSettings(""), error=error)
             return
-        if not enabled:
-            return
-        p.sun_run = SunRun(replace(settings, **getattr(p, "sun_overrides", {})))
-        with kept_error(p.sun_run):
-            prepare(p, p.sun_run)
+        if enabled:
+            p.sun_run = SunRun(settings)
+            with kept_error(p.sun_run):
+                prepare(p, p.sun_run)
+        if accelerators.on:
+            p.sun_accelerators = AcceleratorRun(accelerators)
+            with kept_error(p.sun_accelerators):
+                p.extra_generation_params.update(infotext.write_accelerators(accelerators))
 
     def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
         if run := run_of(p):
@@ -95,12 +72,12 @@ class SunScript(scripts.Script):
                 run.schedules = negative.encode(p, run.settings)
 
     def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
-        run, counter = run_of(p), getattr(p, "sun_counter", None)
+        run, accelerators, counter = run_of(p), getattr(p, "sun_accelerators", None), getattr(p, "sun_counter", None)
         if run and getattr(p, "is_hr_pass", False):
             with kept_error(run):
                 run.schedules = negative.encode(p, run.settings, hires=True)
-        if run or counter:
-            guard_sampling(p, run, counter)
+        if run or accelerators or counter:
+            guard_sampling(p, run, accelerators, counter)
 
 
 def run_of(p: Any) -> SunRun | None:
@@ -113,32 +90,15 @@ def override(p: Any, **values: Any) -> None:
     p.sun_overrides = {**getattr(p, "sun_overrides", {}), **values}
 
 
-def arguments(settings: SunSettings | None) -> list[Any]:
-    """The script's arguments for these settings; None switches SUN off."""
-    chosen = settings or SunSettings(folders.SHIPPED)
-    values = {field.name: getattr(chosen, field.name) for field in fields(chosen)}
-    return [{**values, "enabled": settings is not None}[name] for name in CONTROLS]
-
-
-def read_arguments(args: tuple[Any, ...]) -> tuple[bool, SunSettings]:
-    """Whether SUN is on, and its settings, from the controls' values or from one object with some of them."""
-    if args and isinstance(args[0], dict):
-        unknown = set(args[0]) - set(CONTROLS)
-        if unknown:
-            raise ValueError(f"SUN has no arguments {sorted(unknown)}; it has {', '.join(CONTROLS)}.")
-        given = {"enabled": True, **args[0]}
-    else:
-        given = dict(zip(CONTROLS, args, strict=False))
-    enabled = bool(given.pop("enabled", False))
-    values = {name: value for name, value in given.items() if value is not None}
-    values.setdefault("adapter", folders.names()[0])
-    settings = SunSettings(**values)
-    return enabled, replace(settings, steps=int(settings.steps), strength=float(settings.strength))
+def overridden(p: Any, settings: Settings) -> Settings:
+    """Settings with those of their fields that `override` has set."""
+    names = {field.name for field in fields(settings)}
+    return replace(settings, **{k: v for k, v in getattr(p, "sun_overrides", {}).items() if k in names})
 
 
 @contextmanager
-def kept_error(run: SunRun) -> Iterator[None]:
-    """Keeps an exception for `guard_sampling`: the host would log it and paint a picture without SUN."""
+def kept_error(run: SunRun | AcceleratorRun) -> Iterator[None]:
+    """Keeps an exception for `guard_sampling`: the host would log it and paint a picture without it."""
     try:
         yield
     except Exception as error:
@@ -168,53 +128,71 @@ def prepare(p: Any, run: SunRun) -> None:
     p.extra_generation_params.update(infotext.write(settings, path))
 
 
-def guard_sampling(p: Any, run: SunRun | None, counter: Counter | None) -> None:
-    """Wraps the run of this processing object's sampler, so that SUN is on the model only while it samples.
+def guard_sampling(p: Any, run: SunRun | None, accelerators: AcceleratorRun | None, counter: Counter | None) -> None:
+    """Wraps the run of this processing object's sampler, so that what we do to the host lasts only while it samples.
 
-    What is hung on the model leaves with the `with` block, after an error or an interruption too.
+    What is hung on the model and the sampler leaves with the `with` block, after an error or an interruption too.
     """
     own = p.sampler
     launch = getattr(own, "sun_launch", None) or own.launch_sampling  # a sampler may run several batches
     own.sun_launch = launch
 
     def guarded(steps: int, func: Any) -> Any:
+        for state in (run, accelerators):
+            if state is not None and state.error is not None:
+                raise state.error
         with ExitStack() as stack:
-            if counter is not None:
-                stack.enter_context(counting(p.sd_model, counter))
-            if run is None:
-                return launch(steps, func)
-            if run.error is not None:
-                raise run.error
-            enter_sun(stack, p, run)
+            for entered in around(p, run, accelerators, counter, steps):
+                stack.enter_context(entered)
             result = launch(steps, func)
-        if run.error is not None:
-            raise run.error
-        if not run.layer_calls and not (shared.state.interrupted or shared.state.skipped):
-            raise RuntimeError(
-                "SUN: the model ran without ever reaching SUN's layers. Something replaces its U-Net (TensorRT, say); "
-                "switch that off."
-            )
+        if run is not None:
+            check_sampled(run)
         return result
 
     own.launch_sampling = guarded
 
 
-def enter_sun(stack: ExitStack, p: Any, run: SunRun) -> None:
-    """Puts SUN on the model until `stack` closes. Raises SunFileError if the adapter does not fit the model."""
+def around(
+    p: Any, run: SunRun | None, accelerators: AcceleratorRun | None, counter: Counter | None, steps: int
+) -> list[AbstractContextManager[None]]:
+    """What is to be around one sampling of `steps` steps; any order of entering will do."""
+    return [
+        *([counting(p.sd_model, counter)] if counter is not None else []),
+        *([sun_sampling(p, run)] if run is not None else []),
+        *(accelerators.sampling(p, steps) if accelerators is not None else []),
+    ]
+
+
+def check_sampled(run: SunRun) -> None:
+    """Raises what happened where the host swallows exceptions, or RuntimeError if SUN was never reached."""
+    if run.error is not None:
+        raise run.error
+    if not run.layer_calls and not (shared.state.interrupted or shared.state.skipped):
+        raise RuntimeError(
+            "SUN: the model ran without ever reaching SUN's layers. Something replaces its U-Net (TensorRT, say); "
+            "switch that off."
+        )
+
+
+@contextmanager
+def sun_sampling(p: Any, run: SunRun) -> Iterator[None]:
+    """SUN on the model while one sampling runs. Raises SunFileError if the adapter does not fit the model."""
     family = host.of(p.sd_model)
     assert run.adapter is not None
     run.layers = fit(run.adapter, family.unet_of(p.sd_model), "the loaded model")
     if run.settings.strength == 0.0:
         log.info("SUN: strength is 0, so the plain model samples without guidance.")
     run.layer_calls = 0
-    stack.enter_context(active(run))
-    stack.enter_context(family.sampling(run, p))
-    if getattr(shared.cmd_opts, "lowvram", False) or getattr(shared.cmd_opts, "medvram", False):
-        stack.callback(store.forget_copy)
     log.info(
         "SUN active: %d layers, adapter %s, strength %g, %s",
         len(run.layers), run.settings.adapter, run.settings.strength, p.sampler_name,
     )  # fmt: skip
+    try:
+        with active(run), family.sampling(run, p):
+            yield
+    finally:
+        if getattr(shared.cmd_opts, "lowvram", False) or getattr(shared.cmd_opts, "medvram", False):
+            store.forget_copy()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Axes for the host's X/Y/Z plot: adapter, strength, steps, negative prompt, denoise mode."""
+"""Axes for the host's X/Y/Z plot: of SUN, and of the accelerators without training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PREFIX = "[SUN] "
 
 
 def _apply(**fixed: Any) -> Callable[[str], Callable[[Any, Any, Any], None]]:
-    """A maker of setters (p, value, all values) for a field of SunSettings; `fixed` fields are set with it."""
+    """A maker of setters (p, value, all values) for a field of the settings; `fixed` fields are set with it."""
 
     def setter(name: str) -> Callable[[Any, Any, Any], None]:
         return lambda p, value, _values: override(p, **{name: value}, **fixed)
@@ -39,13 +39,17 @@ def register() -> None:
     if plot is None:
         log.info("SUN: no X/Y/Z plot in this host, so no axes are added.")
         return
-    plain, own_text = _apply(), _apply(main_negative=False)
+    plain, own_text, skipping = _apply(), _apply(main_negative=False), _apply(ltc=True)
     axes = [
         plot.AxisOption(PREFIX + "adapter", str, plain("adapter"), choices=folders.names, cost=0.5),
         plot.AxisOption(PREFIX + "strength", float, plain("strength")),
         plot.AxisOption(PREFIX + "steps", int, plain("steps")),
         plot.AxisOption(PREFIX + "negative prompt", str, own_text("negative")),
         plot.AxisOption(PREFIX + "denoise mode", str, plain("denoise_mode"), choices=lambda: ["trained", "respaced"]),
+        plot.AxisOption(PREFIX + "LTC-Accel tau", float, skipping("tau")),
+        plot.AxisOption(PREFIX + "LTC-Accel every", int, skipping("every")),
+        # Without choices: plans in words are values, too, and a list of choices would refuse them.
+        plot.AxisOption(PREFIX + "feature inheritance", str, plain("inherit")),
     ]
     kept = [axis for axis in plot.axis_options if not axis.label.startswith(PREFIX)]
     plot.axis_options[:] = kept + axes

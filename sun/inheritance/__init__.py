@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .. import lazy
+from .control import control_of_what_runs
 from .places import Places, places_of
 from .plan import MODES, PRESETS, InheritanceError, Plan, parse_plan
 from .roles import roles_of, skipped_outputs
@@ -31,6 +32,7 @@ __all__ = [
     "Places",
     "Plan",
     "attach",
+    "control_of_what_runs",
     "detach",
     "parse_plan",
     "places_of",

@@ -41,7 +41,7 @@ def interval(turns: Sequence[float], settings: LtcSettings) -> tuple[int, int] |
     best: tuple[int, int] | None = None
     begin: int | None = None
     for i in range(1, steps + 1):
-        calm = i < steps and i in _allowed(steps, settings) and (not settings.tau or turns[i - 1] < settings.tau)
+        calm = i < steps and i in allowed(steps, settings) and (not settings.tau or turns[i - 1] < settings.tau)
         if calm and begin is None:
             begin = i
         elif not calm and begin is not None:
@@ -59,6 +59,6 @@ def skipped_steps(turns: Sequence[float], settings: LtcSettings) -> tuple[int, .
     return tuple(i for i in range(found[0], found[1] + 1) if i % settings.every == settings.every - 1)
 
 
-def _allowed(steps: int, settings: LtcSettings) -> range:
+def allowed(steps: int, settings: LtcSettings) -> range:
     """Steps that may be skipped: past the first share, before the last ones, with enough transitions behind them."""
     return range(max(int(steps * settings.first) + 1, settings.terms), steps - settings.last)

@@ -1,34 +1,59 @@
-"""What becomes of a run that measured itself."""
+"""How a run begins, by a table or measuring itself, and what becomes of what it measured."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 
-from .interval import LtcSettings
-from .run import Measurements
+from .interval import LtcSettings, allowed
+from .run import LtcRun, Measurements
 from .table import LtcKey, LtcTable, TableStore
 
 log = logging.getLogger(__name__)
 
 
+AUTOMATIC, AGAIN = "automatic", "measure again"
+"""The choices of a user: take the table there is, or forget it."""
+
+
+def open_run(key: LtcKey, settings: LtcSettings, store: TableStore, calibration: str = AUTOMATIC) -> LtcRun:
+    """A run by the table kept for this key, or one that measures. Raises LtcError for a damaged table."""
+    table = None if calibration == AGAIN else store.find(key, settings)
+    if table is not None:
+        log.info("LTC-Accel: %d of %d steps call the model.", table.calls, key.steps)
+        return LtcRun(key.steps, table=table)
+    log.info("LTC-Accel: no table for these %d steps yet, so this run measures at full cost.", key.steps)
+    return LtcRun(key.steps, measure=Measurements(key.steps, settings))
+
+
 def keep_measured(measured: Measurements, key: LtcKey, store: TableStore) -> LtcTable:
     """The table of a run that measured itself, kept for the next ones; one line says what it will bring."""
     table = measured.table(key)
-    store.put(table)
-    if table.coefficients:
-        log.info("LTC-Accel measured %d steps of %s; the next runs call the model %d times.",
-                 key.steps, key.sampler, table.calls)  # fmt: skip
-    else:
-        log.warning(none_calm(table.turns, measured.settings))
+    try:
+        store.put(table)
+    except OSError as error:  # the picture is made; only the next one pays for it
+        log.warning("LTC-Accel could not keep what it measured, so the next run measures again: %s", error)
+    log.log(logging.INFO if table.coefficients else logging.WARNING, "%s", summary(table))
     return table
+
+
+def summary(table: LtcTable) -> str:
+    """What a run that measured will bring."""
+    if not table.coefficients:
+        return none_calm(table.turns, table.settings)
+    key = table.key
+    return (
+        f"LTC-Accel measured {key.steps} steps of {key.sampler}; the next runs call the model in {table.calls} of them."
+    )
 
 
 def none_calm(turns: Sequence[float], settings: LtcSettings) -> str:
     """Why no step is skipped, and what to do."""
-    if len(turns) < 3:
+    free = [turns[i - 1] for i in allowed(len(turns) + 1, settings)]
+    if not free or not settings.tau:
         return "LTC-Accel found no step to skip in so few steps. Take more of them."
-    return (
-        f"LTC-Accel found no step to skip: every transition turns by {min(turns):.2f} radians or more, and tau is "
-        f"{settings.tau:g}. Raise tau, take more steps, or set tau to 0 to skip by position alone."
-    )
+    why = f"the steps it may skip turn by {min(free):.2f} radians or more, and tau is {settings.tau:g}"
+    if min(free) < settings.tau:
+        why = f"too few steps in a row turn by less than tau ({settings.tau:g} radians) to skip one of {settings.every}"
+    mend = "Raise tau, take more steps, or set tau to 0 to skip by position alone."
+    return f"LTC-Accel found no step to skip: {why}. {mend}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from diffusers import (
 )
 
 from sun.ltc import LtcError, LtcKey, LtcRun, LtcSettings, LtcTable, Measurements, TableStore, load_table, skipped_steps
+from sun.ltc.keep import keep_measured, none_calm
 from sun.ltc.schedulers import Stepper, noise_levels, sampler_of
 from sun.ltc.transitions import Fit, angles
 from sun.schedulers import make_scheduler
@@ -103,6 +105,34 @@ def test_a_table_survives_its_file_and_is_found_by_everything_it_depends_on(tmp_
     store = TableStore(tmp_path)
     store.forget(made.key, made.settings)
     assert store.find(made.key, made.settings) is None
+
+
+@pytest.mark.parametrize(
+    ("turns", "tau", "words"),
+    [
+        ([0.5] * 3, 0.1, "so few steps"),
+        ([0.5] * 7, 0.0, "so few steps"),
+        ([0.01, 0.01, 0.3, 0.25, 0.4, 0.01, 0.01], 0.1, r"turn by 0\.25 radians or more, and tau is 0\.1"),
+        ([0.5, 0.5, 0.5, 0.05, 0.5, 0.5, 0.5], 0.1, "too few steps in a row"),
+    ],
+)
+def test_it_says_why_no_step_is_skipped(turns: list[float], tau: float, words: str) -> None:
+    """Turns at both ends, where no step is skipped anyway, are no reason."""
+    assert re.search(words, none_calm(turns, LtcSettings(tau=tau)))
+
+
+def test_a_folder_that_cannot_be_written_does_not_cost_the_picture(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    measured, key = Measurements(8, LtcSettings(tau=0.0)), LtcKey("model", "euler", tuple(range(9, 0, -1)), 7.0)
+    run = LtcRun(8, measure=measured)
+    for i in range(8):
+        run.enter(i, torch.full((1, 4), float(i)))
+    run.finish(torch.full((1, 4), 8.0))
+    table = keep_measured(measured, key, TableStore(tmp_path / "file" / "ltc"))
+    assert set(table.coefficients) == {3, 5}
+    assert "measures again" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"format": "sun-ltc-9"}', "step", "nan"])

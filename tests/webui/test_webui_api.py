@@ -70,11 +70,29 @@ def test_img2img_runs_the_trained_part(client: TestClient) -> None:
     assert answer.status_code == 200, answer.text
 
 
+def test_accelerators_are_optional_fields(client: TestClient, host: Any) -> None:
+    for path in host.part("ltc").tables_folder().glob("*"):
+        path.unlink()
+    body = {**BODY, "steps": 8, "ltc": {"tau": 0.0}, "inherit": "stages=1 every=3"}
+    counted = []
+    for _ in range(2):
+        answer = client.post("/sun/v1/txt2img", json=body)
+        assert answer.status_code == 200, answer.text
+        counted.append(answer.json()["unet_calls"])
+    assert counted == [8, 6]
+    assert "LTC-Accel tau: 0" in answer.json()["infotexts"][0]
+    assert "Feature inheritance: stages=1 every=3" in answer.json()["infotexts"][0]
+    answer = client.post("/sun/v1/txt2img", json={**BODY, "inherit": "stages=9"})
+    assert answer.status_code == 409, "a plan, but not of this model"
+    assert "4 stages" in answer.json()["detail"]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
         {"steps": 0}, {"steps": 51}, {"strength": 3}, {"width": 60}, {"height": 10000}, {"batch_size": 0},
-        {"seed": "x"}, {"negativ_prompt": "a dog"}, {"prompt": None},
+        {"seed": "x"}, {"negativ_prompt": "a dog"}, {"prompt": None}, {"ltc": {"tau": -1}},
+        {"ltc": {"evry": 2}}, {"inherit": "quick"},
     ],
 )  # fmt: skip
 def test_bodies_out_of_range_or_misspelt_are_422(client: TestClient, wrong: dict[str, Any]) -> None:

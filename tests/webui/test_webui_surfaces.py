@@ -10,14 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from webui_host import ADAPTER, REPOSITORY, UnetLog
+from webui_host import ADAPTER, REPOSITORY, UnetLog, pasted, sun_scripts
 
 SUN = {"adapter": ADAPTER}
-
-
-def sun_scripts(host: Any) -> list[Any]:
-    runners = (host.scripts.scripts_txt2img, host.scripts.scripts_img2img)
-    return [script for runner in runners for script in runner.alwayson_scripts if getattr(script, "sun_script", False)]
 
 
 def test_one_always_visible_script_in_each_tab(host: Any) -> None:
@@ -73,17 +68,6 @@ def test_folders_of_command_line_and_settings_are_searched(host: Any, tmp_path: 
                 folders.find(hostile)
     finally:
         shared.cmd_opts.sun_dir, shared.opts.data["sun_folder"] = None, ""
-
-
-def pasted(host: Any, infotext: str, is_img2img: bool = False) -> dict[str, Any]:
-    """The accordion's values after the host pasted an infotext; fields that answer None keep theirs."""
-    script = sun_scripts(host)[is_img2img]
-    params = host.modules("infotext_utils").parse_generation_parameters(infotext)
-    values = [control.value for control in host.scripts.scripts_txt2img.inputs[script.args_from : script.args_to]]
-    for i, (_, read) in enumerate(script.infotext_fields):
-        answer = read(params)
-        values[i] = values[i] if answer is None else answer
-    return dict(zip(host.part("script").CONTROLS, values, strict=True))
 
 
 def test_infotext_pasted_back_gives_the_same_picture(family: Any, host: Any) -> None:
@@ -149,7 +133,7 @@ def test_axes_change_the_run_and_are_added_once(family: Any, host: Any, plot: An
     xyz.register()
     xyz.register()
     axes = {axis.label: axis for axis in plot.axis_options}
-    assert len(axes) == len(plot.axis_options) == 6
+    assert len(axes) == len(plot.axis_options) == 9
     assert ADAPTER in axes["[SUN] adapter"].choices()
     p = SimpleNamespace()
     axes["[SUN] strength"].apply(p, 0.5, [])

@@ -87,6 +87,22 @@ def process(
     )  # fmt: skip
 
 
+def sun_scripts(host: Any) -> list[Any]:
+    runners = (host.scripts.scripts_txt2img, host.scripts.scripts_img2img)
+    return [script for runner in runners for script in runner.alwayson_scripts if getattr(script, "sun_script", False)]
+
+
+def pasted(host: Any, infotext: str, is_img2img: bool = False) -> dict[str, Any]:
+    """The accordion's values after the host pasted an infotext; fields that answer None keep theirs."""
+    script = sun_scripts(host)[is_img2img]
+    params = host.modules("infotext_utils").parse_generation_parameters(infotext)
+    values = [control.value for control in host.scripts.scripts_txt2img.inputs[script.args_from : script.args_to]]
+    for i, (_, read) in enumerate(script.infotext_fields):
+        answer = read(params)
+        values[i] = values[i] if answer is None else answer
+    return dict(zip(host.part("script").CONTROLS, values, strict=True))
+
+
 class UnetLog:
     """Records rows, timesteps and texts of each U-Net call while entered."""
 

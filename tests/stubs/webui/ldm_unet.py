@@ -184,11 +184,16 @@ class UNet(nn.Module):
                     h = part(h)
             return h
 
+        def controlled(h: torch.Tensor, name: str) -> torch.Tensor:
+            """Forge's way: the last of the list, added in place (it prints a warning where this one fails)."""
+            residual = control[name].pop() if control and control.get(name) else None
+            return h if residual is None else h.add_(residual)
+
         skips, h = [], x
         for i, parts in enumerate(self.input_blocks):
-            h = run(parts, h, ("input", i))
+            h = controlled(run(parts, h, ("input", i)), "input")
             skips.append(h)
-        h = run(self.middle_block, h, ("middle", 0))
+        h = controlled(run(self.middle_block, h, ("middle", 0)), "middle")
         for i, parts in enumerate(self.output_blocks):
-            h = run(parts, torch.cat([h, skips.pop()], 1), ("output", i))
+            h = run(parts, torch.cat([h, controlled(skips.pop(), "output")], 1), ("output", i))
         return self.out(h)

@@ -38,6 +38,7 @@ class Model:
 
     def __init__(self, unet: Any, encode: Encode) -> None:
         self.sigmas = sd_sigmas()
+        self.alphas_cumprod = 1 / (self.sigmas**2 + 1)
         self.encode, self.encoded = encode, []
 
     def get_learned_conditioning(self, texts: list[str]) -> torch.Tensor:
@@ -73,9 +74,13 @@ class UnetPatcher:
 
     def __init__(self, model: Any, options: dict[str, Any] | None = None) -> None:
         self.model, self.model_options = model, options or {"transformer_options": {}}
+        self.controlnet_linked_list: Any = None
+        """The test's: gives the residuals of a call, {"input" | "middle" | "output": [...]}, for its latents."""
 
     def clone(self) -> UnetPatcher:
-        return UnetPatcher(self.model, copy.deepcopy(self.model_options))
+        copied = UnetPatcher(self.model, copy.deepcopy(self.model_options))
+        copied.controlnet_linked_list = self.controlnet_linked_list
+        return copied
 
     def add_conditioning_modifier(self, modifier: Any) -> None:
         self.model_options.setdefault("conditioning_modifiers", []).append(modifier)
@@ -94,10 +99,10 @@ class ForgeModel(Model):
         self.forge_objects_after_applying_lora = SimpleNamespace(unet=UnetPatcher(inner))
         self.forge_objects = SimpleNamespace(unet=self.forge_objects_after_applying_lora.unet)
 
-    def apply_model(self, x: Any, sigma: Any, text: Any, transformer_options: dict[str, Any]) -> torch.Tensor:
+    def apply_model(self, x: Any, sigma: Any, text: Any, options: dict[str, Any], control: Any = None) -> torch.Tensor:
         unet = self.forge_objects.unet.model.diffusion_model
 
         def call(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return unet(x, t, context=text, transformer_options=transformer_options)
+            return unet(x, t, context=text, control=control, transformer_options=options)
 
         return self.denoised(x, sigma, call)

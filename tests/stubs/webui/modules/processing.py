@@ -18,6 +18,7 @@ FIELDS: dict[str, Any] = {
     "outpath_samples": None, "outpath_grids": None, "do_not_save_samples": False, "do_not_save_grid": False,
     "denoising_strength": 0.75, "hr_scheduler": None, "hr_sampler_name": None, "hr_negative_prompt": "",
     "hr_second_pass_steps": 0, "enable_hr": False, "hr_prompt": "",
+    "s_churn": 0.0, "eta": None,
 }  # fmt: skip
 
 
@@ -83,7 +84,8 @@ class StableDiffusionProcessing:
 
 class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
     def init(self) -> None:
-        self.hr_cfg = 1.0 if shared.family != "forge" else getattr(self, "hr_cfg", 7.0)
+        if shared.family == "forge":
+            self.hr_cfg = getattr(self, "hr_cfg", 7.0)
 
     def sample(self) -> torch.Tensor:
         self.sampler = sd_samplers.create_sampler(self.sampler_name, self.sd_model)

@@ -5,16 +5,28 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from . import sd_samplers_common, sd_samplers_kdiffusion
+from . import sd_samplers_common, sd_samplers_kdiffusion, sd_samplers_timesteps
 
+K_DIFFUSION = (
+    ("DPM++ 2M", "sample_dpmpp_2m", {}), ("Euler", "sample_euler", {}), ("Euler a", "sample_euler_ancestral", {}),
+    ("Heun", "sample_heun", {"second_order": True}), ("DPM2", "sample_dpm_2", {"second_order": True}),
+)  # fmt: skip
 all_samplers = [
-    sd_samplers_common.SamplerData(
-        label,
-        lambda model, name=name: sd_samplers_kdiffusion.KDiffusionSampler(name, model),
-        [],
-        {"scheduler": "simple"},
-    )
-    for label, name in (("DPM++ 2M", "sample_dpmpp_2m"), ("Euler", "sample_euler"))
+    *(
+        sd_samplers_common.SamplerData(
+            label,
+            lambda model, name=name: sd_samplers_kdiffusion.KDiffusionSampler(name, model),
+            [],
+            {"scheduler": "simple", **options},
+        )
+        for label, name, options in K_DIFFUSION
+    ),
+    *(
+        sd_samplers_common.SamplerData(
+            label, lambda model, f=function: sd_samplers_timesteps.CompVisSampler(f, model), [], {}
+        )
+        for label, function in (("DDIM", sd_samplers_timesteps.ddim), ("PLMS", sd_samplers_timesteps.plms))
+    ),
 ]
 all_samplers_map = {x.name: x for x in all_samplers}
 samplers: list[Any] = []

@@ -24,7 +24,14 @@ def make(sampler: Any) -> Any:
     return (A1111Denoiser if shared.family == "a1111" else ForgeDenoiser)(sampler)
 
 
+def make_timesteps(sampler: Any) -> Any:
+    return (A1111TimestepsDenoiser if shared.family == "a1111" else ForgeTimestepsDenoiser)(sampler)
+
+
 class Denoiser:
+    def denoise(self, x: Any, sigma: Any, **extra: Any) -> torch.Tensor:
+        raise NotImplementedError
+
     def __init__(self, sampler: Any) -> None:
         self.sampler, self.step, self.total_steps = sampler, 0, 1
         self.init_latent: Any = None
@@ -35,7 +42,7 @@ class Denoiser:
         self.p, self.step, self.mask = p, 0, getattr(p, "mask", None)
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **extra: Any) -> torch.Tensor:
-        if state.interrupted:
+        if state.interrupted or state.skipped:
             raise sd_samplers_common.InterruptedException
         denoised = self.denoise(x, sigma, **extra)
         if self.mask is not None:
@@ -115,6 +122,24 @@ class ForgeDenoiser(Denoiser):
         return sampling_function(model, x, sigma, plain, parts, cond_scale, options)
 
 
+class TimestepsDenoiser(Denoiser):
+    """Asked at a timestep and latents of variance 1 for noise."""
+
+    def denoise(self, x: Any, sigma: Any, **extra: Any) -> torch.Tensor:
+        sigma = shared.sd_model.sigmas[sigma.round().long()]
+        level = sigma.view(-1, 1, 1, 1)
+        x = x * (1 + level**2).sqrt()
+        return (x - super().denoise(x, sigma, **extra)) / level
+
+
+class A1111TimestepsDenoiser(TimestepsDenoiser, A1111Denoiser):
+    pass
+
+
+class ForgeTimestepsDenoiser(TimestepsDenoiser, ForgeDenoiser):
+    pass
+
+
 def sampling_function(
     model: Any, x: Any, sigma: Any, uncond: Any, cond: Any, scale: float, options: Any
 ) -> torch.Tensor:
@@ -122,10 +147,13 @@ def sampling_function(
     if math.isclose(scale, 1.0):
         uncond = None
     chunks = [(part, 0) for part in cond] + [(part, 1) for part in uncond or []]
-    transformer = {**options.get("transformer_options", {}), "cond_or_uncond": [kind for _, kind in chunks]}
+    kinds = [kind for _, kind in chunks]
+    transformer = {**options.get("transformer_options", {}), "cond_or_uncond": kinds, "sigmas": sigma}
     text = torch.cat([part["model_conds"]["c_crossattn"] for part, _ in chunks])
     rows = len(chunks)
-    predicted = model.apply_model(x.repeat(rows, 1, 1, 1), sigma.repeat(rows), text, transformer).chunk(rows)
+    linked = shared.sd_model.forge_objects.unet.controlnet_linked_list
+    control = None if linked is None else linked(x.repeat(rows, 1, 1, 1))
+    predicted = model.apply_model(x.repeat(rows, 1, 1, 1), sigma.repeat(rows), text, transformer, control).chunk(rows)
     strengths = [part.get("strength", 1.0) for part, _ in chunks]
     with_text = sum(w * p for w, p, (_, kind) in zip(strengths, predicted, chunks, strict=True) if kind == 0) / total
     without = next((p for p, (_, kind) in zip(predicted, chunks, strict=True) if kind == 1), torch.zeros_like(x))

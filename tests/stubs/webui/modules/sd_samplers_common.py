@@ -1,7 +1,9 @@
-"""SamplerData, the count of img2img steps, and Sampler.launch_sampling, which ends an interrupted run quietly."""
+"""SamplerData, the count of img2img steps, and Sampler.launch_sampling, which ends an interrupted run quietly and looks
+for the sampler's function only when it calls it."""
 
 from __future__ import annotations
 
+import inspect
 from collections import namedtuple
 from typing import Any
 
@@ -29,6 +31,16 @@ class Sampler:
         self.config: Any = None
         self.last_latent: Any = None
         self.sampler_extra_args: dict[str, Any] = {}
+
+    def initialize(self, p: Any, x: Any, cond: Any, uncond: Any, image_cond: Any) -> dict[str, Any]:
+        """Makes ready for a run; what the page and the settings say beside, for the function's own parameters."""
+        self.model_wrap_cfg.begin(p)
+        self.last_latent = x
+        self.sampler_extra_args = {
+            "cond": cond, "uncond": uncond, "cond_scale": p.cfg_scale, "s_min_uncond": 0.0, "image_cond": image_cond
+        }  # fmt: skip
+        known = inspect.signature(self.func).parameters
+        return {name: value for name in ("s_churn", "eta") if name in known and (value := getattr(p, name)) is not None}
 
     def launch_sampling(self, steps: int, func: Any) -> Any:
         self.model_wrap_cfg.steps = steps

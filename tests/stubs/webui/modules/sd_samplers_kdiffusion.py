@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,15 +12,72 @@ from . import sd_samplers_cfg_denoiser, sd_samplers_common, sd_schedulers
 from .shared import opts
 
 
-def sample_euler(model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any]) -> torch.Tensor:
-    for sigma, following in itertools.pairwise(sigmas):
-        denoised = model(x, sigma.expand(x.shape[0]), **extra_args)
-        x = x + (x - denoised) / sigma * (following - sigma)
+def steps_of(
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any]
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, Any]]:
+    """(number, sigma here, sigma there, the function that asks the model for its direction at x and a sigma)."""
+
+    def slope(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return (x - model(x, sigma * x.new_ones(x.shape[0]), **extra_args)) / sigma
+
+    for i, (here, there) in enumerate(itertools.pairwise(sigmas)):
+        yield i, here, there, slope
+
+
+def sample_euler(
+    model: Any, x: Any, sigmas: Any, extra_args: Any = None, callback: Any = None, disable: Any = None,
+    s_churn: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
+    for _, here, there, slope in steps_of(model, x, sigmas, extra_args):
+        x = x + slope(x, here) * (there - here)
     return x
 
 
-def sample_dpmpp_2m(model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any]) -> torch.Tensor:
-    return sample_euler(model, x, sigmas, extra_args)  # another sampler of the host's list; its formula does not matter
+def sample_euler_ancestral(
+    model: Any, x: Any, sigmas: Any, extra_args: Any = None, callback: Any = None, disable: Any = None, eta: float = 1.0
+) -> torch.Tensor:
+    for _, here, there, slope in steps_of(model, x, sigmas, extra_args):
+        up = eta * there * (1 - (there / here) ** 2).sqrt()
+        down = (there**2 - up**2).sqrt()
+        x = x + slope(x, here) * (down - here) + up * torch.ones_like(x)
+    return x
+
+
+def sample_heun(
+    model: Any, x: Any, sigmas: Any, extra_args: Any = None, callback: Any = None, disable: Any = None,
+    s_churn: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
+    for _, here, there, slope in steps_of(model, x, sigmas, extra_args):
+        first = slope(x, here)
+        ahead = x + first * (there - here)
+        x = ahead if there == 0 else x + (first + slope(ahead, there)) / 2 * (there - here)
+    return x
+
+
+def sample_dpm_2(
+    model: Any, x: Any, sigmas: Any, extra_args: Any = None, callback: Any = None, disable: Any = None,
+    s_churn: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
+    for _, here, there, slope in steps_of(model, x, sigmas, extra_args):
+        direction, middle = slope(x, here), (here * there).sqrt()
+        if there > 0:
+            direction = slope(x + direction * (middle - here), middle)
+        x = x + direction * (there - here)
+    return x
+
+
+def sample_dpmpp_2m(
+    model: Any, x: Any, sigmas: Any, extra_args: Any = None, callback: Any = None, disable: Any = None
+) -> torch.Tensor:
+    before: Any = None
+    for i, here, there, slope in steps_of(model, x, sigmas, extra_args):
+        denoised = x - here * slope(x, here)
+        ahead = denoised
+        if before is not None and there > 0:
+            ratio = (sigmas[i - 1] / here).log() / (here / there).log()
+            ahead = denoised + (denoised - before) / (2 * ratio)
+        x, before = there / here * x + (1 - there / here) * ahead, denoised
+    return x
 
 
 class KDiffusionSampler(sd_samplers_common.Sampler):
@@ -42,13 +100,13 @@ class KDiffusionSampler(sd_samplers_common.Sampler):
         )
 
     def _launch(self, p: Any, steps: int, x: Any, sigmas: Any, cond: Any, uncond: Any, image_cond: Any) -> Any:
-        self.model_wrap_cfg.begin(p)
-        self.last_latent = x
-        self.sampler_extra_args = {
-            "cond": cond, "uncond": uncond, "cond_scale": p.cfg_scale, "s_min_uncond": 0.0, "image_cond": image_cond
-        }  # fmt: skip
-        extra = self.sampler_extra_args
-        return self.launch_sampling(steps, lambda: self.func(self.model_wrap_cfg, x, sigmas, extra_args=extra))
+        extra = self.initialize(p, x, cond, uncond, image_cond) | {"sigmas": sigmas}
+        return self.launch_sampling(
+            steps,
+            lambda: self.func(
+                self.model_wrap_cfg, x, extra_args=self.sampler_extra_args, disable=False, callback=None, **extra
+            ),
+        )
 
     def sample(self, p: Any, x: Any, cond: Any, uncond: Any, steps: Any = None, image_conditioning: Any = None) -> Any:
         steps = steps or p.steps

@@ -1,0 +1,349 @@
+"""LTC-Accel and feature inheritance in both families, with SUN on and off (contracts: hosts.md F.4 to F.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from webui_host import ADAPTER, UnetLog, hooks_on, load_model, make_unet, pasted, relative
+
+SUN = {"adapter": ADAPTER}
+LTC = {"ltc": True, "tau": 0.0}
+PICTURE = {"prompt": "a cat", "negative_prompt": "a dog", "seed": 3, "steps": 8, "sampler_name": "Euler"}
+CALLS = {"DPM++ 2M": 1, "Euler": 1, "Heun": 2, "DPM2": 2, "DDIM": 1}
+
+
+@pytest.fixture(autouse=True)
+def tables(host: Any) -> Iterator[Path]:
+    """The folder of tables, empty before each test."""
+    folder = host.part("ltc").tables_folder()
+    for path in folder.glob("*"):
+        path.unlink()
+    yield folder
+    assert not list(folder.glob("*.part"))
+
+
+@pytest.fixture
+def seen(host: Any, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Latents in the sigma parametrisation at each of the sampler's calls, skipped ones too."""
+    kept: list[torch.Tensor] = []
+    kind = host.part("ltc").SamplerRun
+    direction = kind.direction
+    monkeypatch.setattr(kind, "direction", lambda self, x: kept.append(x.clone()) or direction(self, x))
+    return kept
+
+
+def calls(family: Any, sun: Any = None, **more: Any) -> tuple[list[int], torch.Tensor]:
+    """Rows of each U-Net call, and the picture."""
+    with UnetLog(family.unet) as log:
+        result = family.run(sun, **{**PICTURE, **more})
+    assert result.errors == []
+    assert_restored(family, result)
+    return log.rows, result.images
+
+
+def assert_restored(family: Any, result: Any) -> None:
+    """The fixture `family` looks for hooks besides."""
+    assert not [module for module in family.unet.modules() if "forward" in vars(module)]
+    assert not hasattr(result.p.sampler.func, "__wrapped__")
+
+
+# ---------------------------------------------------------------------------------------------------------- LTC-Accel
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_first_run_is_plain_and_the_next_skips_both_passes(
+    family: Any, host: Any, tables: Path, seen: list[torch.Tensor], name: str
+) -> None:
+    rows, plain = calls(family, sampler_name=name)
+    assert set(rows) == {2}  # positive and negative
+    measuring, first = calls(family, LTC, sampler_name=name)
+    assert (measuring, torch.equal(first, plain)) == (rows, True)
+    (path,) = tables.glob("*.json")
+    table = host.stub("sd_webui_sun.sun.ltc").load_table(path)
+    assert table.coefficients
+    del seen[:]
+    fast, picture = calls(family, LTC, sampler_name=name)
+    assert len(fast) == len(rows) - CALLS[name] * len(table.coefficients)
+    assert set(fast) == {2}
+    starts = seen[:: CALLS[name]]
+    for i, (c,) in table.coefficients.items():
+        torch.testing.assert_close(starts[i + 1], starts[i] + c * (starts[i] - starts[i - 1]), rtol=1e-4, atol=1e-4)
+    assert 0 < relative(picture, plain) < 0.5
+
+
+def test_what_other_hosts_measured_is_found(family: Any, host: Any, tables: Path) -> None:
+    """The key says model, solver, schedule and guidance, and nothing of the host."""
+    calls(family, LTC)
+    (mine,) = tables.glob("*.json")
+    other = "forge" if family.name == "a1111" else "a1111"
+    load_model(other, family.unet, host.stub("models").any_text(16))
+    with UnetLog(family.unet) as log:
+        host.process(LTC, **PICTURE)
+    assert len(log.rows) < 8
+    assert list(tables.glob("*.json")) == [mine]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"sampler_name": "Euler a"}, "Euler a: it adds fresh noise"),
+        ({"sampler_name": "PLMS"}, "does not know the sampler PLMS"),
+        ({"sampler_name": "Heun", "s_churn": 0.5}, "Heun with s_churn"),
+        ({"sampler_name": "DDIM", "eta": 0.5}, "DDIM with eta"),
+    ],
+)
+def test_other_samplers_get_a_sentence_before_the_first_call(family: Any, fields: Any, words: str) -> None:
+    with UnetLog(family.unet) as log, pytest.raises(ValueError, match=f"{words}.*Use Euler, DDIM"):
+        family.run(LTC, **{**PICTURE, **fields})
+    assert log.rows == []
+
+
+def test_a_sampler_of_another_kind_gets_a_sentence(host: Any, family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has no function of its own, or does not call it."""
+    kind = host.modules("sd_samplers_kdiffusion").KDiffusionSampler
+    monkeypatch.setattr(kind, "_launch", lambda self, p, steps, x, *_: self.launch_sampling(steps, lambda: x))
+    with pytest.raises(ValueError, match="does not know the sampler Euler"):
+        family.run(LTC, **PICTURE)
+
+
+def test_measuring_again_pays_in_full_and_a_table_serves_again(family: Any, tables: Path) -> None:
+    for _ in range(2):
+        assert len(calls(family, {**LTC, "calibration": "measure again"})[0]) == 8
+    assert len(calls(family, LTC)[0]) == 6
+    for settings in ({**LTC, "every": 3}, {"ltc": True, "tau": 0.05}):
+        assert len(calls(family, settings)[0]) == 8
+    assert len(calls(family, LTC, cfg_scale=5.0)[0]) == 8
+    assert len(list(tables.glob("*.json"))) == 4
+
+
+def test_the_page_says_what_was_measured(family: Any) -> None:
+    """The hosts show comments below the picture; their logs hide what is no warning."""
+    assert "call the model in 6 of them" in family.run(LTC, **PICTURE).comments
+    assert family.run(LTC, **PICTURE).comments == ""
+    assert "turn by" in family.run({"ltc": True, "tau": 1e-6}, **PICTURE).comments
+
+
+def test_prompt_editing_keeps_its_steps(family: Any) -> None:
+    """Skipped steps count, as the hosts count calls of their denoiser."""
+    for _ in range(2):
+        result = family.run(LTC, **{**PICTURE, "sampler_name": "Heun"})
+        assert result.p.sampler.model_wrap_cfg.step == 15
+
+
+def test_an_interrupt_before_a_skipped_step_ends_there(
+    host: Any, family: Any, tables: Path, seen: list[torch.Tensor]
+) -> None:
+    state = host.modules("shared").state
+    count: list[int] = []
+
+    def stop(*_: Any) -> None:
+        count.append(1)
+        if len(count) == 3:  # step 2; step 3 is skipped
+            state.interrupt()
+
+    for _ in range(2):  # measuring, the host's own denoiser ends it; then the skipped step does
+        handle = family.unet.register_forward_pre_hook(stop)
+        del count[:], seen[:]
+        result = family.run(LTC, **PICTURE)
+        handle.remove()
+        assert_restored(family, result)
+        assert (len(count), len(seen)) == (3, 4)
+        state.begin()
+        calls(family, LTC)
+    assert len(list(tables.glob("*.json"))) == 1
+
+
+def test_a_failing_run_leaves_nothing_and_keeps_nothing(family: Any, tables: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    deep = family.unet.middle_block[0].in_layers
+    handle = deep.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        family.run({**SUN, **LTC, "inherit": "balanced"}, **PICTURE)
+    handle.remove()
+    assert hooks_on(family.unet) == 0
+    assert not [module for module in family.unet.modules() if "forward" in vars(module)]
+    assert not list(tables.glob("*"))
+
+
+def test_several_batches_measure_once_and_do_not_stack(family: Any) -> None:
+    """A1111's sampler object of img2img serves every batch."""
+    image = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(5))
+    rows, _ = calls(family, LTC, image=image, n_iter=3, denoising_strength=1.0)
+    assert len(rows) == 8 + 6 + 6
+
+
+def test_hires_fix_measures_each_pass_on_its_own(family: Any, tables: Path) -> None:
+    fields = {"enable_hr": True, "denoising_strength": 0.99, "hr_second_pass_steps": 6}
+    rows, plain = calls(family, **fields)
+    measuring, first = calls(family, LTC, **fields)
+    assert (measuring, torch.equal(first, plain)) == (rows, True)
+    assert len(list(tables.glob("*.json"))) == 2
+    assert len(calls(family, LTC, **fields)[0]) == len(rows) - 3
+
+
+def test_inpainting_keeps_the_kept_part(family: Any) -> None:
+    image = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(5))
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1
+    for _ in range(2):
+        _, picture = calls(family, LTC, image=image, mask=mask, denoising_strength=1.0)
+        assert torch.allclose(picture[..., :4], image[..., :4], atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ feature inheritance
+
+
+@pytest.mark.parametrize(
+    ("plan", "full"),
+    [("fine", 4), ("balanced", 4), ("fast", 3), ("stages=1 mode=dense-early", 4), ("outer=2 keys=0,5", 2)],
+)
+def test_the_inner_parts_run_in_key_steps_only(family: Any, plan: str, full: int) -> None:
+    count: list[int] = []
+    handle = family.unet.middle_block[0].in_layers.register_forward_hook(lambda *_: count.append(1))
+    rows, picture = calls(family, {"inherit": plan})
+    handle.remove()
+    assert (len(rows), len(count)) == (8, full)
+    assert relative(picture, calls(family)[1]) > 1e-4
+
+
+def test_all_key_steps_are_the_plain_run(family: Any) -> None:
+    plan = "stages=1 keys=0,1,2,3,4,5,6,7"
+    assert torch.equal(calls(family, {"inherit": plan})[1], calls(family)[1])
+
+
+def test_both_families_inherit_the_same(host: Any) -> None:
+    unet, encode, pictures = make_unet(host), host.stub("models").any_text(16), []
+    for family in ("a1111", "forge"):
+        load_model(family, unet, encode)
+        pictures.append(host.process({"inherit": "balanced"}, **PICTURE).images)
+    assert relative(*pictures) < 1e-4
+
+
+def test_images_of_a_batch_equal_single_ones(family: Any, host: Any) -> None:
+    """The parts of a batch are told apart where the host asks for them one after the other, too."""
+    single = calls(family, {"inherit": "balanced"})[1]
+    assert relative(calls(family, {"inherit": "balanced"}, batch_size=2)[1][:1], single) < 1e-4
+    host.modules("shared").opts.data["batch_cond_uncond"] = False
+    assert relative(calls(family, {"inherit": "balanced"}, batch_size=2)[1][:1], single) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["forge"], indirect=True)
+def test_forge_control_residuals_go_to_the_parts_that_run(family: Any) -> None:
+    """Added in place to a part left out they would not fit: the stand-in fails there, Forge drops them."""
+    shapes: list[tuple[str, torch.Size]] = []
+    unet = family.unet
+    handles = [block[0].register_forward_hook(lambda _m, _a, y: shapes.append(y.shape)) for block in unet.input_blocks]
+    handles.append(unet.middle_block[2].register_forward_hook(lambda _m, _a, y: shapes.append(y.shape)))
+    calls(family, steps=1)
+    for handle in handles:
+        handle.remove()
+    *outer, middle = shapes
+
+    def residuals(strength: float) -> Any:
+        def control(x: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+            made = [torch.full((len(x), *shape[1:]), strength) for shape in outer]
+            return {"output": made, "middle": [torch.full((len(x), *middle[1:]), strength)]}
+
+        return control
+
+    pictures = []
+    for strength in (0.0, 0.5):
+        family.model.forge_objects_after_applying_lora.unet.controlnet_linked_list = residuals(strength)
+        pictures.append(calls(family, {"inherit": "balanced"})[1])
+    assert relative(*pictures) > 1e-4
+
+
+def test_a_plan_that_cannot_be_stops_the_run_with_what_there_is(family: Any) -> None:
+    for plan, words in (("stages=9", "stages = 9"), ("quick", "fine, balanced, fast"), ("layers=up.9.9", "up.0.0")):
+        with UnetLog(family.unet) as log, pytest.raises(ValueError, match=words):
+            family.run({"inherit": plan}, **PICTURE)
+        assert log.rows == []
+
+
+def test_a_unet_that_is_replaced_is_not_silently_ignored(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(family.model, "apply_model", lambda x, *_args: x * 0.5)
+    if family.name == "forge":
+        family.model.forge_objects_after_applying_lora.unet.model.apply_model = lambda x, *_args: x * 0.5
+    with pytest.raises(ValueError, match="without ever reaching the parts"):
+        family.run({"inherit": "balanced"}, **PICTURE)
+
+
+def test_a_model_without_this_unet_is_sent_to_ltc_accel(family: Any) -> None:
+    other = torch.nn.Linear(2, 2)
+    if family.name == "a1111":
+        family.model.model.diffusion_model = other
+    else:
+        family.model.forge_objects_after_applying_lora.unet.model.diffusion_model = other
+    with pytest.raises(ValueError, match="LTC-Accel works on any model"):
+        family.run({"inherit": "balanced"}, **PICTURE)
+
+
+# --------------------------------------------------------------------------------------------------------- together
+
+
+def test_with_sun_in_any_order(family: Any, host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = {**SUN, **LTC, "steps": 8, "inherit": "balanced"}
+    script = host.part("script")
+    around, pictures = script.around, []
+    rows, with_sun = calls(family, {**SUN, "steps": 8})
+    calls(family, everything)  # measures
+    for order in (list, reversed):
+        monkeypatch.setattr(script, "around", lambda *args, order=order: order(around(*args)))
+        fewer, picture = calls(family, everything)
+        pictures.append(picture)
+        assert (len(rows), len(fewer), set(rows) | set(fewer)) == (8, 6, {1})
+    assert torch.equal(*pictures)
+    assert relative(pictures[0], with_sun) > 1e-4
+
+
+def test_afterwards_and_switched_off_pictures_are_as_before(family: Any) -> None:
+    _, plain = calls(family)
+    for _ in range(2):
+        calls(family, {**LTC, "inherit": "fast"})
+    off = family.run({"enabled": False, "ltc": False, "tau": 0.0, "inherit": "off"}, **PICTURE)
+    assert torch.equal(off.images, plain)
+    assert off.p.sun_accelerators is None
+    assert "LTC" not in off.infotexts[0]
+    assert "inheritance" not in off.infotexts[0]
+
+
+def test_infotext_pasted_back_gives_the_same_picture(family: Any, host: Any) -> None:
+    """The picture of a run that measured is the plain one, and comes back by measuring."""
+    chosen = {**LTC, "every": 3, "inherit": "layers=up.3.0,up.3.1 every=3"}
+    for calibration in ("measure again", "automatic"):
+        first = family.run(chosen, **PICTURE)
+        values = pasted(host, first.infotexts[0])
+        assert {name: values[name] for name in chosen} == chosen
+        assert (values["calibration"], values["enabled"]) == (calibration, False)
+        again = family.run(values, **PICTURE)
+        assert torch.equal(first.images, again.images)
+        assert again.infotexts == first.infotexts
+
+
+def test_pasting_a_picture_without_them_switches_them_off(host: Any) -> None:
+    values = pasted(host, "a cat\nSteps: 20, Sampler: Euler")
+    assert (values["ltc"], values["inherit"], values["tau"]) == (False, "off", 0.1)
+
+
+def test_axes_switch_them_on(family: Any, host: Any) -> None:
+    override = host.part("xyz")._apply(ltc=True)("tau")
+    calls(family, LTC)
+    p = type("P", (), {})()
+    override(p, 0.0, [])
+    host.part("xyz")._apply()("inherit")(p, "fast", [])
+    by_axis = family.run(None, overrides=p.sun_overrides, **PICTURE)
+    assert torch.equal(by_axis.images, calls(family, {**LTC, "inherit": "fast"})[1])
+
+
+def test_arguments_by_position_as_saved_before_the_accelerators(family: Any, host: Any) -> None:
+    """An API caller's list of SUN's eight arguments still means the same."""
+    controls = host.part("controls")
+    assert controls.CONTROLS[:8] == controls.SUN_CONTROLS
+    enabled, settings, accelerators = controls.read_arguments((True, ADAPTER, 0.5, 4, True, "", "trained", "sun"))
+    assert (enabled, settings.adapter, settings.strength, accelerators.on) == (True, ADAPTER, 0.5, False)
