@@ -20,6 +20,7 @@ from .model import ModelEvaluation
 
 PANELS = {"set_distance": "set distance to the reference", "paired_mse": "paired latent MSE"}
 COSTS = {"unet_calls": "U-Net calls a picture", "seconds": "seconds a picture (U-Net loop)"}
+MARKERS = "osD^vP*"  # another one each time the ten colours begin anew
 CELL = 192  # pixels a picture of a grid has at least, so that its labels can be read
 
 
@@ -66,6 +67,7 @@ def save_plots(name: str, model: dict[str, Any], folder: Path) -> list[Path]:
     if not panels:
         return []
     figure_class, canvas_class = import_matplotlib()
+    formatter = "{x:g}"
     paths = []
     for cost, label in COSTS.items():
         figure = figure_class(figsize=(6.4 * len(panels), 4.8), layout="constrained")
@@ -73,6 +75,11 @@ def save_plots(name: str, model: dict[str, Any], folder: Path) -> list[Path]:
         for axes, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
             _panel(axes, model, cost, key)
             axes.set(xscale="log", yscale="log", xlabel=label, ylabel=title, title=name)
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter(formatter)
+            axes.xaxis.set_minor_formatter(formatter)
+            axes.yaxis.set_minor_formatter("")
+            axes.tick_params(axis="x", which="minor", labelsize=7)
             axes.grid(True, which="both", alpha=0.25)
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", fontsize=8)
@@ -92,14 +99,15 @@ def _panel(axes: Any, model: dict[str, Any], cost: str, key: str) -> None:
     for method, row in model["methods"].items():
         if row.get(key, 0) > 0:
             lines.setdefault(parse_method(method).family, []).append((row[cost], row[key], row.get(f"{key}_interval")))
-    for family, points in lines.items():
+    for number, (family, points) in enumerate(lines.items()):
+        color, marker = f"C{number % 10}", MARKERS[number // 10 % len(MARKERS)]
         points.sort(key=lambda point: point[0])
         ours = family.startswith("sun")
         x, y = [p[0] for p in points], [p[1] for p in points]
         below = [max(0.0, p[1] - p[2][0]) if p[2] else 0.0 for p in points]
         above = [max(0.0, p[2][1] - p[1]) if p[2] else 0.0 for p in points]
-        axes.errorbar(x, y, yerr=[below, above], marker="o", capsize=2, label=family,
-                      linewidth=2.5 if ours else 1.2, zorder=3 if ours else 2)  # fmt: skip
+        axes.errorbar(x, y, yerr=[below, above], marker=marker, color=color, capsize=2, label=family,
+                      elinewidth=0.6, linewidth=2.5 if ours else 1.2, zorder=3 if ours else 2)  # fmt: skip
     every = [(x, y) for points in lines.values() for x, y, _ in points]
     if len(every) > 2:
         front = best_front(every)
