@@ -97,7 +97,7 @@ def test_progress_and_preview(host: SimpleNamespace, run: SimpleNamespace, monke
     )
     run.sun(run.apply())
     assert [(value, total) for value, total, _ in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert all(preview[0] == "JPEG" and preview[1].size == (16, 16) for _, _, preview in seen)
+    assert all(preview[0] == "JPEG" and preview[1].size == (128, 128) for _, _, preview in seen)
 
 
 # --------------------------------------------------------------------------------------------------------- the numbers
