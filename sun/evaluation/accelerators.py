@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from .. import inheritance
 from ..config import ConfigError
 from ..inheritance import PRESETS, InheritanceError, Plan
+from ..inheritance.plan import changed
 from ..ltc import LtcError, LtcSettings
 
 if TYPE_CHECKING:
@@ -36,21 +36,20 @@ def ltc_settings(call: MethodCall) -> LtcSettings:
 
 
 def plan_of(call: MethodCall) -> Plan:
-    """The preset in the brackets, balanced without one, changed by the options. Raises ConfigError.
+    """The preset in the brackets changed by the options; without one, a plan of the options, or balanced. Raises
+    ConfigError.
 
     early, late: the power of key steps that are dense there. ``every`` of a combination is LTC-Accel's.
     """
-    plan = PRESETS[call.variant or "balanced"]
     given: dict[str, Any] = {key: int(call.number(key, 0)) for key in ("stages", "outer") if key in call.options}
-    if "outer" in given:
-        given.setdefault("stages", 0)
+    plan = Plan(outer=1) if given and not call.variant else PRESETS[call.variant or "balanced"]
     if "every" in call.options and "ltc" not in call.method.name:
         given["every"] = int(call.number("every", 2))
     for word in ("early", "late"):
         if word in call.options:
             given |= {"mode": f"dense-{word}", "power": call.number(word, 1.4)}
     try:
-        return replace(plan, forecast=call.number("forecast", plan.forecast), **given)
+        return changed(plan, {**given, "forecast": call.number("forecast", plan.forecast)})
     except InheritanceError as error:
         raise ConfigError(f"{call.text}: {error}") from error
 

@@ -6,7 +6,7 @@ Reconstructed from the abstract of A-SDM (arXiv 2406.00210), whose body was not 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 MODES = ("uniform", "dense-early", "dense-late")
@@ -87,10 +87,11 @@ class Plan:
         return " ".join(parts)
 
 
+# Chosen by docs/accelerators.md's figures: half a forecast brings a feature nearer at no cost.
 PRESETS = {
-    "fine": Plan(stages=2, every=2),
-    "balanced": Plan(stages=1, every=2),
-    "fast": Plan(stages=1, every=3),
+    "fine": Plan(stages=1, every=2, forecast=0.5),
+    "balanced": Plan(outer=1, every=2, forecast=0.5),
+    "fast": Plan(outer=1, every=3, forecast=0.5),
 }
 
 
@@ -112,10 +113,14 @@ def parse_plan(text: str) -> Plan:
             )
         given[name] = _value(name, value)
     if base is not None:
-        if given.get("outer"):
-            given.setdefault("stages", 0)
-        return replace(base, **given)  # type: ignore[arg-type]
+        return changed(base, given)
     return Plan(**given)  # type: ignore[arg-type]
+
+
+def changed(plan: Plan, given: Mapping[str, object]) -> Plan:
+    """``plan`` with other settings; naming one of stages and outer takes the other's place. Raises InheritanceError."""
+    level = {"stages": 0, "outer": 0} if given.get("stages") or given.get("outer") else {}
+    return replace(plan, **{**level, **given})  # type: ignore[arg-type]
 
 
 def _value(name: str, value: str) -> object:

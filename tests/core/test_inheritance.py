@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,7 +53,8 @@ def test_plans_read_what_they_print() -> None:
         plan = parse_plan(text)
         assert parse_plan(str(plan)) == plan
     assert parse_plan("fast") == PRESETS["fast"]
-    assert parse_plan("balanced outer=2") == Plan(outer=2, every=PRESETS["balanced"].every)
+    assert parse_plan("balanced outer=2") == replace(PRESETS["balanced"], outer=2)
+    assert parse_plan("balanced stages=1") == replace(PRESETS["balanced"], outer=0, stages=1)
 
 
 @pytest.mark.parametrize(
