@@ -13,7 +13,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "example_workflows"
 SIDE = 512
@@ -36,9 +36,9 @@ TITLES = {
 
 
 def from_picture(picture: Path) -> Image.Image:
-    """A square of SIDE pixels; small pictures are enlarged."""
+    """A square of SIDE pixels; small pictures are enlarged, wide ones get margins."""
     image = Image.open(picture).convert("RGB")
-    return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return ImageOps.pad(image, (SIDE, SIDE), Image.Resampling.LANCZOS, color="#1e1e1e")
 
 
 def from_graph(workflow: dict) -> Image.Image:

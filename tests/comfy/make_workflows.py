@@ -171,10 +171,10 @@ def controlnet(g: EmojiGraph) -> None:
         "and end of its effect are set in **Apply ControlNet**. It costs no U-Net call.\n\nWith a Stable Diffusion 1.5 "
         "model use ComfyUI's **Load ControlNet Model** in its place."
     )
-    image, negative = g.first_picture(loader, applied, "panda, white background")
+    image, negative = g.first_picture(loader, applied, "penguin, yellow background")
     with g.group("Drawn along its edges"):
         control = g.add("SUN_LoadEmojiControlNet")[0]
-        positive = g.prompt(loader["clip"], "polar bear, purple background")
+        positive = g.prompt(loader["clip"], "penguin, pink background")
         steered = g.add(
             "ControlNetApplyAdvanced", positive=positive, negative=negative, control_net=control, image=image
         )

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from sun import SunAdapter
 from sun.layers import layers_from_structure
-from sun.shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_SUN
+from sun.shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_INPAINTING, EMOJI_SUN
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -101,8 +101,10 @@ def test_the_controlnet_steers_four_steps_of_sun():
 
 
 @pytest.mark.parametrize(
-    "card", [EMOJI_DIFFUSION / "README.md", EMOJI_SUN.with_suffix(".md"), EMOJI_CONTROLNET.with_name("README.md")]
-)
+    "card",
+    [EMOJI_DIFFUSION / "README.md", EMOJI_SUN.with_suffix(".md"), EMOJI_CONTROLNET.with_name("README.md"),
+     EMOJI_INPAINTING.with_name("README.md")],
+)  # fmt: skip
 def test_cards_give_licence_command_seed_and_figures(card):
     text = card.read_text(encoding="utf-8").lower()
     for fact in ("cc-by 4.0", "sun train", "seed", "minutes", "loss", "twemoji"):
