@@ -67,6 +67,8 @@ def save_plots(name: str, model: dict[str, Any], folder: Path) -> list[Path]:
     if not panels:
         return []
     figure_class, canvas_class = import_matplotlib()
+    from matplotlib import ticker
+
     formatter = "{x:g}"
     paths = []
     for cost, label in COSTS.items():
@@ -77,6 +79,7 @@ def save_plots(name: str, model: dict[str, Any], folder: Path) -> list[Path]:
             axes.set(xscale="log", yscale="log", xlabel=label, ylabel=title, title=name)
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_formatter(formatter)
+            axes.xaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
             axes.xaxis.set_minor_formatter(formatter)
             axes.yaxis.set_minor_formatter("")
             axes.tick_params(axis="x", which="minor", labelsize=7)
