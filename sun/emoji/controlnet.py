@@ -80,7 +80,7 @@ class PosedScenes:
         ]
         identity = hashlib.sha256(b"".join(picture.tobytes() for picture in drawn)).hexdigest()
         self.latents = encode_pictures(vae, f"posed-{config.style}-{size}", identity, len(drawn), drawn.__getitem__)
-        self.edges = torch.cat([find_edges(to_tensor([picture]) / 2 + 0.5) > 0.5 for picture in drawn])
+        self.edges = torch.cat([as_control(to_tensor([picture]))[:, :1] > 0.5 for picture in drawn])
 
     def control(self, numbers: list[int]) -> Tensor:
         """[B, 3, H, W] in 0..1."""

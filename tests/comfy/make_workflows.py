@@ -37,6 +37,11 @@ class EmojiGraph(Graph):
         kind = "Negative prompt" if negative else "Positive prompt"
         return self.add("CLIPTextEncode", title or kind, RED if negative else GREEN, clip=clip, text=text)[0]
 
+    def inputs(self, clip: Ref, text: str, without: str = "blurry") -> tuple[Ref, Ref, Ref]:
+        """Positive prompt, negative prompt and an empty latent of this model's size."""
+        positive, negative = self.prompt(clip, text), self.prompt(clip, without, negative=True)
+        return positive, negative, self.add("EmptyLatentImage", width=128, height=128, batch_size=1)[0]
+
     def sampler(self, model: Ref, positive: Ref, negative: Ref, latent: Ref, seed: int = 7, **settings: Any) -> Ref:
         return self.add(
             "SUN_Sampler", model=model, positive=positive, negative=negative, latent=latent, seed=seed, **settings
@@ -55,9 +60,7 @@ class EmojiGraph(Graph):
     def first_picture(self, loader: Added, applied: Added, text: str, seed: int = 7) -> tuple[Ref, Ref]:
         """A group that makes the input picture; (picture, negative prompt)."""
         with self.group("Input picture (or put Load Image in its place)"):
-            positive = self.prompt(loader["clip"], text)
-            negative = self.prompt(loader["clip"], "blurry", negative=True)
-            latent = self.add("EmptyLatentImage", width=128, height=128, batch_size=1)[0]
+            positive, negative, latent = self.inputs(loader["clip"], text)
             self.column()
             samples = self.sampler(applied[0], positive, negative, latent, seed)
             image = self.picture(samples, loader["vae"], save=False)
@@ -82,9 +85,7 @@ def text_to_image(g: EmojiGraph) -> None:
         "Apply SUN: what 4 steps give without SUN\n\nSelect a node and press the **i** above it to read its page."
     )
     with g.group("Prompts"):
-        positive = g.prompt(loader["clip"], "large polar bear, yellow background")
-        negative = g.prompt(loader["clip"], "blurry", negative=True)
-        latent = g.add("EmptyLatentImage", width=128, height=128, batch_size=1)[0]
+        positive, negative, latent = g.inputs(loader["clip"], "large polar bear, yellow background")
     with g.group("Picture"):
         g.picture(g.sampler(applied[0], positive, negative, latent), loader["vae"])
 
@@ -197,9 +198,7 @@ def lora(g: EmojiGraph) -> None:
             "With Stable Diffusion 1.5, any SD 1.5 LoRA goes here."
         )
     with g.group("Prompts"):
-        positive = g.prompt(loader["clip"], "large polar bear, yellow background")
-        negative = g.prompt(loader["clip"], "blurry", negative=True)
-        latent = g.add("EmptyLatentImage", width=128, height=128, batch_size=1)[0]
+        positive, negative, latent = g.inputs(loader["clip"], "large polar bear, yellow background")
     with g.group("Picture"):
         g.picture(g.sampler(applied[0], positive, negative, latent), loader["vae"])
 
@@ -241,9 +240,7 @@ def long_prompts(g: EmojiGraph) -> None:
         "prompt repeats itself."
     )
     with g.group("Prompts of more than 77 tokens"):
-        positive = g.prompt(loader["clip"], LONG)
-        negative = g.prompt(loader["clip"], LONG_NEGATIVE, negative=True)
-        latent = g.add("EmptyLatentImage", width=128, height=128, batch_size=1)[0]
+        positive, negative, latent = g.inputs(loader["clip"], LONG, LONG_NEGATIVE)
     with g.group("Picture"):
         g.picture(g.sampler(applied[0], positive, negative, latent), loader["vae"])
 
@@ -255,9 +252,7 @@ def custom_sampler(g: EmojiGraph) -> None:
         "is that of **SUN 4-step Sampler** with the same seed. Other samplers that fit: `ddim`, `dpmpp_2m`."
     )
     with g.group("Prompts"):
-        positive = g.prompt(loader["clip"], "large polar bear, yellow background")
-        negative = g.prompt(loader["clip"], "blurry", negative=True)
-        latent = g.add("EmptyLatentImage", width=128, height=128, batch_size=1)[0]
+        positive, negative, latent = g.inputs(loader["clip"], "large polar bear, yellow background")
     with g.group("Sampling"):
         noise = g.add("RandomNoise", noise_seed=7)[0]
         guider = g.add("SUN_Guider", model=applied[0], positive=positive, negative=negative)[0]
@@ -277,9 +272,7 @@ def upscale(g: EmojiGraph) -> None:
         "With Stable Diffusion 1.5: 512 first, then 768 or 1024, and `denoise` 0.5."
     )
     with g.group("First pass, 128 x 128"):
-        positive = g.prompt(loader["clip"], "large polar bear, yellow background")
-        negative = g.prompt(loader["clip"], "blurry", negative=True)
-        latent = g.add("EmptyLatentImage", width=128, height=128, batch_size=1)[0]
+        positive, negative, latent = g.inputs(loader["clip"], "large polar bear, yellow background")
         g.column()
         samples = g.sampler(applied[0], positive, negative, latent)
         g.picture(samples, loader["vae"], save=False)
@@ -300,9 +293,7 @@ def without_adapter(g: EmojiGraph, note: str, *nodes: str) -> None:
             model = g.add(node, model=model)[0]
         g.note(note)
     with g.group("25 steps with CFG"):
-        positive = g.prompt(loader["clip"], "owl, pink background")
-        negative = g.prompt(loader["clip"], "blurry", negative=True)
-        latent = g.add("EmptyLatentImage", width=128, height=128, batch_size=1)[0]
+        positive, negative, latent = g.inputs(loader["clip"], "owl, pink background")
         g.column()
         samples = g.add(
             "KSampler", model=model, positive=positive, negative=negative, latent_image=latent, seed=7, steps=25,
@@ -345,9 +336,7 @@ def together(g: EmojiGraph) -> None:
             "With 4 steps neither is worth it: there is nothing left to leave out."
         )
     with g.group("Sample"):
-        positive = g.prompt(loader["clip"], "owl, pink background")
-        negative = g.prompt(loader["clip"], "blurry", negative=True)
-        latent = g.add("EmptyLatentImage", width=128, height=128, batch_size=1)[0]
+        positive, negative, latent = g.inputs(loader["clip"], "owl, pink background")
         g.column()
         g.picture(g.sampler(model, positive, negative, latent, steps=8), loader["vae"])
 
