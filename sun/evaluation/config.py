@@ -20,6 +20,7 @@ class ModelSpec:
     1.5 with random weights (for time alone). unet: folder of a U-Net that replaces the model's. lora: LoRA as
     ``path`` or ``path:weight``, fused. adapter: SUN file, ``emoji``, or ``init`` for an untrained one. lcm_lora,
     guided_distill: folders of those peers. guidance_scale: w; 0 is the adapter's own. style: a word for tables.
+    measure: what this model is measured in, where that is less than all.
     """
 
     model: str = "emoji"
@@ -30,6 +31,7 @@ class ModelSpec:
     guided_distill: str = ""
     guidance_scale: float = 0.0
     style: str = ""
+    measure: tuple[str, ...] = ()
 
 
 @dataclass
@@ -61,13 +63,16 @@ class EvaluateConfig:
     measure: tuple[str, ...] = PARTS[:3]
     negative_pairs: int = 128
     negative_groups: tuple[str, ...] = ("seen",)
+    negative_methods: tuple[str, ...] = ()  # of methods, those in the experiment on negatives; empty: all
     negative_ceiling: str = ""  # another solver for the reference, such as unipc-25: how far two references agree
     features: str = "auto"  # auto | emoji | clip | none
     contrast: str = ""
     clip_model: str = ""
     inception: str = ""
     edits: tuple[str, ...] = ("img2img-0.75", "img2img-0.5", "inpaint-1")  # kind and strength
+    edit_methods: tuple[str, ...] = ()  # of methods, those that edit; empty: all
     edit_prompts: int = 64
+    calibration_prompts: int = 8  # pictures LTC-Accel is calibrated on
     set_draws: int = 0  # bootstrap draws for the interval of the set distance; 0: none
     timing_batch: int = 4
     timing_rounds: int = 5
@@ -124,6 +129,11 @@ def check(config: EvaluateConfig) -> None:
         raise ConfigError(f"precision takes {', '.join(PRECISIONS)}, not {config.precision!r}.")
     if unknown := [part for part in config.measure if part not in PARTS]:
         raise ConfigError(f"measure takes {', '.join(PARTS)}, not {', '.join(unknown)}.")
+    if config.calibration_prompts < 2:
+        raise ConfigError("calibration_prompts is at least 2.")
+    for name in (*config.negative_methods, *config.edit_methods):
+        if name not in method_names(config):
+            raise ConfigError(f"{name} is not among methods, so it is in no experiment on negatives or edits.")
     if {"distances", "edits"} & set(config.measure):
         import_torchmetrics("image.fid")
     if config.output:

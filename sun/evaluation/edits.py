@@ -48,6 +48,8 @@ class Edits:
     def __init__(self, evaluation: ModelEvaluation):
         self.of = evaluation
         self.count = min(evaluation.config.edit_prompts, len(evaluation.prompts.positives))
+        chosen = evaluation.config.edit_methods
+        self.methods = [method for method in evaluation.methods if not chosen or method in chosen]
 
     def starts(self) -> Tensor:
         """Latents [N, 4, h, w] that the edits begin at."""
@@ -85,7 +87,7 @@ class Edits:
         for name in self.of.config.edits:
             reference = self.run(name, REFERENCE)
             table = {REFERENCE: {"unet_calls": float(reference["unet_calls"].mean())}}
-            for method in self.of.methods:
+            for method in self.methods:
                 if parse_method(method).text != REFERENCE:
                     table[method] = self._row(self.run(name, method), reference)
             table["floor"] = self._row(self.run(name, REFERENCE, floor_offset), reference)

@@ -227,7 +227,8 @@ class ModelEvaluation:
         reference by another solver and with other noise, compared with the reference in the same way.
         """
         config, groups = self.config, self.prompts.groups
-        methods = [m for m in self.methods if parse_method(m).method.uses_negative and m != REFERENCE]
+        chosen = config.negative_methods or self.methods
+        methods = [m for m in self.methods if m in chosen and parse_method(m).method.uses_negative and m != REFERENCE]
         tables = {name: self._negative_table(methods, negatives) for name, negatives in groups.items()}
         first = next(iter(tables.values()), {})
         out: dict[str, Any] = {"pairs": len(next(iter(groups.values()), [])), **first, "groups": tables}

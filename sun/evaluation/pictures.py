@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,18 +33,20 @@ def save_edits(evaluation: ModelEvaluation, folder: Path, count: int) -> None:
     """``EDIT.png`` for every edit: the pictures it begins at, the reference's edit, then a row a method."""
     edits = Edits(evaluation)
     for name in evaluation.config.edits:
-        _save_rows(evaluation, partial(edits.run, name), folder / f"{name}.png", count, edits.starts())
+        file = folder / f"{name}.png"
+        _save_rows(evaluation, partial(edits.run, name), file, count, edits.starts(), edits.methods)
 
 
 def _save_rows(
-    evaluation: ModelEvaluation, run_of: Callable[[str], Tensors], path: Path, count: int, starts: Tensor | None = None
-) -> None:
+    evaluation: ModelEvaluation, run_of: Callable[[str], Tensors], path: Path, count: int,
+    starts: Tensor | None = None, methods: Sequence[str] | None = None,
+) -> None:  # fmt: skip
     rows: list[list[Image.Image]] = []
     labels = []
     if starts is not None:
         rows.append(to_images(evaluation.pixels(starts[:count])))
         labels.append("begins at")
-    for method in dict.fromkeys((REFERENCE, *evaluation.methods)):
+    for method in dict.fromkeys((REFERENCE, *(evaluation.methods if methods is None else methods))):
         run = run_of(method)
         rows.append(to_images(evaluation.pixels(run["latents"][:count])))
         call = parse_method(method)

@@ -41,9 +41,11 @@ def build_prompts(config: EvaluateConfig) -> PromptSet:
     return PromptSet(positives, negatives, groups)
 
 
-def calibration_pairs(config: EvaluateConfig, count: int = 8) -> list[tuple[str, str]]:
+def calibration_pairs(config: EvaluateConfig) -> list[tuple[str, str]]:
     """Prompts and negatives that LTC-Accel is calibrated on: others than the measured ones, where there are others."""
-    other = replace(config, seed=config.seed + 1, prompts=count, negative_pairs=0, negative_groups=())
+    other = replace(
+        config, seed=config.seed + 1, prompts=config.calibration_prompts, negative_pairs=0, negative_groups=()
+    )
     found = build_prompts(other)
     return list(zip(found.positives, found.negatives, strict=True))
 

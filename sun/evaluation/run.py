@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ def prepare(
         clip_model=config.clip_model, inception=config.inception,
     )  # fmt: skip
     methods = methods_of(config, name, spec, method_names(config), sampler)
+    if spec.measure:
+        config = replace(config, measure=spec.measure)
     return ModelEvaluation(name, sampler, prompts, config, store, features, methods)
 
 

@@ -23,8 +23,8 @@ from .methods import Assets, MethodCall, Prepared, parse_method, scheduler_of
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHTS = {"fp32": torch.float32, "bf16-weights": torch.bfloat16, "fp16-weights": torch.float16}
 PRECISIONS = (*AUTOCAST, *WEIGHTS)
-CALIBRATION = 8  # pictures LTC-Accel is calibrated on, with a seed that no evaluation uses
-CALIBRATION_SEED = 77_000_000
+CALIBRATION = 8  # pictures LTC-Accel is calibrated on at most, where no prompts are set aside for it
+CALIBRATION_SEED = 77_000_000  # which no evaluation uses
 
 
 @dataclass
@@ -151,8 +151,8 @@ class Sampler:
         assert ready.ltc is not None
         name = f"ltc {call.text} {1 if edit is None else edit.strength:g}"
         if name not in self.assets.loaded:
-            pairs = self.calibration or list(zip(prompts, negatives, strict=True))
-            positive, negative = (self.encode(list(texts)) for texts in zip(*pairs[:CALIBRATION], strict=True))
+            pairs = self.calibration or list(zip(prompts, negatives, strict=True))[:CALIBRATION]
+            positive, negative = (self.encode(list(texts)) for texts in zip(*pairs, strict=True))
             noise = self.noise(len(positive), CALIBRATION_SEED)
             start = None if edit is None else Edit(edit.init[:1].expand_as(noise), edit.strength)
 
