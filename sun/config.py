@@ -9,8 +9,8 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from pathlib import Path
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -85,6 +85,16 @@ def configured(
     run_options = {key: value for key, value in run.items() if value is not None}
     apply(config, {**options, "run": run_options} if run_options else options, "options")
     return assign(config, assignments or [])
+
+
+def without_folders(config: Any) -> dict[str, Any]:
+    """All settings by name, groups nested, for a file that travels: of a path the last name alone."""
+    settings = asdict(config)
+    for name, value in settings.items():
+        if isinstance(value, str) and ("/" in value or "\\" in value):
+            settings[name] = PurePath(value.replace("\\", "/")).name
+    settings.get("run", {}).pop("output", None)
+    return settings
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -165,8 +165,15 @@ def _load_lora(pipe: Any, lora: str, name: str) -> None:
 def _load_controlnet(folder: str, unet: Any, dtype: torch.dtype) -> Any:
     if folder == "emoji":
         return _shipped_controlnet(unet)
+    if Path(folder).is_file():
+        try:
+            return controlnet_from_unet(unet, folder)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise RecipeError(f"{folder} could not be loaded as a Control-LoRA: {_first_line(error)}") from error
     if not (Path(folder) / "config.json").is_file():
-        raise RecipeError(f"{folder} is not a ControlNet folder (no config.json). Give a diffusers one.")
+        raise RecipeError(
+            f"{folder} is not a ControlNet folder (no config.json). Give a diffusers one, or a Control-LoRA file."
+        )
     try:
         controlnet, loaded = ControlNetModel.from_pretrained(
             folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True

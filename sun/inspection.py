@@ -16,6 +16,7 @@ _KINDS = (
         "a Stable Diffusion checkpoint (U-Net, text encoder, VAE in one file); use it as --model",
         "model.diffusion_model.",
     ),
+    ("a Control-LoRA, a ControlNet made of the model's own U-Net; use it as --controlnet", "lora_controlnet"),
     ("a ControlNet", "zero_conv"),
     ("a ControlNet", "controlnet_cond_embedding."),
     ("a LoRA; use it as --lora", ".lora_"),

@@ -189,13 +189,14 @@ Losses = tuple[torch.Tensor, torch.Tensor]
 def train_on_scenes(
     config: SceneConfig, run: TrainingRun, pipe: StableDiffusionPipeline, save: Callable[[int], object],
     loss_of: Callable[[Batch], Losses] | None = None,
+    encoded: Callable[[int], tuple[list[Scene], torch.Tensor]] | None = None,
 ) -> None:  # fmt: skip
     """Denoise scenes of ``config.style`` until ``run`` ends: the U-Net, and the text encoder if ``run`` trains it.
 
     ``save(size)``, with the picture size of the moment in pixels, is called at intervals and at the end.
     ``loss_of`` computes a batch's :func:`denoising_loss` where something else than the U-Net alone predicts the noise.
+    ``encoded`` gives other scenes and latents than those of the style for a picture size.
     """
-    emojis = load_metadata(config.emojis)
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.to(run.accelerator.device)
     use_fast_attention(pipe.unet, run.accelerator.device)
@@ -210,7 +211,13 @@ def train_on_scenes(
             stage = now
             size = config.stages[stage][0]
             with run.accelerator.main_process_first():  # the others then read what it wrote
-                scenes, latents = encode_scenes(pipe.vae, emojis, config.style, size, config.scenes, config.run.seed)
+                if encoded:
+                    scenes, latents = encoded(size)
+                else:
+                    emojis = load_metadata(config.emojis)
+                    scenes, latents = encode_scenes(
+                        pipe.vae, emojis, config.style, size, config.scenes, config.run.seed
+                    )
             run.say(f"stage {stage}: {size} px, {len(scenes)} scenes, latent std {latents.std((0, 2, 3)).tolist()}")
         picked = [rng.randrange(len(scenes)) for _ in range(config.run.batch_size)]
         captions = ["" if rng.random() < config.empty_captions else caption_of(scenes[i], rng) for i in picked]

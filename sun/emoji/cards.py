@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..config import without_folders
 from ..training.run import TrainingRun
 from .ship import describe_machine
 from .sources import METADATA_PACKAGE, STYLES
@@ -43,12 +43,7 @@ def training_section(run: TrainingRun, command: str) -> str:
 
 def settings_of(config: Any, run: TrainingRun) -> dict[str, Any]:
     """Settings and progress of a run for a file that travels: folders of this machine by their last name alone."""
-    settings = asdict(config)
-    settings["run"].pop("output")
-    for name, value in settings.items():
-        if isinstance(value, str) and ("/" in value or "\\" in value):
-            settings[name] = Path(value).name
-    return {**settings, **run.progress.state_dict(), "processes": run.accelerator.num_processes}
+    return {**without_folders(config), **run.progress.state_dict(), "processes": run.accelerator.num_processes}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> Path:

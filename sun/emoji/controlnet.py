@@ -28,9 +28,9 @@ from ..training.speed import use_fast_attention
 from .base import Batch, Losses, SceneConfig, denoising_loss, train_on_scenes
 from .cards import data_section, licence_of, settings_of, training_section, write_json
 from .checks import REFERENCE_STEPS, SUN_STEPS, Scenes, adapter_for, control_figures, draw, draw_scenes, sheet, table
-from .latents import encode_pictures, encode_scenes
+from .latents import encode_pictures, scenes_in_style
 from .scenes import posed, render_scene
-from .sources import load_metadata, load_pictures
+from .sources import load_metadata
 from .style import load_frozen, name_of, styles_of
 from .vae import to_tensor
 
@@ -71,12 +71,11 @@ class PosedScenes:
     """
 
     def __init__(self, config: ControlNetConfig, vae: Any, size: int) -> None:
-        emojis, seed = load_metadata(config.emojis), config.run.seed
-        pictures = load_pictures(config.style, emojis, 128)
-        scenes, _ = encode_scenes(vae, emojis, config.style, size, config.scenes, seed)
+        seed = config.run.seed
+        self.scenes, pictures = scenes_in_style(load_metadata(config.emojis), config.style, config.scenes, seed)
         drawn = [
             posed(render_scene(scene, pictures, size), scene, random.Random(f"{seed}/{i}"))
-            for i, scene in enumerate(scenes)
+            for i, scene in enumerate(self.scenes)
         ]
         identity = hashlib.sha256(b"".join(picture.tobytes() for picture in drawn)).hexdigest()
         self.latents = encode_pictures(vae, f"posed-{config.style}-{size}", identity, len(drawn), drawn.__getitem__)
@@ -100,9 +99,7 @@ def train_controlnet(config: ControlNetConfig) -> Path:
     folder = run.folder / "controlnet"
 
     def loss_of(batch: Batch) -> Losses:
-        scenes = shown[batch.size]
-        batch = batch._replace(latents=scenes.latents[batch.numbers])
-        edges = scenes.control(batch.numbers).to(run.accelerator.device)
+        edges = shown[batch.size].control(batch.numbers).to(run.accelerator.device)
 
         def predict(x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
             down, mid = run.modules["controlnet"](x_t, t, context, controlnet_cond=edges, return_dict=False)
@@ -118,7 +115,7 @@ def train_controlnet(config: ControlNetConfig) -> Path:
                 save_controlnet(run.unwrapped("controlnet"), folder / EMOJI_CONTROLNET.name, name_of(config.model))
         run.say(f"step {run.progress.step}: {run.average_losses()}")
 
-    train_on_scenes(config, run, pipe, save, loss_of)
+    train_on_scenes(config, run, pipe, save, loss_of, lambda size: (shown[size].scenes, shown[size].latents))
     if run.accelerator.is_main_process:
         finish(config, run, pipe, folder)
     return folder

@@ -27,7 +27,7 @@ from ..training.speed import use_fast_attention
 from .base import Batch, Losses, SceneConfig, denoising_loss, train_on_scenes
 from .cards import data_section, licence_of, settings_of, training_section, write_json
 from .checks import REFERENCE_STEPS, SUN_STEPS, Scenes, adapter_for, draw, draw_scenes, inpainting_figures, sheet, table
-from .latents import encode_pictures, encode_scenes
+from .latents import encode_pictures, scenes_in_style
 from .scenes import Scene, render_scene, subject_mask
 from .sources import load_metadata, load_pictures
 from .style import load_frozen, name_of, styles_of
@@ -110,7 +110,7 @@ class MaskedScenes:
 
     def __init__(self, config: InpaintingConfig, vae: Any, pictures: dict[str, Image.Image], size: int):
         seed = config.run.seed
-        scenes, _ = encode_scenes(vae, load_metadata(config.emojis), config.style, size, config.scenes, seed)
+        scenes, _ = scenes_in_style(load_metadata(config.emojis), config.style, config.scenes, seed)
         drawn = [draw_mask(scene, pictures, size, random.Random(f"{seed}/{i}")) for i, scene in enumerate(scenes)]
         identity = hashlib.sha256(repr([scene.caption for scene in scenes]).encode())
         for mask in drawn:

@@ -11,6 +11,7 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..training.cache import hash_weights
 from .scenes import Scene, random_scene, render_scene
 from .sources import Emoji, cache_dir, load_pictures
 from .vae import to_tensor
@@ -20,15 +21,22 @@ def encode_scenes(
     vae: AutoencoderTiny, emojis: list[Emoji], style: str, size: int, count: int, seed: int
 ) -> tuple[list[Scene], torch.Tensor]:
     """``count`` scenes and their latents [N, 4, size/8, size/8], times the VAE's scaling factor."""
-    pictures = load_pictures(style, emojis, 128)
-    emojis = [e for e in emojis if e.code in pictures]
-    rng = random.Random(seed)
-    scenes = [random_scene(emojis, rng) for _ in range(count)]
+    scenes, pictures = scenes_in_style(emojis, style, count, seed)
     identity = repr([s.caption for s in scenes])
     latents = encode_pictures(
         vae, f"{style}-{size}", identity, count, lambda i: render_scene(scenes[i], pictures, size)
     )
     return scenes, latents
+
+
+def scenes_in_style(
+    emojis: list[Emoji], style: str, count: int, seed: int
+) -> tuple[list[Scene], dict[str, Image.Image]]:
+    """``count`` random scenes of the emojis that ``style`` has, and its pictures by code."""
+    pictures = load_pictures(style, emojis, 128)
+    known = [e for e in emojis if e.code in pictures]
+    rng = random.Random(seed)
+    return [random_scene(known, rng) for _ in range(count)], pictures
 
 
 @torch.no_grad()
@@ -43,8 +51,7 @@ def encode_pictures(
     cache = cache_dir() / "latents"
     cache.mkdir(parents=True, exist_ok=True)
     made_from = hashlib.sha256(identity.encode())
-    for weight in vae.encoder.state_dict().values():
-        made_from.update(weight.half().cpu().numpy().tobytes())  # a model shipped in fp16 is the same model
+    hash_weights(made_from, vae.encoder)
     file = cache / f"{name}-{count}-{made_from.hexdigest()[:16]}.pt"
     if file.exists():
         return torch.load(file, weights_only=True)

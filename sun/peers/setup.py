@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..config import ConfigError
+from ..config import ConfigError, without_folders
 from ..images import save_grid, to_images
 from ..text import encode_texts
 from ..training.algorithm import NoiseSchedule
@@ -138,10 +137,7 @@ class Distillation:
     def write_card(self, title: str, usage: str, facts: dict[str, Any]) -> None:
         """Write ``README.md`` and ``training.json`` beside the weights: what they are and how they were made."""
         config, run = self.config, self.run
-        settings = settings_of(config)
-        settings["run"].pop("output")
-        for name in ("model", "data"):
-            settings[name] = Path(settings[name]).name  # a file that travels names no folders of this machine
+        settings = without_folders(config)
         base = "Emoji Diffusion" if config.model == "emoji" else settings["model"]
         progress = {**run.progress.state_dict(), "processes": run.accelerator.num_processes}
         content = {"base_model": base, **facts, "settings": settings, "progress": progress}

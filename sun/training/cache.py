@@ -97,11 +97,16 @@ def cache_key(pairs: list[tuple[Path, str]], vae: Any, resolution: int, encode: 
         made_from.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         if encode is not None:
             made_from.update(caption.encode())
-    for weight in vae.encoder.state_dict().values():
-        made_from.update(weight.detach().half().cpu().numpy().tobytes())
+    hash_weights(made_from, vae.encoder)
     if encode is not None:  # a probe instead of its weights: the function hides them
         made_from.update(encode(["a photograph of a cat, blurry"]).detach().half().cpu().numpy().tobytes())
     return made_from.hexdigest()[:24]
+
+
+def hash_weights(made_from: Any, module: Any) -> None:
+    """Add the weights of ``module`` to a hash, in fp16: a model that ships in half precision is the same model."""
+    for weight in module.state_dict().values():
+        made_from.update(weight.detach().half().cpu().numpy().tobytes())
 
 
 @torch.no_grad()

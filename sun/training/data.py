@@ -51,7 +51,7 @@ def build_source(
     cache: str = "",
     encode: Encode | None = None,
 ) -> Source:
-    """A :class:`Source` for ``emoji:STYLE``, a folder of pictures with captions, or webdataset shards.
+    """A :class:`Source` for ``emoji:STYLE[:SCENES]``, a folder of pictures with captions, or webdataset shards.
 
     A folder holds ``x.png`` beside ``x.txt``, or a ``metadata.jsonl`` with ``file_name`` and ``text``. Shards are
     ``*.tar`` files, given as one name, as ``{000000..000127}.tar``, as several joined by ``::``, or as a folder.
@@ -62,7 +62,10 @@ def build_source(
     if cache not in CACHES:
         raise ConfigError(f"cache takes latents, latents+text or nothing, not {cache!r}.")
     if is_emoji(data):
-        return EmojiSource(data.partition(":")[2] or "twemoji", vae, resolution, rng, device)
+        _, style, count, *_ = f"{data}::".split(":")
+        if count and not (count.isdigit() and int(count)):
+            raise ConfigError(f"data = {data}: after the style comes a number of scenes, as emoji:fluent:2500.")
+        return EmojiSource(style or "twemoji", vae, resolution, rng, device, int(count or 0))
     folder = Path(data)
     if data.endswith(".tar") or "{" in data or "::" in data or next(folder.glob("*.tar"), None):
         if cache:
@@ -87,15 +90,19 @@ def build_source(
 
 
 class EmojiSource:
-    """Random scenes of one emoji style; everything random comes from ``rng``."""
+    """Random scenes of one emoji style, of ``count`` that are encoded first; what is random comes from ``rng``."""
 
-    def __init__(self, style: str, vae: Any, resolution: int, rng: random.Random, device: torch.device):
+    def __init__(
+        self, style: str, vae: Any, resolution: int, rng: random.Random, device: torch.device, count: int = 0
+    ):  # fmt: skip
         from ..emoji.base import BaseConfig, encode_scenes
         from ..emoji.sources import load_metadata
 
         self.rng, self.device, self.skipped = rng, device, Skipped()
         with PartialState().main_process_first():  # the others then read what it wrote
-            self.scenes, self.latents = encode_scenes(vae, load_metadata(), style, resolution, BaseConfig.scenes, 0)
+            self.scenes, self.latents = encode_scenes(
+                vae, load_metadata(), style, resolution, count or BaseConfig.scenes, 0
+            )
 
     def __call__(self, count: int) -> tuple[Tensor, list[str]]:
         from ..emoji.scenes import caption_of

@@ -24,7 +24,7 @@ UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.De
 
 
 def is_emoji(data: str) -> bool:
-    """``emoji`` or ``emoji:STYLE``: scenes that this project renders, rather than a folder or shards."""
+    """``emoji`` or ``emoji:STYLE[:SCENES]``: scenes that this project renders, rather than a folder or shards."""
     return data == "emoji" or data.startswith("emoji:")
 
 

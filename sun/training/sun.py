@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import SunAdapter
-from ..config import ConfigError
+from ..config import ConfigError, without_folders
 from ..files import SunInfo
 from ..pipelines import attach, detach
 from ..text import encode_texts
@@ -229,10 +229,7 @@ def make_adapter(config: SunTrainConfig, unet: Any) -> SunAdapter:
 
 def save_adapter(config: SunTrainConfig, run: TrainingRun, adapter: SunAdapter) -> Path:
     """Write the averaged adapter in fp16 with what a reader needs to know of its training."""
-    settings = asdict(config)
-    settings["run"].pop("output")
-    for name in ("model", "data", "negatives", "init_adapter"):
-        settings[name] = Path(settings[name]).name  # a file that travels names no folders of this machine
+    settings = without_folders(config)
     adapter.info.base_model = "Emoji Diffusion" if config.model == "emoji" else settings["model"]
     adapter.info.guidance_scale = config.guidance_scale
     adapter.info.stage_length = config.stage_length

@@ -21,8 +21,10 @@ from typer.testing import Result
 
 from sun import SunAdapter
 from sun.cli import app
+from sun.config import without_folders
 from sun.files import SunInfo
 from sun.images import grid, read_png_text, save_png, write_atomically
+from sun.training.sun import SunTrainConfig
 
 Run = Callable[..., Result]
 
@@ -89,6 +91,7 @@ def test_inspect_tells_all_of_an_adapter(sun: Run, adapter_file: Path, tmp_path:
         ("down_blocks.0.resnets.0.conv1.weight", "a diffusers U-Net"),
         ("text_model.encoder.layers.0.mlp.fc1.weight", "a text encoder"),
         ("controlnet_cond_embedding.conv_in.weight", "a ControlNet"),
+        ("lora_controlnet", "a Control-LoRA"),
     ],
 )
 def test_inspect_tells_when_a_file_is_something_else(sun: Run, tmp_path: Path, key: str, kind: str) -> None:
@@ -246,6 +249,14 @@ def test_a_controlnet_that_is_none_is_refused_in_a_sentence(
     output = tiny("generate", "a", *given, "--out", tmp_path / "x.png", code=2).output
     assert str(model_folder / folder) in output
     assert part in output
+    assert "Unexpected" not in output
+
+
+def test_a_controlnet_of_one_file_is_a_control_lora(tiny: Run, tmp_path: Path, photo: Path) -> None:
+    save_file({"conv_in.weight": torch.zeros(2, 2)}, tmp_path / "x.safetensors")
+    given = ("--controlnet", tmp_path / "x.safetensors", "--control", photo)
+    output = tiny("generate", "a", *given, "--out", tmp_path / "x.png", code=2).output
+    assert "could not be loaded as a Control-LoRA" in output
     assert "Unexpected" not in output
 
 
@@ -422,6 +433,14 @@ def test_the_settings_of_the_shipped_models_are_valid(name: str, module: str, ki
     config = getattr(importlib.import_module(f"sun.{module}"), kind)()
     apply(config, read_config(path), path.name)
     assert config.style == "twemoji" if hasattr(config, "style") else config.data == "emoji:twemoji"
+
+
+def test_settings_that_travel_name_no_folders() -> None:
+    config = SunTrainConfig(model="/home/me/models/sd15", data="C:\\pictures\\emoji", negatives="auto", init_adapter="")
+    settings = without_folders(config)
+    assert (settings["model"], settings["data"], settings["negatives"]) == ("sd15", "emoji", "auto")
+    assert settings["data"] != config.data
+    assert "output" not in settings["run"]
 
 
 def test_a_wrong_key_in_a_file_names_the_file_and_the_nearest_setting(sun: Run, tmp_path: Path) -> None:

@@ -178,6 +178,12 @@ def test_a_wrong_path_says_so(tmp_path: Path) -> None:
 # --- cache -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("count", ["many", "0", "-5"])
+def test_a_wrong_number_of_scenes_says_how_to_write_it(count: str) -> None:
+    with pytest.raises(ConfigError, match="emoji:fluent:2500"):
+        build_source(f"emoji:twemoji:{count}", None, 64, random.Random(0), torch.device("cpu"))
+
+
 def test_cached_latents_and_text_are_those_of_the_models_and_made_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
