@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -20,7 +20,7 @@ class ModelSpec:
     1.5 with random weights (for time alone). unet: folder of a U-Net that replaces the model's. lora: LoRA as
     ``path`` or ``path:weight``, fused. adapter: SUN file, ``emoji``, or ``init`` for an untrained one. lcm_lora,
     guided_distill: folders of those peers. guidance_scale: w; 0 is the adapter's own. style: a word for tables.
-    measure: what this model is measured in, where that is less than all.
+    methods, measure: what this model is measured with and in.
     """
 
     model: str = "emoji"
@@ -31,7 +31,12 @@ class ModelSpec:
     guided_distill: str = ""
     guidance_scale: float = 0.0
     style: str = ""
+    methods: tuple[str, ...] = ()
     measure: tuple[str, ...] = ()
+
+    def within(self, config: EvaluateConfig) -> EvaluateConfig:
+        """``config`` with this model's own methods and measures."""
+        return replace(config, methods=self.methods or config.methods, measure=self.measure or config.measure)
 
 
 @dataclass
@@ -127,20 +132,23 @@ def check(config: EvaluateConfig) -> None:
 
     if config.precision not in PRECISIONS:
         raise ConfigError(f"precision takes {', '.join(PRECISIONS)}, not {config.precision!r}.")
-    if unknown := [part for part in config.measure if part not in PARTS]:
+    each = [config, *(spec.within(config) for spec in model_specs(config).values())]
+    measured = dict.fromkeys(part for one in each for part in one.measure)
+    methods = dict.fromkeys(name for one in each for name in method_names(one))
+    if unknown := [part for part in measured if part not in PARTS]:
         raise ConfigError(f"measure takes {', '.join(PARTS)}, not {', '.join(unknown)}.")
     if config.calibration_prompts < 2:
         raise ConfigError("calibration_prompts is at least 2.")
     for name in (*config.negative_methods, *config.edit_methods):
-        if name not in method_names(config):
+        if name not in methods:
             raise ConfigError(f"{name} is not among methods, so it is in no experiment on negatives or edits.")
-    if {"distances", "edits"} & set(config.measure):
+    if {"distances", "edits"} & set(measured):
         import_torchmetrics("image.fid")
     if config.output:
         import_matplotlib()
     for name in config.edits:
         parse_edit(name)
-    for name in method_names(config):
+    for name in methods:
         call = parse_method(name)
         if call.method.name in ("nasa", "nag"):
             load_peer(call.method.name, call)

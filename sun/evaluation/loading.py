@@ -124,8 +124,8 @@ def check_models(config: EvaluateConfig, specs: Mapping[str, ModelSpec]) -> None
 
     Raises ConfigError.
     """
-    methods = method_names(config)
     for name, spec in specs.items():
+        methods = method_names(spec.within(config))
         files = {
             "model": "" if spec.model in ("emoji", "random") else spec.model,
             "lora": split_lora(spec.lora)[0],

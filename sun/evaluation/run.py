@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ def prepare(
     config: EvaluateConfig, name: str, spec: ModelSpec, prompts: PromptSet, store: CellStore
 ) -> ModelEvaluation:
     """Load one model and all it is measured with."""
+    config = spec.within(config)
     sampler = load_sampler(config, spec)
     sampler.calibration = calibration_pairs(config)
     features = load_features(
@@ -54,8 +55,6 @@ def prepare(
         clip_model=config.clip_model, inception=config.inception,
     )  # fmt: skip
     methods = methods_of(config, name, spec, method_names(config), sampler)
-    if spec.measure:
-        config = replace(config, measure=spec.measure)
     return ModelEvaluation(name, sampler, prompts, config, store, features, methods)
 
 
@@ -79,7 +78,7 @@ def report(config: EvaluateConfig) -> dict[str, Any]:
             tqdm.write(f"model {name}")
         store = CellStore(folder / "cells", config.resume)
         evaluation = prepare(config, name, spec, prompts, store)
-        described = {k: v for k, v in portable(asdict(spec)).items() if v}
+        described = {k: v for k, v in portable(asdict(spec)).items() if v and k not in ("methods", "measure")}
         figures["models"][name] = {**evaluation.figures(), "model": described}
         if main:
             _write_model(folder, name, evaluation, figures)

@@ -118,16 +118,20 @@ def test_the_whole_report_is_checked_before_it_starts(config: EvaluateConfig, mo
 
 def test_experiments_can_be_given_to_some_models_and_methods(config: EvaluateConfig, eye: None) -> None:
     config.measure, config.edits, config.edit_prompts = ("distances", "negatives", "edits"), ("img2img-0.5",), 2
-    config.models["strong"]["measure"] = ["distances"]
+    config.models["strong"] |= {"measure": ["distances"], "methods": ["sun-1"]}
     config.negative_methods, config.edit_methods = ("sun-2",), ("ddim-2",)
     found = report(config)["models"]
     assert set(found["strong"]) & {"negative_prompt", "edits", "unet_call"} == set()
-    assert set(found["strong"]["methods"]) == set(found["base"]["methods"]) == {"sun-2", "ddim-2"}
+    assert set(found["strong"]["methods"]) == {"sun-1"}
+    assert set(found["base"]["methods"]) == {"sun-2", "ddim-2"}
     assert set(found["base"]["negative_prompt"]["groups"]["seen"]) == {"dpmpp-25", "sun-2"}
     assert set(found["base"]["edits"]["img2img-0.5"]) == {"dpmpp-25", "ddim-2", "floor"}
     assert not (Path(config.output) / "strong" / "img2img-0.5.png").exists()
     config.negative_methods = ("sun-3",)
     with pytest.raises(ConfigError, match="sun-3 is not among methods"):
+        report(config)
+    config.negative_methods, config.models["strong"]["methods"] = (), ["sun-x"]
+    with pytest.raises(ConfigError, match="unknown method 'sun-x"):
         report(config)
 
 
