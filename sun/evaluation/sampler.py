@@ -116,12 +116,16 @@ class Sampler:
     def prepared(self, method: str, strength: float = 1.0) -> Iterator[Run]:
         """The U-Net made ready for ``method``: yields the function that samples a batch, for one batch or many.
 
-        ``strength`` is SUN's, where the name of the method does not set it. Raises ConfigError, a ValueError.
+        ``strength`` is SUN's, where the name of the method does not set it. LTC-Accel is calibrated here if prompts
+        are set aside for it. Raises ConfigError, a ValueError.
         """
         call = parse_method(method)
         if "strength" in call.method.options and "strength" not in call.options:
             call = replace(call, options={**call.options, "strength": str(strength)})
         with call.method.prepare(self.assets, call) as ready:
+            if ready.ltc is not None and self.calibration:  # once a model: not part of what a picture takes
+                with torch.no_grad():
+                    self._ltc_table(ready, call, [], [], None)
             yield partial(self._run, ready, call)
 
     def __call__(

@@ -74,6 +74,16 @@ def test_what_a_cell_depends_on(sampler: Sampler) -> None:
         parse_method("inherit[quick]-4")
 
 
+def test_calibration_is_not_part_of_a_picture(sampler: Sampler) -> None:
+    sampler.calibration = [("owl", "crab"), ("rocket", "")]
+    try:
+        with sampler.prepared("ltc-9") as run:
+            assert any("ltc-9" in name for name in sampler.assets.loaded)
+            assert run(PROMPTS, NEGATIVES, sampler.noise(2, 0)).unet_calls < 18
+    finally:
+        sampler.calibration = []
+
+
 def test_the_best_front() -> None:
     points = [(3.0, 1.0), (1.0, 5.0), (2.0, 6.0), (4.0, 0.5), (4.0, 2.0)]
     assert best_front(points) == [(1.0, 5.0), (3.0, 1.0), (4.0, 0.5)]
