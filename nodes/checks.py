@@ -11,7 +11,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-RIGHT = "4 steps, cfg 1.0, euler or ddim, scheduler simple (or the sigmas of SUN Scheduler)"
+RIGHT = "4 steps, cfg 1.0, euler, ddim or dpmpp_2m, scheduler simple (or the sigmas of SUN Scheduler)"
 
 # Samplers of ComfyUI that add new noise on the way, and those that ask the U-Net between the steps as well.
 NOISY = ("ancestral", "sde", "ddpm", "lcm", "seeds", "sa_solver")

@@ -1,4 +1,4 @@
-"""The SUN adapter: one small module beside each cross-attention layer of a frozen U-Net (sun.md section 1)."""
+"""The SUN adapter: one small module beside each cross-attention layer of a frozen U-Net (arXiv 2312.08887)."""
 
 from __future__ import annotations
 

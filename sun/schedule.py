@@ -1,4 +1,4 @@
-"""Which timesteps SUN visits and how it steps between them (sun.md section 2; paper Eq. 9)."""
+"""Which timesteps SUN visits and how it steps between them (arXiv 2312.08887, Eq. 9)."""
 
 from __future__ import annotations
 

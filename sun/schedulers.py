@@ -1,4 +1,4 @@
-"""The diffusers schedulers SUN is sampled with, on the exact trailing timesteps (sun.md section 2)."""
+"""The diffusers schedulers SUN is sampled with, on the exact trailing timesteps."""
 
 from __future__ import annotations
 

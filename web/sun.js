@@ -12,6 +12,7 @@ const LINE_HEIGHT = 16;
 const MARGIN = 15;
 // Of ComfyUI's schedulers these two begin at full noise and visit the timesteps SUN was trained for.
 const FITTING_SCHEDULERS = ["simple", "sgm_uniform"];
+const MOST_STEPS = 12; // more are those of a model without SUN
 const MUTED = 2;
 const BYPASSED = 4;
 
@@ -231,10 +232,12 @@ function setting(node, name) {
 function advice(node) {
   const cfg = setting(node, "cfg");
   const scheduler = setting(node, "scheduler");
-  const wrongCfg = typeof cfg === "number" && Math.abs(cfg - 1) > 1e-6;
-  const wrongScheduler = typeof scheduler === "string" && !FITTING_SCHEDULERS.includes(scheduler);
-  if ((!wrongCfg && !wrongScheduler) || !fedBySun(node)) return "";
-  return say(wrongCfg && wrongScheduler ? "both" : wrongCfg ? "cfg" : "scheduler");
+  const wrong = [];
+  if (setting(node, "steps") > MOST_STEPS) wrong.push("steps");
+  if (typeof cfg === "number" && Math.abs(cfg - 1) > 1e-6) wrong.push("cfg");
+  if (typeof scheduler === "string" && !FITTING_SCHEDULERS.includes(scheduler)) wrong.push("scheduler");
+  if (!wrong.length || !fedBySun(node)) return "";
+  return say("set", { what: wrong.map((name) => say(name)).join(say("and")) });
 }
 
 function watchSettings(node) {

@@ -78,7 +78,10 @@ def generate(
     control: Annotated[str, typer.Option(help="Control picture for --controlnet.", metavar="IMAGE")] = "",
     control_scale: Annotated[float, typer.Option(help="How strongly the ControlNet steers.")] = 1.0,
     controlnet: Annotated[
-        str, typer.Option(help="ControlNet in diffusers format. (emoji: the shipped one)", metavar="FOLDER")
+        str,
+        typer.Option(
+            help="ControlNet: a diffusers folder or a Control-LoRA file. (emoji: the shipped one)", metavar="PATH"
+        ),
     ] = "",
     model: Model = "emoji",
     config: ConfigDir = "",

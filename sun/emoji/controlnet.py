@@ -189,7 +189,8 @@ Draws a prompt along given edges (white on black). A Control-LoRA of rank {confi
 
 - ComfyUI: the node Load Emoji ControlNet, with Apply ControlNet; it finds the edges of any picture by itself. The file
   also works in the stock node Load ControlNet Model, from `models/controlnet`.
-- Command line: `sun generate "polar bear" --controlnet emoji --control edges-0.png`; Python:
+- Command line: `sun generate "cloud with rain, orange background" --controlnet emoji --control
+  sun/models/emoji-controlnet/edges-0.png`; Python:
   `sun.control_lora.controlnet_from_unet(pipe.unet, file)` gives diffusers' `ControlNetModel`.
 - The control is made by `sun.edges.find_edges` (tensors) or `edge_picture` (PIL): Canny's detector on colours, smoothed
   by 1 pixel, thresholds 0.05 and 0.12.

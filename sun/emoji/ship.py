@@ -117,14 +117,14 @@ It exists so that this project can train, test and show SUN on a real diffusion 
 - Names and categories: `{METADATA_PACKAGE}` (npm), MIT.
 - Captions are written by `sun/emoji/scenes.py`: the emoji's names and a random part of size, place, background colour,
   mirroring and category; one scene in five shows two emoji. The emoji are the about 120
-  `everyday` ones of `sun/emoji/vocabulary.json`, unless the notes below name another vocabulary.
+  `everyday` ones of `sun/emoji/vocabulary.json`.
 
 The weights are derived from the pictures and carry their licence, CC-BY 4.0.
 
 ## Training
 
-    sun train-emoji vae
-    sun train-emoji base
+    sun train-emoji vae --config configs/emoji-vae.toml
+    sun train-emoji base --config configs/emoji-base.toml
 
 | | steps | minutes | loss at the end |
 |---|---|---|---|

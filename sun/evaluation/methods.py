@@ -76,6 +76,7 @@ class Method:
     named: bool = False  # brackets may name an adapter
     presets: tuple[str, ...] = ()  # names that brackets may hold
     adapter: bool = False  # needs a SUN adapter
+    inside: bool = False  # what it leaves out is inside of a U-Net call
 
 
 @dataclass(frozen=True)
@@ -280,13 +281,13 @@ METHODS = {
         Method("guided-distill", "ddim", "guided distillation", _guided_distill),
         Method("ltc", "dpmpp_2m", "LTC-Accel", _with_ltc(_guided), True, True, LTC_OPTIONS),
         Method("inherit", "dpmpp_2m", "feature inheritance", _inheriting(_guided), True, True, INHERIT_OPTIONS,
-               presets=PRESET_NAMES),
+               presets=PRESET_NAMES, inside=True),
         Method("ltc+inherit", "dpmpp_2m", "LTC-Accel and feature inheritance", _with_ltc(_inheriting(_guided)),
-               True, True, (*LTC_OPTIONS, *INHERIT_OPTIONS), presets=PRESET_NAMES),
+               True, True, (*LTC_OPTIONS, *INHERIT_OPTIONS), presets=PRESET_NAMES, inside=True),
         Method("sun+ltc", "ddim", "SUN and LTC-Accel", _with_ltc(_sun), False, True, LTC_OPTIONS, adapter=True),
         Method("sun+inherit", "ddim", "SUN and feature inheritance", _inheriting(_sun), False, True, INHERIT_OPTIONS,
-               presets=PRESET_NAMES, adapter=True),
-        Method("deepcache", "dpmpp_2m", "DeepCache", _deepcache, True, True, ("interval", "branch")),
+               presets=PRESET_NAMES, adapter=True, inside=True),
+        Method("deepcache", "dpmpp_2m", "DeepCache", _deepcache, True, True, ("interval", "branch"), inside=True),
     )
 }
 # fmt: on

@@ -159,6 +159,7 @@ class ModelEvaluation:
         if method != REFERENCE:
             for name in PAIRED:
                 out |= mean_and_interval(f"paired_{name}", measures[name].double())
+            out["paired_mse_median"] = float(measures["mse"].double().median())  # a few pictures make most of the mean
             own, theirs = measures["features"], reference["features"]
             out["set_distance"] = frechet_distance(own, theirs)
             if self.config.set_draws:

@@ -20,7 +20,7 @@ from .model import ModelEvaluation
 
 PANELS = {"set_distance": "set distance to the reference", "paired_mse": "paired latent MSE"}
 COSTS = {"unet_calls": "U-Net calls a picture", "seconds": "seconds a picture (U-Net loop)"}
-MARKERS = "osD^vP*"  # another one each time the ten colours begin anew
+MARKERS = "osD^vP*"
 CELL = 192  # pixels a picture of a grid has at least, so that its labels can be read
 
 
@@ -102,23 +102,34 @@ def _write(path: Path, data: bytes) -> Path:
 def _panel(axes: Any, model: dict[str, Any], cost: str, key: str) -> None:
     lines: dict[str, list[tuple[float, float, Any]]] = {}
     for method, row in model["methods"].items():
+        call = parse_method(method)
+        if cost == "unet_calls" and call.method.inside:
+            continue  # what they save is inside of a call
         if row.get(key, 0) > 0:
-            lines.setdefault(parse_method(method).family, []).append((row[cost], row[key], row.get(f"{key}_interval")))
+            lines.setdefault(call.family, []).append((row[cost], row[key], row.get(f"{key}_interval")))
     for number, (family, points) in enumerate(lines.items()):
-        color, marker = f"C{number % 10}", MARKERS[number // 10 % len(MARKERS)]
+        color, marker = _color(number), MARKERS[number % len(MARKERS)]
         points.sort(key=lambda point: point[0])
         ours = family.startswith("sun")
         x, y = [p[0] for p in points], [p[1] for p in points]
         below = [max(0.0, p[1] - p[2][0]) if p[2] else 0.0 for p in points]
         above = [max(0.0, p[2][1] - p[1]) if p[2] else 0.0 for p in points]
         axes.errorbar(x, y, yerr=[below, above], marker=marker, color=color, capsize=2, label=family,
-                      elinewidth=0.6, linewidth=2.5 if ours else 1.2, zorder=3 if ours else 2)  # fmt: skip
+                      ecolor=(0.5, 0.5, 0.5, 0.45), elinewidth=0.6, linewidth=2.5 if ours else 1.2,
+                      zorder=3 if ours else 2)  # fmt: skip
     every = [(x, y) for points in lines.values() for x, y, _ in points]
     if len(every) > 2:
         front = best_front(every)
         axes.plot(*zip(*front, strict=True), color="black", linestyle=":", linewidth=1, zorder=1, label="best front")
     if model.get("floor", {}).get(key, 0) > 0:
-        axes.axhline(model["floor"][key], linestyle="--", color="gray", linewidth=1, label="floor: other noise")
+        axes.axhline(model["floor"][key], linestyle="--", color="gray", linewidth=1, label="reference, other noise")
+
+
+def _color(number: int) -> Any:
+    """Twenty colours, the strong ones first."""
+    from matplotlib import colormaps
+
+    return colormaps["tab20"]((2 * number + number // 10) % 20)
 
 
 def best_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -14,14 +14,16 @@ COLUMNS = {
     "pipeline_seconds": ("pipeline s", ".3f", ""),
     "speedup": ("U-Net speed-up", ".2f", ""),
     "set_distance": ("set distance", ".3f", "least"),
-    "kid": ("KID", ".5f", "least"),
+    "kid": ("KID", ".5f", ""),
     "paired_mse": ("paired MSE", ".4f", "least"),
+    "paired_mse_median": ("median", ".5f", "least"),
     "paired_psnr": ("PSNR, dB", ".2f", "most"),
     "paired_ssim": ("SSIM", ".3f", "most"),
     "feature_distance": ("feature distance", ".4f", "least"),
     "positive_agreement": ("with prompt", ".3f", ""),
     "negative_agreement": ("with negative", ".3f", ""),
 }
+KID_PICTURES = 256  # of fewer the KID is noise: it is in figures.json alone
 NEGATIVE_COLUMNS = {
     "cosine": ("cosine", ".3f", "most"),
     "cosine_with_other_pairs_change": ("another pair's", ".3f", ""),
@@ -109,7 +111,8 @@ def _model(name: str, model: dict[str, Any]) -> str:
     rows = {reference["method"]: reference, **model["methods"]}
     if "floor" in model:
         rows["floor"] = model["floor"]
-    parts = [f"## {name}", f"Guidance scale w = {model['guidance_scale']:g}.", _figures(rows, COLUMNS)]
+    columns = {key: c for key, c in COLUMNS.items() if key != "kid" or model["pictures"] >= KID_PICTURES}
+    parts = [f"## {name}", f"Guidance scale w = {model['guidance_scale']:g}.", _figures(rows, columns)]
     for group, found in model.get("negative_prompt", {}).get("groups", {}).items():
         parts.append(
             f"Negative prompts, {group}: with and without, {model['negative_prompt']['pairs']} pairs. Cosine of the "

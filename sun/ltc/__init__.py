@@ -1,6 +1,7 @@
 """LTC-Accel: skip whole steps of any deterministic sampler, without training (arXiv 2503.09675).
 
 >>> import sun.ltc
+>>> pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)  # or Euler, DDIM, Heun
 >>> sun.ltc.attach(pipe)
 >>> pipe("a cat", num_inference_steps=30)  # measures itself at full cost
 >>> pipe("a dog", num_inference_steps=30)  # skips about a third of the U-Net calls

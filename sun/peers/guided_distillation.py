@@ -1,5 +1,7 @@
 """Guided distillation: the full U-Net learns SUN's stage targets without an adapter (after arXiv 2210.03142).
 
+Every recipe of SUN's training is there for it, guided trajectories too, so that what differs is what is trained.
+
 The student starts as a copy of the model and takes the caption alone; classifier-free guidance with the empty
 negative prompt, and the whole stage of the trajectory, are distilled into its weights. It must be trained anew for
 every model, and takes no negative prompt: the two things an adapter avoids.
@@ -18,23 +20,26 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..schedulers import make_scheduler
-from ..training.replay import Batch, ReplayBuffer
+from ..training.negatives import NegativePrompts
 from ..training.run import RunConfig, TrainingRun
+from ..training.speed import use_fast_attention
 from ..training.sun import SunTrainConfig, Teacher, check_settings
-from ..training.targets import noised_stage, sun_losses
+from ..training.targets import GuidedTrajectories, NoisedData, Prompts
 from .setup import Distillation, load_frozen
 
 USAGE = """```python
 unet = UNet2DConditionModel.from_pretrained("this folder", subfolder="unet")
 pipe = StableDiffusionPipeline.from_pretrained("the base model", unet=unet)
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+pipe.scheduler = DDIMScheduler.from_config(
+    pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True
+)
 pipe(prompt, num_inference_steps=4, guidance_scale=1.0)
 ```"""
 
 
 @dataclass
 class GuidedDistillConfig:
-    """The settings of SUN's training (``SunTrainConfig``) that make sense without an adapter and a negative prompt."""
+    """The settings of SUN's training (``SunTrainConfig``) but those of an adapter and of negative prompts."""
 
     run: RunConfig = field(
         default_factory=lambda: RunConfig(output="runs/guided-distill", steps=5000, batch_size=32, lr=1e-5)
@@ -47,6 +52,7 @@ class GuidedDistillConfig:
     guidance_scale: float = 8.0
     cfg_weight: float = 1.0
     msc_weight: float = 1.0
+    msc_error: str = "noise"
     stage_length: float = 0.25
     substeps: int = 6
     replace_probability: float = 0.1
@@ -55,6 +61,11 @@ class GuidedDistillConfig:
     pure_noise_at_start: bool = False
     target_reuse: int = 1
     gradient_checkpointing: bool = False
+    trajectories: bool = False
+    teacher_solver: str = "dpmpp_2m"
+    bank_size: int = 4096
+    replace_depth: int = 1
+    rollout_probability: float = 0.0
 
     def as_sun(self) -> SunTrainConfig:
         """The same settings for the functions of SUN's training."""
@@ -62,13 +73,15 @@ class GuidedDistillConfig:
 
 
 class Student(nn.Module):
-    """A U-Net to train, predicting noise [B, 4, h, w] of x at t [B] with text states [B, L, D]."""
+    """A U-Net to train, predicting noise [B, 4, h, w] of x at t [B] with text states [B, L, D], without a negative."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
         self.unet = unet
 
-    def forward(self, x: Tensor, t: Tensor, positive: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, positive: Tensor, negative: Tensor | None = None, w: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
         return self.unet(x, t, positive).sample.float()
 
 
@@ -81,39 +94,32 @@ def train_guided_distillation(config: GuidedDistillConfig) -> Path:
         unet.enable_gradient_checkpointing()
     run = TrainingRun(config.run, {"student": Student(unet.train())})
     work = Distillation(config, pipe, run)
+    use_fast_attention(unet, work.device)
     student, sun_config = run.modules["student"], config.as_sun()
     teacher = Teacher(pipe.unet, config.guidance_scale)
     scheduler = make_scheduler("ddim", pipe.scheduler.config)
-    buffer = run.track("targets", ReplayBuffer(16 if config.target_reuse > 1 else 1, work.device))
+    prompts = Prompts(
+        work.source, NegativePrompts([], 0, 1.0), run.rng, work.source.encoder(work.encode), config.empty_captions,
+        config.run.batch_size,
+    )  # fmt: skip
+    objective: NoisedData | GuidedTrajectories
+    if config.trajectories:
+        shape = (unet.config.in_channels, work.latent_size, work.latent_size)
+        objective = GuidedTrajectories(
+            sun_config, run, prompts, teacher, work.schedule, pipe.scheduler.config, shape
+        )  # fmt: skip
+    else:
+        objective = NoisedData(sun_config, run, prompts, teacher, work.schedule)
     for step in run.steps():
-        if not len(buffer) or step % config.target_reuse == 0:
-            # a context of its own: autocast keeps copies of the weights until it ends
-            with run.accelerator.autocast():
-                targets, positive, _ = buffer.add(new_targets(sun_config, work, teacher, student))
-        else:
-            targets, positive, _ = buffer.draw(run.rng)
         with run.accelerator.autocast():
-            predicted = student(targets.x_t, targets.t, positive)
-        cfg, msc = sun_losses(predicted, targets)
-        run.update(config.cfg_weight * cfg + config.msc_weight * msc, cfg=cfg, msc=msc)
+            losses = objective.losses(step)
+        run.update(losses.pop("total"), **losses)
         if work.time_to_sample():
             save_student(work, unet)
             work.sample_grid(student, scheduler)
     save_student(work, unet)
     work.sample_grid(student, scheduler)
     return run.folder
-
-
-@torch.no_grad()
-def new_targets(config: SunTrainConfig, work: Distillation, teacher: Teacher, student: Any) -> Batch:
-    """Stage targets of a new batch, guided away from the empty prompt, and its text states."""
-    batch = work.batch()
-    targets = noised_stage(
-        config, batch.x0,
-        lambda x, k, rows: teacher(x, k, batch.positive[rows], batch.empty[rows]),
-        lambda x, k, rows: student(x, k, batch.positive[rows]), work.schedule, work.run.rng,
-    )  # fmt: skip
-    return targets, batch.positive, batch.empty
 
 
 def save_student(work: Distillation, unet: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object, set_seed
+from accelerate.utils import AutocastKwargs, DistributedType, GradientAccumulationPlugin, gather_object, set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -98,6 +98,8 @@ class TrainingRun:
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=config.accumulate, sync_with_dataloader=False
             ),
+            # Older torch gives no gradient to weights whose low-precision copy was made in a call without one.
+            kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
         )
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         if self.sharded and config.ema_decay:

@@ -160,9 +160,10 @@ def test_settings_that_do_not_fit_are_named_over_the_sampler(page: Page) -> None
 
     page.set("KSampler", "cfg", 7.0)
     page.set("KSampler", "scheduler", "karras")
-    assert advice() == ["SUN: set cfg to 1.0, scheduler to simple"]
+    assert advice() == ["SUN: set steps to 4, cfg to 1.0, scheduler to simple"]
     page.focus("KSampler")
     page.shoot("settings", ["KSampler"])
+    page.set("KSampler", "steps", 8)
     page.set("KSampler", "cfg", 1.0)
     assert advice() == ["SUN: set scheduler to simple"]
     page.set("KSampler", "scheduler", "simple")

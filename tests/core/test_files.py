@@ -23,7 +23,7 @@ INDICES = tuple(range(1, 32, 2))
 def official_tensors(
     positive: bool = True, text_width: int = TEXT_WIDTH, dtype=torch.float16
 ) -> dict[str, torch.Tensor]:
-    """A file as the authors' release has it (sun.md section 1), with other widths."""
+    """A file as the authors' release has it, with other widths."""
     generator = torch.Generator().manual_seed(3)
     tensors = {}
     for index, channels in zip(INDICES, CHANNELS, strict=True):

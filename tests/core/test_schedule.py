@@ -1,4 +1,4 @@
-"""Timesteps and DDIM steps (sun.md section 2) against numpy and diffusers."""
+"""Timesteps and DDIM steps against numpy and diffusers."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +192,13 @@ def test_the_lora_is_written_for_any_diffusers_pipeline(tiny_model: Path, pictur
     assert list((tmp_path / "run" / "samples").glob("*.png"))
 
 
-def test_the_distilled_unet_is_written_as_a_diffusers_folder(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", [{}, {"trajectories": True, "msc_error": "state", "replace_depth": 2}])
+def test_the_distilled_unet_is_written_as_a_diffusers_folder(
+    tiny_model: Path, pictures: Path, tmp_path: Path, recipe: dict[str, Any]
+) -> None:
     base = UNet2DConditionModel.from_pretrained(tiny_model / "unet")
-    folder = train_guided_distillation(distill(tiny_model, pictures, tmp_path / "run", lr=1e-3))
+    config = replace(distill(tiny_model, pictures, tmp_path / "run", lr=1e-3), **recipe)
+    folder = train_guided_distillation(config)
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     moved = [(a - b).abs().max() for a, b in zip(unet.parameters(), base.parameters(), strict=True)]
     assert min(moved) > 0, "every weight trains"
