@@ -6,8 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,11 +196,12 @@ def test_the_distilled_unet_is_written_as_a_diffusers_folder(
     tiny_model: Path, pictures: Path, tmp_path: Path, recipe: dict[str, Any]
 ) -> None:
     base = UNet2DConditionModel.from_pretrained(tiny_model / "unet")
-    config = replace(distill(tiny_model, pictures, tmp_path / "run", lr=1e-3), **recipe)
+    config = replace(distill(tiny_model, pictures, tmp_path / "run", lr=5e-3), **recipe)
     folder = train_guided_distillation(config)
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     moved = [(a - b).abs().max() for a, b in zip(unet.parameters(), base.parameters(), strict=True)]
-    assert min(moved) > 0, "every weight trains"
+    still = [n for (n, _), m in zip(unet.named_parameters(), moved, strict=True) if m == 0]
+    assert not still, "every weight trains, by more than fp16 rounds away"
     assert "_name_or_path" not in json.loads((folder / "unet" / "config.json").read_text())
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model, unet=unet, safety_checker=None)
     pipe.scheduler = make_scheduler("ddim", pipe.scheduler.config)
