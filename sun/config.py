@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import json
+import re
 import tomllib
 import types
 import typing
@@ -153,7 +154,8 @@ def _sequence(value: Any, origin: type, arguments: tuple[Any, ...], where: str) 
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            value = [part.strip() for part in value.split(",") if part.strip()]
+            # not at commas inside of brackets: nag[phi=3,tau=2]-4
+            value = [part.strip() for part in re.split(r",(?![^\[\]]*\])", value) if part.strip()]
     items = list(value) if isinstance(value, (list, tuple)) else [value]
     if origin is tuple and arguments and arguments[-1] is not Ellipsis:
         if len(items) != len(arguments):

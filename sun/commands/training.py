@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import assign, configured, read_config
+from ..config import configured, read_config
 from .app import app, emoji_app
 from .options import ConfigFile, Settings
 from .show import out
@@ -136,11 +136,10 @@ def train_variants_command(
     from ..training.variants import train_variants, variant_configs
 
     names = [name.strip() for name in only.split(",") if name.strip()]
-    configs = variant_configs(read_config(config), names, str(config))
+    configs = variant_configs(read_config(config), names, str(config), settings or [])
     for variant in configs.values():
         if minutes is not None:
             variant.run.minutes = minutes
-        assign(variant, settings or [])
     for name, adapter in train_variants(configs):
         out.print(f"{name}: {adapter}", soft_wrap=True)
 

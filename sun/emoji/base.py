@@ -6,10 +6,11 @@ Training goes from small pictures to full size (``BaseConfig.stages``), as Stabl
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ..images import save_grid
 from ..schedulers import make_scheduler
 from ..text import encode_texts
-from ..training.run import RunConfig, TrainingRun
+from ..training.run import RunConfig, TrainingRun, start_run
 from ..training.speed import use_fast_attention
 from .latents import encode_scenes
 from .scenes import Scene, caption_of
@@ -135,7 +136,8 @@ def build_models(
             CLIPTextModel.from_pretrained(source / "text_encoder").float(),
             UNet2DConditionModel.from_pretrained(source / "unet").float(),
         )
-    tokenizer = build_tokenizer(emojis, config.vocabulary, folder / "tokenizer")
+    with PartialState().main_process_first():  # its files are written and read back
+        tokenizer = build_tokenizer(emojis, config.vocabulary, folder / "tokenizer")
     return tokenizer, build_text_encoder(config, tokenizer), build_unet(config)
 
 
@@ -153,12 +155,8 @@ def train_base(config: BaseConfig) -> Path:
     torch.manual_seed(config.run.seed)
     emojis, folder = load_metadata(config.emojis), Path(config.run.output)
     tokenizer, text_encoder, unet = build_models(config, emojis, folder)
-    begun = config.run.resume and (folder / "checkpoint").exists()
-    if config.text_steps and not config.init_model and not begun and PartialState().is_main_process:
-        scenes, latents = encode_scenes(vae, emojis, config.style, config.stages[0][0], config.scenes, config.run.seed)
-        pretrain_text(
-            tokenizer, text_encoder, scenes, latents, config.text_steps, config.text_batch, config.run.seed
-        )  # the other processes get its weights below
+    if config.text_steps and not config.init_model:
+        text_encoder = pretrained_text(config, folder / "text_encoder", vae, emojis, tokenizer, text_encoder)
     pipe = StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=sd15_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
@@ -168,9 +166,27 @@ def train_base(config: BaseConfig) -> Path:
         trained["text_encoder"] = text_encoder
     else:
         text_encoder.requires_grad_(False)
-    run = TrainingRun(config.run, trained)
+    run = start_run(config, trained)
     train_on_scenes(config, run, pipe, lambda size: save_base(config, run, pipe, size))
     return run.folder / "model"
+
+
+def pretrained_text(
+    config: BaseConfig, folder: Path, vae: Any, emojis: list[Emoji], tokenizer: CLIPTokenizer, untrained: CLIPTextModel
+) -> CLIPTextModel:
+    """The text encoder, pretrained once and kept in ``folder``: every process and every resumed run has the same."""
+    with PartialState().main_process_first():
+        if not config.run.resume and PartialState().is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not (folder / "config.json").is_file():
+            scenes, latents = encode_scenes(
+                vae, emojis, config.style, config.stages[0][0], config.scenes, config.run.seed
+            )
+            pretrain_text(tokenizer, untrained, scenes, latents, config.text_steps, config.text_batch, config.run.seed)
+            unfinished = folder.with_name(f"{folder.name}.new")
+            untrained.save_pretrained(unfinished)
+            unfinished.rename(folder)
+    return CLIPTextModel.from_pretrained(folder).float()
 
 
 class Batch(NamedTuple):

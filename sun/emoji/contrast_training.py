@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from ..shipped import EMOJI_DIFFUSION
-from ..training.run import RunConfig, TrainingRun
+from ..training.run import RunConfig, TrainingRun, start_run
 from .cards import data_section, licence_of, settings_of, training_section, write_json
 from .contrast import WEIGHTS, ContrastShape, EmojiContrast
 from .pairs import Pair, ScenePool, full_caption
@@ -87,7 +87,7 @@ def train_contrast(config: ContrastConfig) -> Path:
     torch.manual_seed(config.run.seed)
     tokenizer = CLIPTokenizer.from_pretrained(config.tokenizer or EMOJI_DIFFUSION / "tokenizer")
     model = EmojiContrast(config.shape, tokenizer)
-    run = TrainingRun(config.run, {"contrast": model})
+    run = start_run(config, {"contrast": model})
     device = run.accelerator.device
     sampled = run.progress.seconds
     for _ in run.steps():

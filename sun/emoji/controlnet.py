@@ -23,7 +23,7 @@ from ..edges import find_edges
 from ..images import save_png, to_images
 from ..lowrank import add_low_rank, changes_of
 from ..shipped import EMOJI_CONTROLNET
-from ..training.run import RunConfig, TrainingRun
+from ..training.run import RunConfig, TrainingRun, start_run
 from ..training.speed import use_fast_attention
 from .base import Batch, Losses, SceneConfig, denoising_loss, train_on_scenes
 from .cards import data_section, licence_of, settings_of, training_section, write_json
@@ -91,7 +91,7 @@ def train_controlnet(config: ControlNetConfig) -> Path:
     pipe = load_frozen(config, config.model)
     torch.manual_seed(config.run.seed)
     controlnet = build_controlnet(pipe.unet, config.rank)
-    run = TrainingRun(config.run, {"controlnet": controlnet.train()})
+    run = start_run(config, {"controlnet": controlnet.train()})
     use_fast_attention(controlnet, run.accelerator.device)
     pipe.vae.to(run.accelerator.device)
     with run.accelerator.main_process_first():  # the others then read what it wrote

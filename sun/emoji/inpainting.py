@@ -22,7 +22,7 @@ from torch import Tensor
 from ..images import save_png
 from ..lowrank import add_low_rank, changes_of, merge
 from ..shipped import EMOJI_INPAINTING
-from ..training.run import RunConfig, TrainingRun
+from ..training.run import RunConfig, TrainingRun, start_run
 from ..training.speed import use_fast_attention
 from .base import Batch, Losses, SceneConfig, denoising_loss, train_on_scenes
 from .cards import data_section, licence_of, settings_of, training_section, write_json
@@ -133,7 +133,7 @@ def train_inpainting(config: InpaintingConfig) -> Path:
     torch.manual_seed(config.run.seed)
     unet = widen(pipe.unet)
     add_low_rank(unet, config.rank, leave=FIRST_LAYER)
-    run = TrainingRun(config.run, {"unet": unet.train()})
+    run = start_run(config, {"unet": unet.train()})
     use_fast_attention(unet, run.accelerator.device)
     pictures = load_pictures(config.style, load_metadata(config.emojis), 128)
     pipe.vae.to(run.accelerator.device)

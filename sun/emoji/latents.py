@@ -11,6 +11,7 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..images import write_atomically
 from ..training.cache import hash_weights
 from .scenes import Scene, random_scene, render_scene
 from .sources import Emoji, cache_dir, load_pictures
@@ -63,5 +64,5 @@ def encode_pictures(
         with torch.autocast(device.type, torch.bfloat16):
             out.append(encoder(batch.contiguous(memory_format=torch.channels_last)).float().cpu())
     latents = torch.cat(out) * vae.config.scaling_factor
-    torch.save(latents, file)
+    write_atomically(file, lambda handle: torch.save(latents, handle))
     return latents

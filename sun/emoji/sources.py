@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,9 +92,11 @@ def fetch_package(spec: str) -> Path:
     npm = shutil.which("npm")
     if npm is None:
         raise ConfigError(f"npm is needed to download the emoji package {spec}: install Node.js, then run this again.")
-    done = subprocess.run([npm, "pack", spec, "--silent"], cwd=folder, capture_output=True, text=True)
-    if done.returncode != 0 or not target.exists():
-        raise ConfigError(f"`npm pack {spec}` failed in {folder}:\n{done.stderr.strip() or done.stdout.strip()}")
+    with tempfile.TemporaryDirectory(dir=folder) as part:  # an interruption, or another process, leaves no half file
+        done = subprocess.run([npm, "pack", spec, "--silent"], cwd=part, capture_output=True, text=True)
+        if done.returncode != 0 or not (Path(part) / target.name).exists():
+            raise ConfigError(f"`npm pack {spec}` failed in {folder}:\n{done.stderr.strip() or done.stdout.strip()}")
+        os.replace(Path(part) / target.name, target)
     return target
 
 

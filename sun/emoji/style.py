@@ -17,7 +17,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from ..config import ConfigError
-from ..training.run import RunConfig, TrainingRun
+from ..training.run import RunConfig, TrainingRun, start_run
 from ..training.sun import load_base
 from .base import SceneConfig, save_base, save_samples, train_on_scenes
 from .cards import data_section, licence_of, settings_of, training_section, write_json
@@ -73,7 +73,7 @@ def train_style(config: StyleConfig) -> Path:
     modules: dict[str, torch.nn.Module] = {"unet": pipe.unet.requires_grad_(True).train()}
     if config.train_text_encoder:
         modules["text_encoder"] = pipe.text_encoder.requires_grad_(True).train()
-    run = TrainingRun(config.run, modules)
+    run = start_run(config, modules)
 
     def save(size: int) -> None:
         folder = save_base(config, run, pipe, size)
@@ -98,7 +98,7 @@ def train_lora(config: LoraStyleConfig) -> Path:
     )
     for name, parameter in pipe.unet.named_parameters():
         parameter.requires_grad_("lora_" in name)
-    run = TrainingRun(config.run, {"unet": pipe.unet.train()})
+    run = start_run(config, {"unet": pipe.unet.train()})
 
     def save(size: int) -> None:
         with run.averaged():

@@ -13,7 +13,7 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 
 from ..images import save_grid, to_images
-from ..training.run import RunConfig, TrainingRun
+from ..training.run import RunConfig, TrainingRun, start_run
 from .scenes import random_scene, render_scene
 from .sources import load_metadata, load_pictures
 
@@ -77,7 +77,7 @@ def train_vae(config: VaeConfig) -> Path:
     vae = AutoencoderTiny.from_pretrained(config.init_vae).float() if config.init_vae else AutoencoderTiny()
     vae.to(memory_format=torch.channels_last)
     vae.encoder.requires_grad_(not config.freeze_encoder)
-    run = TrainingRun(config.run, {"autoencoding": Autoencoding(vae)})
+    run = start_run(config, {"autoencoding": Autoencoding(vae)})
     rng = random.Random(config.run.seed + 7919 * run.progress.step + run.accelerator.process_index)
 
     def draw(count: int, crop: int) -> torch.Tensor:

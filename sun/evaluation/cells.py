@@ -79,11 +79,11 @@ class CellStore:
     def _make(self, label: str, name: str, count: int, size: int, compute: Callable[[slice], Tensors]) -> Tensors:
         state = processes()
         ranges = [(begin, min(begin + size, count)) for begin in range(0, count, size)]
-        with state.split_between_processes(ranges) as mine:
-            parts = [
-                (begin, self._part(f"{name}.{begin}-{end}", slice(begin, end), compute))
-                for begin, end in tqdm(mine, desc=label, leave=False, disable=not state.is_main_process)
-            ]
+        mine = ranges[state.process_index :: state.num_processes]
+        parts = [
+            (begin, self._part(f"{name}.{begin}-{end}", slice(begin, end), compute))
+            for begin, end in tqdm(mine, desc=label, leave=False, disable=not state.is_main_process)
+        ]
         gathered = [tensors for _, tensors in sorted(gather_object(parts), key=lambda part: part[0])]
         whole = {column: torch.cat([part[column] for part in gathered]) for column in gathered[0]}
         if self.folder and state.is_main_process:

@@ -10,6 +10,14 @@ from typing import Any
 from ..config import ConfigError, apply
 
 PARTS = ("distances", "negatives", "time", "edits")
+_LEAST = {
+    "prompts": 1,
+    "batch_size": 1,
+    "calibration_prompts": 2,
+    "timing_batch": 1,
+    "timing_rounds": 1,
+    "edit_prompts": 1,
+}
 
 
 @dataclass
@@ -137,8 +145,15 @@ def check(config: EvaluateConfig) -> None:
     methods = dict.fromkeys(name for one in each for name in method_names(one))
     if unknown := [part for part in measured if part not in PARTS]:
         raise ConfigError(f"measure takes {', '.join(PARTS)}, not {', '.join(unknown)}.")
-    if config.calibration_prompts < 2:
-        raise ConfigError("calibration_prompts is at least 2.")
+    for name, least in _LEAST.items():
+        if getattr(config, name) < least:
+            raise ConfigError(f"{name} is at least {least}, not {getattr(config, name)}.")
+    if "distances" in measured and config.prompts < 2:
+        raise ConfigError("distances of sets need two prompts at least, better 500.")
+    if "distances" in measured and config.prompts < 2:
+        raise ConfigError("distances of sets need two prompts at least, better 500.")
+    if "negatives" in measured and not config.negative_pairs:
+        raise ConfigError("the experiment on negatives needs negative_pairs; or leave negatives out of measure.")
     for name in (*config.negative_methods, *config.edit_methods):
         if name not in methods:
             raise ConfigError(f"{name} is not among methods, so it is in no experiment on negatives or edits.")

@@ -14,7 +14,7 @@ from .cells import CellStore, Tensors, digest, fingerprint_module
 from .config import EvaluateConfig, method_names
 from .edits import Edits
 from .features import Features
-from .methods import REFERENCE, parse_method
+from .methods import REFERENCE, MethodCall, parse_method
 from .metrics import frechet_distance, frechet_interval, kernel_statistics, map_distance, mean_and_interval, psnr, ssim
 from .negative import agreement_changes, compare_change
 from .prompts import PromptSet
@@ -59,11 +59,16 @@ class ModelEvaluation:
             **self._base_key,
             "method": method,
             "asset": self._assets[method],
-            "w": self.sampler.w if call.method.guided else None,
+            "w": self.sampler.w if call.method.guided or self._takes_guidance(call) else None,
             "positives": positives,
             "negatives": negatives if call.method.uses_negative else None,
             "seed": seed,
         }
+
+    def _takes_guidance(self, call: MethodCall) -> bool:
+        """Whether the method's adapter takes the guidance scale as an input."""
+        adapter = self.sampler.assets.adapters.get(call.variant if call.method.named else "")
+        return call.method.adapter and adapter is not None and adapter.guided
 
     def sample(self, method: str, positives: list[str], negatives: list[str], seed: int, label: str = "") -> Tensors:
         """``latents`` [N, 4, h, w], ``unet_calls`` [N] and ``seconds`` [N] (of the run that made them)."""

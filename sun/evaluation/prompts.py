@@ -42,7 +42,13 @@ def build_prompts(config: EvaluateConfig) -> PromptSet:
 
 
 def calibration_pairs(config: EvaluateConfig) -> list[tuple[str, str]]:
-    """Prompts and negatives that LTC-Accel is calibrated on: others than the measured ones, where there are others."""
+    """Prompts and negatives that LTC-Accel is calibrated on: others than the measured ones, where there are others.
+
+    Of a file they are those after the measured ones, else its last.
+    """
+    if config.prompts_file:
+        positives, negatives = read_pairs(Path(config.prompts_file), config.prompts + config.calibration_prompts)
+        return list(zip(positives, negatives, strict=True))[-config.calibration_prompts :]
     other = replace(
         config, seed=config.seed + 1, prompts=config.calibration_prompts, negative_pairs=0, negative_groups=()
     )

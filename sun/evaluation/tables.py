@@ -80,11 +80,17 @@ def _overview(models: dict[str, Any], key: str) -> str:
             default=None,
         )
         for name, steps in columns
+        if sum(parse_method(m).steps == steps for m in models[name]["methods"]) > 1
     }
     rows = []
     for family in families:
         cells = [models[name]["methods"].get(f"{family}-{steps}", {}).get(key) for name, steps in columns]
-        rows.append([family, *(_cell(v, COLUMNS[key][1], v == best[c]) for v, c in zip(cells, columns, strict=True))])
+        rows.append(
+            [
+                family,
+                *(_cell(v, COLUMNS[key][1], v == best.get(c, object())) for v, c in zip(cells, columns, strict=True)),
+            ]
+        )
     floors = [models[name].get("floor", {}).get(key) for name, _ in columns]
     rows.append(["floor", *(_cell(v, COLUMNS[key][1]) for v in floors)])
     return table(["method", *(f"{name}, {steps} steps" for name, steps in columns)], rows)

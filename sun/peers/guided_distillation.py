@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..schedulers import make_scheduler
 from ..training.negatives import NegativePrompts
-from ..training.run import RunConfig, TrainingRun
+from ..training.run import RunConfig, start_run
 from ..training.speed import use_fast_attention
 from ..training.sun import SunTrainConfig, Teacher, check_settings
 from ..training.targets import GuidedTrajectories, NoisedData, Prompts
@@ -92,7 +92,7 @@ def train_guided_distillation(config: GuidedDistillConfig) -> Path:
     unet = copy.deepcopy(pipe.unet).requires_grad_(True)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    run = TrainingRun(config.run, {"student": Student(unet.train())})
+    run = start_run(config, {"student": Student(unet.train())})
     work = Distillation(config, pipe, run)
     use_fast_attention(unet, work.device)
     student, sun_config = run.modules["student"], config.as_sun()

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..adapter import SunAdapter
 from ..config import ConfigError
 from ..training.algorithm import NoiseSchedule, add_noise, ddim_update
-from ..training.run import RunConfig, TrainingRun
+from ..training.run import RunConfig, start_run
 from ..training.sun import Teacher
 from .setup import Batch, Distillation, load_frozen
 
@@ -169,7 +169,7 @@ def train_lcm_lora(config: LcmLoraConfig) -> Path:
     torch.manual_seed(config.run.seed)
     rank = config.rank or like_sun(pipe.unet, config.targets)
     lora = LoraStudent(pipe.unet, rank, config.targets)
-    run = TrainingRun(config.run, {"lora": lora})
+    run = start_run(config, {"lora": lora})
     work = Distillation(config, pipe, run)
     if config.skipping_step > work.total:
         raise ConfigError(f"skipping_step is at most the model's {work.total} timesteps.")

@@ -82,8 +82,6 @@ class Distillation:
                 seed=config.run.seed, workers=config.workers, cache=config.cache, encode=self.encode,
             ),
         )  # fmt: skip
-        if run.accelerator.is_main_process:
-            (run.folder / "config.json").write_text(json.dumps(settings_of(config), indent=2))
         self._sampled = run.progress.seconds
 
     @property

@@ -25,6 +25,13 @@ def find_checkpoint(folder: Path) -> Path | None:
     return next((folder / name for name in (LAST, NEW, OLD) if (folder / name / "done").exists()), None)
 
 
+def discard(folder: Path) -> None:
+    """Remove the checkpoints and the log of a run that starts anew: a later resume must not find the old one's."""
+    for name in (LAST, NEW, OLD):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / "log.jsonl").unlink(missing_ok=True)
+
+
 def start_checkpoint(folder: Path) -> Path:
     """An empty folder to write the next checkpoint into."""
     if not (folder / LAST / "done").exists():  # never throw away the only complete one

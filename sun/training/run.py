@@ -8,7 +8,7 @@ import random
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,13 +20,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..config import ConfigError
-from .checkpoint import Stateful, find_checkpoint, load_tracked, publish, save_tracked, start_checkpoint
+from .checkpoint import Stateful, discard, find_checkpoint, load_tracked, publish, save_tracked, start_checkpoint
 from .optimizers import OptimizerName, make_optimizer
 
 T = TypeVar("T", bound=Stateful)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MAX_SKIPPED_UPDATES = 50
+_FREE = ("run", "workers", "cache", "gradient_checkpointing")  # what a run may go on with other values of
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -126,6 +127,8 @@ class TrainingRun:
         self._skipped_updates = 0
         if config.resume:
             self._resume()
+        elif self.accelerator.is_main_process:
+            discard(self.folder)
 
     def place(self, *frozen: torch.nn.Module) -> None:
         """Move models that do not train to the run's device, in ``config.frozen``."""
@@ -257,6 +260,8 @@ class TrainingRun:
                 f"the checkpoint in {checkpoint} is of a run with other settings ({error}). Give another output "
                 "folder, or start anew with --no-resume."
             ) from error
+        if self.ema is not None:  # what accelerate loads for it lies on the CPU
+            self.ema.to(self.accelerator.device)
         self.accelerator.step = 0  # checkpoints lie between updates, also when `accumulate` has changed since
         self._restored = load_tracked(checkpoint, self.accelerator.process_index)
         self.say(f"resumed {self.folder} at step {self.progress.step}")
@@ -297,6 +302,30 @@ class TrainingRun:
         """Samples left out so far by every process, by reason."""
         mine = sum((Counter(getattr(t, "skipped", None) or {}) for t in self._tracked.values()), Counter[str]())
         return dict(sum(gather_object([mine]), Counter[str]()))
+
+
+def start_run(config: Any, modules: dict[str, torch.nn.Module]) -> TrainingRun:
+    """The :class:`TrainingRun` of ``config.run``, with all settings kept beside it in ``config.json``.
+
+    Raises ConfigError if the folder holds a checkpoint of a run with other settings: going on there would end with the
+    old run's weights under the new run's name. The group ``run`` may change, and what only touches speed.
+    """
+    folder = Path(config.run.output)
+    settings = json.loads(json.dumps(asdict(config), default=str))
+    kept = folder / "config.json"
+    if config.run.resume and find_checkpoint(folder) and kept.is_file():
+        before = json.loads(kept.read_text())
+        other = [f"{k} {before[k]!r}, now {v!r}" for k, v in settings.items()
+                 if k in before and k not in _FREE and before[k] != v]  # fmt: skip
+        if other:
+            raise ConfigError(
+                f"{folder} holds a run with other settings: {'; '.join(other)}. Give another output folder, or start "
+                "anew with --no-resume."
+            )
+    run = TrainingRun(config.run, modules)
+    if run.accelerator.is_main_process:
+        kept.write_text(json.dumps(settings, indent=2) + "\n")
+    return run
 
 
 class _Averaged:

@@ -5,8 +5,7 @@ Only the adapter trains. The U-Net runs as teacher (no SUN, classifier-free guid
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..text import encode_texts
 from .algorithm import NoiseSchedule, guided_noise
 from .data import build_source
 from .negatives import NegativePrompts
-from .run import RunConfig, TrainingRun
+from .run import RunConfig, TrainingRun, start_run
 from .samples import is_emoji
 from .speed import use_fast_attention
 from .targets import GuidedTrajectories, NoisedData, Prompts
@@ -111,7 +110,7 @@ def train_sun(config: SunTrainConfig) -> Path:
         unet.enable_gradient_checkpointing()
         unet.train()
     adapter = make_adapter(config, unet)
-    run = TrainingRun(config.run, {"student": Student(unet, adapter)})
+    run = start_run(config, {"student": Student(unet, adapter)})
     if run.sharded:
         raise ConfigError(
             "SUN trains 38 million parameters: FSDP has nothing to share out, and its U-Net calls differ between "
@@ -141,8 +140,6 @@ def train_sun(config: SunTrainConfig) -> Path:
     negatives = NegativePrompts.load(
         config.negatives, config.data, config.max_negative_phrases, config.empty_negative_probability
     )
-    if run.accelerator.is_main_process:
-        (run.folder / "config.json").write_text(json.dumps(asdict(config), indent=2))
     prompts = Prompts(source, negatives, run.rng, source.encoder(encode), config.empty_captions, config.run.batch_size)
     objective: NoisedData | GuidedTrajectories
     if config.trajectories:

@@ -8,15 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config import ConfigError, apply
+from ..config import ConfigError, apply, assign
 from .sun import SunTrainConfig, check_settings, train_sun
 
 
 def variant_configs(
-    settings: Mapping[str, Any], only: Sequence[str] = (), where: str = "the configuration"
+    settings: Mapping[str, Any],
+    only: Sequence[str] = (),
+    where: str = "the configuration",
+    assignments: Sequence[str] = (),
 ) -> dict[str, SunTrainConfig]:
     """The configuration of every variant of ``settings``: those of ``sun train`` and tables ``variants.NAME`` with what
-    differs. A variant's run is the folder NAME in ``run.output``. ``only`` names those wanted.
+    differs. A variant's run is the folder NAME in ``run.output``. ``only`` names those wanted;
+    ``assignments`` are texts like ``run.lr=1e-3`` that change what the variants have in common.
 
     Raises ConfigError.
     """
@@ -26,7 +30,7 @@ def variant_configs(
         raise ConfigError(f"{where} has no variants. Add tables [variants.NAME] with the settings that differ.")
     if unknown := [name for name in only if name not in variants]:
         raise ConfigError(f"{where} has no variant {', '.join(unknown)}; there are: {', '.join(variants)}.")
-    base = apply(SunTrainConfig(), common, where)
+    base = assign(apply(SunTrainConfig(), common, where), assignments)
     found = {}
     for name, changes in variants.items():
         if only and name not in only:

@@ -21,7 +21,7 @@ from sun.config import ConfigError, apply, read_config
 from sun.training import run as run_module
 from sun.training import sun as sun_module
 from sun.training.checkpoint import find_checkpoint, publish, start_checkpoint
-from sun.training.run import NonFiniteLoss, RunConfig, TrainingRun
+from sun.training.run import NonFiniteLoss, RunConfig, TrainingRun, start_run
 from sun.training.sun import SunTrainConfig, train_sun
 
 
@@ -193,6 +193,23 @@ def test_every_step_draws_the_same_whatever_was_drawn_before(tmp_path: Path) -> 
     assert plain == drawn(tmp_path / "b", noisy=True)
     assert len(set(plain)) == 6
     assert len(set(drawn(tmp_path / "c", noisy=False, accumulate=2, steps=3))) == 6
+
+
+def test_a_run_with_other_settings_does_not_go_on_in_the_same_folder(tmp_path: Path) -> None:
+    def begin(**changes: Any) -> TrainingRun:
+        run = RunConfig(output=str(tmp_path / "run"), precision="fp32", **changes.pop("run", {}))
+        return start_run(SunTrainConfig(run=run, **changes), {"net": nn.Linear(3, 1)})
+
+    run = begin()
+    run.progress.step = 3
+    run.save()
+    assert begin(run={"minutes": 5.0}, workers=2).progress.step == 3, "length and workers may change"
+    with pytest.raises(ConfigError, match=r"model 'emoji', now 'other'.*--no-resume"):
+        begin(model="other")
+    anew = begin(model="other", run={"resume": False})
+    assert anew.progress.step == 0
+    assert not (tmp_path / "run" / "checkpoint").exists(), "a later resume must not find the old run"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"] == "other"
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_names_the_checkpoint(tmp_path: Path) -> None:

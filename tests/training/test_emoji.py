@@ -183,6 +183,12 @@ def test_the_whole_chain_from_pictures_to_a_shipped_folder(packages: Path, tmp_p
     unet = StableDiffusionPipeline.from_pretrained(train_base(again), safety_checker=None).unet
     for name, weight in pipe.unet.state_dict().items():
         assert torch.allclose(unet.state_dict()[name].float(), weight.float(), atol=1e-3)
+    # A text encoder that is pretrained and then frozen is the same one when the run goes on.
+    frozen = replace(config, run=make_run(tmp_path, "frozen", steps=1), train_text=False)
+    first = StableDiffusionPipeline.from_pretrained(train_base(frozen), safety_checker=None).text_encoder
+    longer = replace(frozen, run=make_run(tmp_path, "frozen", steps=2))
+    second = StableDiffusionPipeline.from_pretrained(train_base(longer), safety_checker=None).text_encoder
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     # Without the text encoder: the U-Net learns, the encoder stays.
     alone = replace(config, run=make_run(tmp_path, "alone", lr=0.01), init_model=str(out), train_text=False)
     trained = StableDiffusionPipeline.from_pretrained(train_base(alone), safety_checker=None)

@@ -22,6 +22,7 @@ from sun.evaluation import run as run_module
 from sun.evaluation.cells import CellStore
 from sun.evaluation.config import method_names, model_specs, portable
 from sun.evaluation.features import Features
+from sun.evaluation.prompts import calibration_pairs
 from sun.evaluation.tables import markdown
 
 
@@ -133,6 +134,14 @@ def test_experiments_can_be_given_to_some_models_and_methods(config: EvaluateCon
     config.negative_methods, config.models["strong"]["methods"] = (), ["sun-x"]
     with pytest.raises(ConfigError, match="unknown method 'sun-x"):
         report(config)
+
+
+def test_calibration_takes_other_prompts_than_the_measured_ones(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("".join(f"prompt {i} | negative {i}\n" for i in range(10)))
+    config = EvaluateConfig(prompts_file=str(tmp_path / "p.txt"), prompts=6, calibration_prompts=3)
+    assert calibration_pairs(config) == [(f"prompt {i}", f"negative {i}") for i in (6, 7, 8)]
+    config.prompts = 10  # no others are left
+    assert calibration_pairs(config) == [(f"prompt {i}", f"negative {i}") for i in (7, 8, 9)]
 
 
 def test_methods_without_their_files_can_be_left_out(config: EvaluateConfig, eye: None) -> None:
@@ -263,7 +272,7 @@ def test_tables_put_methods_down_and_models_across() -> None:
         {"reference": "dpmpp-25", "settings": {"seed": 1}, "models": {"base": model(1.0), "other": model(3.0)}}
     )
     assert "| method | base, 4 steps | base, 8 steps | other, 4 steps | other, 8 steps |" in text
-    assert "| sun | **1.000** | **0.500** | **3.000** | **1.500** |" in text
+    assert "| sun | **1.000** | 0.500 | **3.000** | 1.500 |" in text, "alone at 8 steps it is not the best of any"
     assert "| ddim | 2.000 |  | 6.000 |  |" in text
     assert "| base | ddim-4 | 8 : 4 | 2.00 | 2.00 |" in text
     assert "| sun-4 | 4 | 0.100 | **1.000** | **0.1000** (0.0500–0.2000) |" in text

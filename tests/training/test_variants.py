@@ -28,6 +28,9 @@ def test_a_variant_changes_what_it_names_and_nothing_else() -> None:
     assert [c.run.lr for c in configs.values()] == [0.1, 0.1, 0.01]
     assert {c.substeps for c in configs.values()} == {2}
     assert list(variant_configs(SETTINGS, ["one"])) == ["one"]
+    moved = variant_configs(SETTINGS, assignments=["run.output=elsewhere"])
+    assert len({Path(config.run.output) for config in moved.values()}) == len(moved)
+    assert {Path(config.run.output).parent for config in moved.values()} == {Path("elsewhere")}
 
 
 @pytest.mark.parametrize(
