@@ -100,6 +100,8 @@ def _write(path: Path, data: bytes) -> Path:
 
 
 def _panel(axes: Any, model: dict[str, Any], cost: str, key: str) -> None:
+    # SUN is black; the others have the same colour in every plot of the model
+    families = sorted({parse_method(m).family for m in model["methods"]} - {"sun"})
     lines: dict[str, list[tuple[float, float, Any]]] = {}
     for method, row in model["methods"].items():
         call = parse_method(method)
@@ -107,8 +109,9 @@ def _panel(axes: Any, model: dict[str, Any], cost: str, key: str) -> None:
             continue  # what they save is inside of a call
         if row.get(key, 0) > 0:
             lines.setdefault(call.family, []).append((row[cost], row[key], row.get(f"{key}_interval")))
-    for number, (family, points) in enumerate(lines.items()):
-        color, marker = _color(number), MARKERS[number % len(MARKERS)]
+    for family, points in lines.items():
+        number = families.index(family) if family in families else -1
+        color, marker = _color(number) if number >= 0 else "black", MARKERS[number % len(MARKERS)]
         points.sort(key=lambda point: point[0])
         ours = family.startswith("sun")
         x, y = [p[0] for p in points], [p[1] for p in points]
