@@ -97,8 +97,8 @@ def sd15(g: EmojiGraph) -> None:
         applied = g.add("SUN_Apply", model=loader["MODEL"], adapter=adapter[0])
         g.note(
             "# SUN on Stable Diffusion 1.5\n\nTwo files are needed:\n1. an SD 1.5 checkpoint, or any model fine-tuned "
-            "from it, in `models/checkpoints`\n2. the authors' adapter `sun_adapter_sdv15_4step_addpos.safetensors` "
-            "(77 MB) in `models/sun`\n\nPress **R** after copying them and choose them in the two loaders.\n\nLoRA, "
+            "from it, in `models/checkpoints`\n2. the authors' adapter [sun_adapter_sdv15_4step_addpos.safetensors]"
+            "(https://huggingface.co/Williechai/SpeedUpNet/tree/main) (77 MB) in `models/sun`\n\nPress **R** after copying them and choose them in the two loaders.\n\nLoRA, "
             "ControlNet and IP-Adapter go where they always go: on the model line before or after **Apply SUN to "
             "Model**.\n\nKSampler works too: 4 steps, cfg **1.0**, euler, **simple**."
         )
@@ -192,10 +192,11 @@ def lora(g: EmojiGraph) -> None:
         applied = g.add("SUN_Apply", model=styled[0], adapter=adapter[0])
         g.note(
             "# LoRA\n\nOne file is needed: a LoRA of Emoji Diffusion in `models/loras`. Train it in a clone of the "
-            "repository (15 minutes on two CPU cores) and copy the result there:\n\n`sun train-emoji lora --style google "
-            f"--config configs/emoji-lora.toml`\n\nwrites `runs/emoji-lora-google/lora/{LORA_FILE}`. Press **R** to "
-            "refresh the list.\n\nThe LoRA may stand before or after **Apply SUN to Model**: the picture is the same. "
-            "With Stable Diffusion 1.5, any SD 1.5 LoRA goes here."
+            "repository (`pip install -e .[emoji]`, npm on the PATH, 15 minutes on a CPU core) and copy the result "
+            "there:\n\n`sun train-emoji lora --style google --config configs/emoji-lora.toml`\n\nwrites "
+            f"`runs/emoji-lora-google/lora/{LORA_FILE}`. Press **R** to refresh the list.\n\nThe LoRA may stand before "
+            "or after **Apply SUN to Model**: the picture is the same. With Stable Diffusion 1.5, any SD 1.5 LoRA goes "
+            "here."
         )
     with g.group("Prompts"):
         positive, negative, latent = g.inputs(loader["clip"], "large polar bear, yellow background")
