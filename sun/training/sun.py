@@ -65,7 +65,9 @@ class SunTrainConfig:
     gradient_checkpointing: bool = False
     trajectories: bool = False  # inputs are states of the teacher's guided trajectory from pure noise, not noised data
     teacher_solver: str = "dpmpp_2m"  # of trajectories: dpmpp_2m | ddim; Algorithm 1 steps with DDIM
-    bank_size: int = 4096  # trajectories kept; every `target_reuse`-th step adds a batch of them
+    # Trajectories kept, in memory and in checkpoints (up to 3 MB each at 512 pixels); every `target_reuse`-th step adds a
+    # batch of them.
+    bank_size: int = 4096
     replace_depth: int = 1  # how many stages earlier the student may start whose state replaces the input
     rollout_probability: float = 0.0  # share of steps trained through all stages, on the distance of the last state
 
@@ -198,7 +200,7 @@ def check_settings(config: SunTrainConfig) -> None:
         raise ConfigError(
             f"stage_length is a share of all timesteps, from 0.001 (one of 1000) to 1, not {config.stage_length:g}."
         )
-    for name in ("substeps", "target_reuse", "replace_depth"):
+    for name in ("substeps", "target_reuse", "replace_depth", "bank_size"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} is a number of at least 1, not {getattr(config, name)}.")
     for name in ("replace_probability", "stage_start_probability"):
@@ -215,6 +217,9 @@ def make_adapter(config: SunTrainConfig, unet: Any) -> SunAdapter:
     """A new adapter with K/V copied from the U-Net, or the one to continue from."""
     if config.init_adapter:
         adapter = SunAdapter.load(config.init_adapter, dtype=torch.float32)
+        if adapter.guided != any(config.guidance_range):
+            takes = "takes the guidance scale" if adapter.guided else "has a fixed guidance scale"
+            raise ConfigError(f"init_adapter {takes}: {'set' if adapter.guided else 'leave out'} guidance_range.")
     else:
         guided = any(config.guidance_range)
         adapter = SunAdapter.from_unet(
@@ -228,7 +233,8 @@ def save_adapter(config: SunTrainConfig, run: TrainingRun, adapter: SunAdapter) 
     """Write the averaged adapter in fp16 with what a reader needs to know of its training."""
     settings = without_folders(config)
     adapter.info.base_model = "Emoji Diffusion" if config.model == "emoji" else settings["model"]
-    adapter.info.guidance_scale = config.guidance_scale
+    if not adapter.guided:  # of one that takes the scale it is where its slopes begin, which a later run keeps
+        adapter.info.guidance_scale = config.guidance_scale
     adapter.info.stage_length = config.stage_length
     progress = {**run.progress.state_dict(), "processes": run.accelerator.num_processes}
     adapter.info.training = {**settings, **progress}
