@@ -65,8 +65,8 @@ class SunTrainConfig:
     gradient_checkpointing: bool = False
     trajectories: bool = False  # inputs are states of the teacher's guided trajectory from pure noise, not noised data
     teacher_solver: str = "dpmpp_2m"  # of trajectories: dpmpp_2m | ddim; Algorithm 1 steps with DDIM
-    # Trajectories kept, in memory and in checkpoints (up to 3 MB each at 512 pixels); every `target_reuse`-th step adds a
-    # batch of them.
+    # Trajectories kept, in memory and in checkpoints (up to 3 MB each at 512 pixels); every `target_reuse`-th step adds
+    # a batch of them.
     bank_size: int = 4096
     replace_depth: int = 1  # how many stages earlier the student may start whose state replaces the input
     rollout_probability: float = 0.0  # share of steps trained through all stages, on the distance of the last state
