@@ -151,4 +151,4 @@ def test_a_missing_model_is_named_with_the_command_that_makes_one(tmp_path: Path
 
 def test_the_configuration_file_is_valid() -> None:
     path = Path(__file__).parents[2] / "configs" / "emoji-contrast.toml"
-    assert apply(ContrastConfig(), read_config(path), str(path)).run.minutes == 8
+    assert apply(ContrastConfig(), read_config(path), str(path)).run.minutes == 21
