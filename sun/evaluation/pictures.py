@@ -81,8 +81,12 @@ def save_plots(name: str, model: dict[str, Any], folder: Path) -> list[Path]:
             axes.set(xscale="log", yscale="log", xlabel=label, ylabel=title, title=name)
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_formatter(formatter)
-            axes.xaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
-            axes.xaxis.set_minor_formatter(formatter)
+            if cost == "unet_calls":
+                axes.set_xticks(sorted({row[cost] for row in model["methods"].values() if key in row}))
+                axes.xaxis.set_minor_locator(ticker.NullLocator())
+            else:
+                axes.xaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
+                axes.xaxis.set_minor_formatter(formatter)
             axes.yaxis.set_minor_formatter("")
             axes.tick_params(axis="x", which="minor", labelsize=7)
             axes.grid(True, which="both", alpha=0.25)
