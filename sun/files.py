@@ -1,7 +1,7 @@
 """Adapter files: reading, checking and writing both layouts.
 
 ``sun`` layout: "{layer name}.{part}" with readable layer names and metadata in the safetensors header.
-``official`` layout: the keys of the authors' release, "{index}.{part}", index 1, 3, 5, ....
+``official`` layout: the keys of the authors' release, "{index}.{part}", index 1, 3, 5 and so on.
 Both hold the same tensors, so converting loses nothing; our metadata travels in the header of either.
 """
 

@@ -150,8 +150,6 @@ def check(config: EvaluateConfig) -> None:
             raise ConfigError(f"{name} is at least {least}, not {getattr(config, name)}.")
     if "distances" in measured and config.prompts < 2:
         raise ConfigError("distances of sets need two prompts at least, better 500.")
-    if "distances" in measured and config.prompts < 2:
-        raise ConfigError("distances of sets need two prompts at least, better 500.")
     if "negatives" in measured and not config.negative_pairs:
         raise ConfigError("the experiment on negatives needs negative_pairs; or leave negatives out of measure.")
     for name in (*config.negative_methods, *config.edit_methods):

@@ -48,6 +48,10 @@ class Assets:
     guided_distill: str = ""
     loaded: dict[str, Any] = field(default_factory=dict)
 
+    def adapter_of(self, call: MethodCall) -> SunAdapter | None:
+        """The adapter a method puts on the U-Net, if it has one and it is there."""
+        return self.adapters.get(call.variant if call.method.named else "") if call.method.adapter else None
+
 
 @dataclass(frozen=True)
 class Prepared:

@@ -67,8 +67,8 @@ class ModelEvaluation:
 
     def _takes_guidance(self, call: MethodCall) -> bool:
         """Whether the method's adapter takes the guidance scale as an input."""
-        adapter = self.sampler.assets.adapters.get(call.variant if call.method.named else "")
-        return call.method.adapter and adapter is not None and adapter.guided
+        adapter = self.sampler.assets.adapter_of(call)
+        return adapter is not None and adapter.guided
 
     def sample(self, method: str, positives: list[str], negatives: list[str], seed: int, label: str = "") -> Tensors:
         """``latents`` [N, 4, h, w], ``unet_calls`` [N] and ``seconds`` [N] (of the run that made them)."""
@@ -294,7 +294,7 @@ def asset_fingerprint(sampler: Sampler, method: str) -> str:
     added = digest(sampler.calibration) if "ltc" in call.method.name else ""
     added += str(plan_of(call)) if call.method.presets else ""
     if call.method.adapter:
-        adapter = assets.adapters.get(call.variant if call.method.named else "")
+        adapter = assets.adapter_of(call)
         return added if adapter is None else added + fingerprint_module(adapter)
     if added:
         return added

@@ -24,7 +24,7 @@ from ..training.negatives import NegativePrompts
 from ..training.run import RunConfig, start_run
 from ..training.speed import use_fast_attention
 from ..training.sun import SunTrainConfig, Teacher, check_settings
-from ..training.targets import GuidedTrajectories, NoisedData, Prompts
+from ..training.targets import Prompts, make_objective
 from .setup import Distillation, load_frozen
 
 USAGE = """```python
@@ -95,21 +95,15 @@ def train_guided_distillation(config: GuidedDistillConfig) -> Path:
     run = start_run(config, {"student": Student(unet.train())})
     work = Distillation(config, pipe, run)
     use_fast_attention(unet, work.device)
-    student, sun_config = run.modules["student"], config.as_sun()
+    student = run.modules["student"]
     teacher = Teacher(pipe.unet, config.guidance_scale)
     scheduler = make_scheduler("ddim", pipe.scheduler.config)
     prompts = Prompts(
         work.source, NegativePrompts([], 0, 1.0), run.rng, work.source.encoder(work.encode), config.empty_captions,
         config.run.batch_size,
     )  # fmt: skip
-    objective: NoisedData | GuidedTrajectories
-    if config.trajectories:
-        shape = (unet.config.in_channels, work.latent_size, work.latent_size)
-        objective = GuidedTrajectories(
-            sun_config, run, prompts, teacher, work.schedule, pipe.scheduler.config, shape
-        )  # fmt: skip
-    else:
-        objective = NoisedData(sun_config, run, prompts, teacher, work.schedule)
+    shape = (unet.config.in_channels, work.latent_size, work.latent_size)
+    objective = make_objective(config.as_sun(), run, prompts, teacher, work.schedule, pipe.scheduler.config, shape)
     for step in run.steps():
         with run.accelerator.autocast():
             losses = objective.losses(step)

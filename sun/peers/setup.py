@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -30,11 +30,6 @@ class PeerConfig(Protocol):
     resolution: int
     guidance_scale: float
     empty_captions: float
-
-
-def settings_of(config: PeerConfig) -> dict[str, Any]:
-    """All settings by name, groups nested."""
-    return asdict(config)  # type: ignore[call-overload]
 
 
 @dataclass

@@ -23,7 +23,7 @@ from .negatives import NegativePrompts
 from .run import RunConfig, TrainingRun, start_run
 from .samples import is_emoji
 from .speed import use_fast_attention
-from .targets import GuidedTrajectories, NoisedData, Prompts
+from .targets import Prompts, make_objective
 
 
 @dataclass
@@ -143,12 +143,8 @@ def train_sun(config: SunTrainConfig) -> Path:
         config.negatives, config.data, config.max_negative_phrases, config.empty_negative_probability
     )
     prompts = Prompts(source, negatives, run.rng, source.encoder(encode), config.empty_captions, config.run.batch_size)
-    objective: NoisedData | GuidedTrajectories
-    if config.trajectories:
-        shape = (unet.config.in_channels, resolution // scale, resolution // scale)
-        objective = GuidedTrajectories(config, run, prompts, teacher, schedule, pipe.scheduler.config, shape)
-    else:
-        objective = NoisedData(config, run, prompts, teacher, schedule)
+    shape = (unet.config.in_channels, resolution // scale, resolution // scale)
+    objective = make_objective(config, run, prompts, teacher, schedule, pipe.scheduler.config, shape)
     sampled = run.progress.seconds
     for step in run.steps():
         with run.accelerator.autocast():

@@ -202,3 +202,13 @@ class GuidedTrajectories:
             need_guided=config.cfg_weight > 0,
         )  # fmt: skip
         return weighted(config, self.student, targets, positive, negative, self.bank.schedule)
+
+
+def make_objective(
+    config: SunTrainConfig, run: TrainingRun, prompts: Prompts, teacher: Teacher, schedule: NoiseSchedule,
+    scheduler_config: Any, shape: tuple[int, int, int],
+) -> NoisedData | GuidedTrajectories:  # fmt: skip
+    """What ``config`` trains on, for the module ``student`` of ``run``; ``shape`` is that of one latent."""
+    if config.trajectories:
+        return GuidedTrajectories(config, run, prompts, teacher, schedule, scheduler_config, shape)
+    return NoisedData(config, run, prompts, teacher, schedule)
