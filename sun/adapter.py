@@ -346,6 +346,19 @@ class SunAdapter(nn.Module):
                 theirs.load_state_dict(state, assign=True)
         return plain.eval()
 
+    def widen(self) -> SunAdapter:
+        """An adapter that takes the guidance scale and, before it is trained to, does at every scale what this one does.
+
+        Raises ValueError where this one's own scale, from which others are counted, is not recorded.
+        """
+        if self.info.guidance_scale is None:
+            raise ValueError("The adapter's file does not record the guidance scale it was trained for.")
+        wide = SunAdapter(
+            self.channels, self.text_width, self.positive, names=self.names, info=self.info, guided=True
+        )  # fmt: skip
+        wide.load_state_dict(self.state_dict(), strict=self.guided)
+        return wide.to(next(self.parameters()).dtype).eval()
+
     def check_base(self, channels: Sequence[int], text_width: int, where: str) -> None:
         """Raise SunFileError, naming both sides, unless the adapter fits a U-Net with these attn2 layers.
 

@@ -16,6 +16,7 @@ from ..adapter import SunAdapter
 from ..config import ConfigError, without_folders
 from ..files import SunInfo
 from ..pipelines import attach, detach
+from ..shipped import EMOJI_SUN
 from ..text import encode_texts
 from .algorithm import NoiseSchedule, guided_noise
 from .data import build_source
@@ -212,10 +213,12 @@ def check_settings(config: SunTrainConfig) -> None:
 def make_adapter(config: SunTrainConfig, unet: Any) -> SunAdapter:
     """A new adapter with K/V copied from the U-Net, or the one to continue from."""
     if config.init_adapter:
-        adapter = SunAdapter.load(config.init_adapter, dtype=torch.float32)
-        if adapter.guided != any(config.guidance_range):
-            takes = "takes the guidance scale" if adapter.guided else "has a fixed guidance scale"
-            raise ConfigError(f"init_adapter {takes}: {'set' if adapter.guided else 'leave out'} guidance_range.")
+        path = EMOJI_SUN if config.init_adapter == "emoji" else config.init_adapter
+        adapter = SunAdapter.load(path, dtype=torch.float32)
+        if adapter.guided and not any(config.guidance_range):
+            raise ConfigError("init_adapter takes the guidance scale: set guidance_range.")
+        if any(config.guidance_range) and not adapter.guided:
+            adapter = adapter.widen()
     else:
         guided = any(config.guidance_range)
         adapter = SunAdapter.from_unet(
