@@ -71,7 +71,8 @@ def describe(loaded: LoadedAdapter) -> tuple[str, str]:
     """(a few lines for people, the same as JSON) about an adapter. What its file does not record is null in the JSON.
 
     Keys: name, file, layout, base_model, widths (of the base's attention layers, finest first), text_width, layers,
-    branches, parameters, dtype, guidance_scale (the w it was trained for), stage_length, sha256.
+    branches, parameters, dtype, guidance_scale (the w it was trained for), takes_guidance_scale (whether others
+    can be asked for), stage_length, sha256.
     """
     adapter = loaded.adapter
     path = Path(str(adapter.info.path))
@@ -88,6 +89,7 @@ def describe(loaded: LoadedAdapter) -> tuple[str, str]:
         "parameters": report["parameters"],
         "dtype": report["dtype"],
         "guidance_scale": adapter.info.guidance_scale,
+        "takes_guidance_scale": adapter.guided,
         "stage_length": adapter.info.stage_length,
         "sha256": report["sha256"],
     }
@@ -97,7 +99,11 @@ def describe(loaded: LoadedAdapter) -> tuple[str, str]:
 def _in_words(facts: dict[str, Any]) -> str:
     widths = " / ".join(str(width) for width in facts["widths"])
     w, stage = facts["guidance_scale"], facts["stage_length"]
-    guidance = "not recorded" if w is None else f"w = {w:g}"
+    guidance = (
+        "not recorded"
+        if w is None
+        else f"w = {w:g}{' unless asked for another' if facts['takes_guidance_scale'] else ''}"
+    )
     stages = "" if not stage else f", stage length {stage:g} ({round(1 / stage)} steps)"
     return "\n".join(
         (

@@ -122,6 +122,18 @@ class ApplySun(io.ComfyNode):
                     ),
                 ),
                 *effect_inputs(),
+                io.Float.Input(
+                    "guidance",
+                    default=0.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip=(
+                        "What cfg would be without SUN, at one call a step; 0 is the scale the adapter was trained "
+                        "for. Only for adapters that take it: SUN Adapter Info shows which."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output("sun_model", display_name="model", tooltip="The model with SUN, for any sampler.")
@@ -131,9 +143,9 @@ class ApplySun(io.ComfyNode):
     @classmethod
     def execute(
         cls, model: Any, adapter: loading.LoadedAdapter, strength: float, negative: Any = None,
-        start_percent: float = 0.0, end_percent: float = 1.0,
+        start_percent: float = 0.0, end_percent: float = 1.0, guidance: float = 0.0,
     ) -> io.NodeOutput:  # fmt: skip
-        return io.NodeOutput(patch.apply(model, adapter, strength, negative, (start_percent, end_percent)))
+        return io.NodeOutput(patch.apply(model, adapter, strength, negative, (start_percent, end_percent), guidance))
 
 
 class SunSampler(io.ComfyNode):

@@ -68,17 +68,20 @@ def apply(
     strength: float = 1.0,
     negative: list | None = None,
     effect: tuple[float, float] = WHOLE_RUN,
+    guidance: float = 0.0,
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone of `model` that samples with the adapter. A SUN already on the model is replaced, never added to.
 
-    Raises SunFileError if the adapter does not fit the model, ValueError for an effect that ends before it starts.
+    Raises SunFileError if the adapter does not fit the model, ValueError for an effect that ends before it starts or
+    a guidance scale that the adapter does not take.
     """
     layers = check_base(model, loaded)
     checks.check_effect(effect)
+    loaded.patcher.model.guidance(guidance or None)  # says so now if the adapter cannot
     patched = model.clone()
     if patched.get_attachment(KEY) is not None:
         log.warning("SUN: the model had a SUN adapter already; %s takes its place.", loaded.name)
-    patched.set_attachments(KEY, SunSettings(loaded.name, float(strength), negative, layers, effect))
+    patched.set_attachments(KEY, SunSettings(loaded.name, float(strength), negative, layers, effect, guidance))
     patched.set_additional_models(KEY, [loaded.patcher])
     for wrapper_type, wrapper in (
         (WrappersMP.OUTER_SAMPLE, _outer_sample),
@@ -202,8 +205,9 @@ def _apply_model(
             chosen = [(weight, match_rows(negatives[i], x.shape[0])) for i, weight in weights.items()]
             adapter: SunAdapter = patchers[0].model
             texts = run.texts(
-                adapter, chosen, c_crossattn, strength=run.settings.strength, key=_which(options, x.device)
-            )
+                adapter, chosen, c_crossattn, strength=run.settings.strength, key=_which(options, x.device),
+                guidance=adapter.guidance(run.settings.guidance or None),
+            )  # fmt: skip
             options = {**options, KEY: SunForward(adapter, run.settings, chosen, texts._replace(positive=c_crossattn))}
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 

@@ -347,7 +347,7 @@ class SunAdapter(nn.Module):
         return plain.eval()
 
     def widen(self) -> SunAdapter:
-        """An adapter that takes the guidance scale and, before it is trained to, does at every scale what this one does.
+        """An adapter that takes the guidance scale. Until it is trained to, it does what this one does at every scale.
 
         Raises ValueError where this one's own scale, from which others are counted, is not recorded.
         """

@@ -58,6 +58,7 @@ def describe_adapter(adapter: SunAdapter, path: Path) -> dict[str, Any]:
         "base_model": info.base_model or "not recorded",
         "branches": info.branches,
         "guidance_scale": info.guidance_scale if info.guidance_scale is not None else "not recorded",
+        "takes_guidance_scale": adapter.guided,
         "stage_length": info.stage_length if info.stage_length is not None else "not recorded",
         "parameters": sum(w.numel() for w in weights),
         "dtype": ", ".join(sorted({str(w.dtype).removeprefix("torch.") for w in weights})),

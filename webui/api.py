@@ -59,6 +59,7 @@ class TextRequest(BaseModel):
     adapter: str | None = Field(None, description="a name of /sun/v1/adapters; the first of them if left out")
     model: str = Field("", description="a checkpoint of the host's list; the loaded one if left out")
     strength: float = Field(1.0, ge=0.0, le=2.0)
+    guidance: float = Field(0.0, ge=0.0, le=30.0, description="w of an adapter that takes it; 0: the adapter's own")
     steps: int = Field(4, ge=1, le=50)
     width: int = Field(512, ge=64, le=4096, multiple_of=8)
     height: int = Field(512, ge=64, le=4096, multiple_of=8)
@@ -160,7 +161,9 @@ def request_of(body: TextRequest, mode: Literal["trained", "respaced"] = "traine
         accelerators=accelerators_of(body),
         prompt=body.prompt,
         negative=body.negative_prompt,
-        settings=SunSettings(adapter, body.strength, body.steps, main_negative=True, denoise_mode=mode),
+        settings=SunSettings(
+            adapter, body.strength, body.steps, main_negative=True, denoise_mode=mode, guidance=body.guidance
+        ),
         model=body.model,
         width=body.width,
         height=body.height,

@@ -15,10 +15,13 @@ from .accelerators import CALIBRATIONS, OFF, AcceleratorSettings
 from .run import SunSettings
 
 TITLE = "SUN"
-SUN_CONTROLS = ("enabled", "adapter", "strength", "steps", "main_negative", "negative", "denoise_mode", "sampling")
+SUN_CONTROLS = (
+    "enabled", "adapter", "strength", "steps", "main_negative", "negative", "denoise_mode", "sampling", "guidance",
+)  # fmt: skip
 ACCELERATOR_CONTROLS = tuple(field.name for field in fields(AcceleratorSettings))
 CONTROLS = (*SUN_CONTROLS, *ACCELERATOR_CONTROLS)
 """Names of the script's arguments, in order; the API's `alwayson_scripts` may give them by name in one object."""
+GUIDANCE = "SUN guidance (0: the adapter's own)"
 DENOISE_MODES = ["trained", "respaced"]
 SAMPLINGS = ["sun", "schedule", "keep"]
 
@@ -36,6 +39,7 @@ def _sun(elem_id: Callable[[str], str]) -> list[Any]:
             refresh = ToolButton("\U0001f504", elem_id=elem_id("refresh"))
             strength = gr.Slider(0, 2, value=1.0, step=0.05, label="SUN strength", elem_id=elem_id("strength"))
             steps = gr.Slider(1, 50, value=4, step=1, label="SUN steps", elem_id=elem_id("steps"))
+            guidance = gr.Slider(0, 12, value=0, step=0.5, label=GUIDANCE, elem_id=elem_id("guidance"))
         main_negative = gr.Checkbox(True, label="Use the main negative prompt", elem_id=elem_id("main_negative"))
         own = gr.Textbox(
             "", lines=2, label="SUN negative prompt", elem_id=elem_id("negative"),
@@ -47,7 +51,7 @@ def _sun(elem_id: Callable[[str], str]) -> list[Any]:
             )
             sampling = gr.Radio(SAMPLINGS, value="sun", label="SUN sampler", elem_id=elem_id("sampling"))
     refresh.click(fn=lambda: gr.update(choices=folders.names()), inputs=[], outputs=[adapter])
-    return [enabled, adapter, strength, steps, main_negative, own, mode, sampling]
+    return [enabled, adapter, strength, steps, main_negative, own, mode, sampling, guidance]
 
 
 def _accelerators(elem_id: Callable[[str], str]) -> list[Any]:
@@ -93,4 +97,7 @@ def read_arguments(args: tuple[Any, ...]) -> tuple[bool, SunSettings, Accelerato
     accelerators = AcceleratorSettings(**{name: values.pop(name) for name in ACCELERATOR_CONTROLS if name in values})
     values.setdefault("adapter", folders.names()[0])
     settings = SunSettings(**values)
-    return enabled, replace(settings, steps=int(settings.steps), strength=float(settings.strength)), accelerators
+    settings = replace(
+        settings, steps=int(settings.steps), strength=float(settings.strength), guidance=float(settings.guidance)
+    )
+    return enabled, settings, accelerators

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 ADAPTER = "SUN adapter"
 HASH = "SUN adapter hash"
 STRENGTH = "SUN strength"
+GUIDANCE = "SUN guidance"
 NEGATIVE = "SUN negative prompt"
 MAIN_NEGATIVE = "SUN main negative prompt"
 DENOISE_MODE = "SUN denoise mode"
@@ -26,7 +27,7 @@ TAU = "LTC-Accel tau"
 EVERY = "LTC-Accel every"
 MEASURED = "LTC-Accel measured"
 INHERIT = "Feature inheritance"
-PASTED = (ADAPTER, STRENGTH, NEGATIVE, TAU, INHERIT)
+PASTED = (ADAPTER, STRENGTH, GUIDANCE, NEGATIVE, TAU, INHERIT)
 
 Params = dict[str, Any]
 
@@ -41,6 +42,8 @@ def write(settings: SunSettings, path: Path) -> dict[str, Any]:
         SAMPLING: settings.sampling,
         VERSION: __version__,
     }
+    if settings.guidance:
+        entries[GUIDANCE] = f"{settings.guidance:g}"
     if settings.main_negative:
         return entries | {MAIN_NEGATIVE: "True"}
     return entries | ({NEGATIVE: settings.negative} if settings.negative else {})
@@ -88,6 +91,7 @@ READERS: dict[str, Callable[[Params], Any]] = {
     "negative": _of_sun(lambda params: params.get(NEGATIVE, "")),
     "denoise_mode": _of_sun(lambda params: params.get(DENOISE_MODE, "trained")),
     "sampling": _of_sun(lambda params: params.get(SAMPLING, "sun")),
+    "guidance": _of_sun(lambda params: float(params.get(GUIDANCE, 0.0))),
     "ltc": lambda params: TAU in params,
     "tau": _of_ltc(lambda params: float(params[TAU])),
     "every": _of_ltc(lambda params: int(params.get(EVERY, 2))),

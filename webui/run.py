@@ -36,6 +36,8 @@ class SunSettings:
     denoise_mode: DenoiseMode = "trained"
     sampling: str = "sun"
     """"sun": the sampler SUN; "schedule": the chosen sampler on the trained timesteps; "keep": both as chosen."""
+    guidance: float = 0.0
+    """w of an adapter that takes it; 0: the adapter's own."""
 
 
 @dataclass
@@ -44,6 +46,8 @@ class SunRun:
 
     settings: SunSettings
     adapter: SunAdapter | None = None
+    guidance: torch.Tensor | None = None
+    """What the adapter makes of the guidance scale."""
     error: Exception | None = None
     """What went wrong while preparing: hosts swallow exceptions of scripts, so it is raised where they do not."""
     layers: tuple[AttentionLayer, ...] = ()
@@ -85,7 +89,7 @@ class SunRun:
             return layer(
                 query, z_p, match_rows(negative, query.shape[0]),
                 None if positive is None else match_rows(positive.to(query), query.shape[0]),
-                heads=heads, strength=self.settings.strength, attend=attend,
+                heads=heads, strength=self.settings.strength, guidance=self.guidance, attend=attend,
             )  # fmt: skip
 
         if acting is None:

@@ -106,7 +106,8 @@ def kept_error(run: SunRun | AcceleratorRun) -> Iterator[None]:
 
 
 def prepare(p: Any, run: SunRun) -> None:
-    """Loads the adapter and sets what SUN needs on the processing object. Raises SunFileError, FileNotFoundError."""
+    """Loads the adapter and sets what SUN needs on the processing object. Raises SunFileError, FileNotFoundError,
+    and ValueError for settings that cannot be."""
     settings = run.settings
     if settings.denoise_mode not in DENOISE_MODES or settings.sampling not in SAMPLINGS:
         raise ValueError(f"SUN: denoise mode is one of {DENOISE_MODES}, sampler one of {SAMPLINGS}.")
@@ -115,6 +116,7 @@ def prepare(p: Any, run: SunRun) -> None:
         run.settings = settings = replace(settings, negative=text)
     path = folders.find(settings.adapter)
     run.adapter = store.load(path)
+    run.guidance = run.adapter.guidance(settings.guidance or None)
     p.steps, p.cfg_scale = settings.steps, 1.0
     if hasattr(p, "hr_cfg"):
         p.hr_cfg = 1.0

@@ -12,6 +12,7 @@ from modules import call_queue, infotext_utils, sd_models, shared
 from modules.ui_components import ToolButton
 
 from . import folders, generate
+from .controls import GUIDANCE
 from .run import SunSettings
 
 LOADED_MODEL = "The loaded model"
@@ -89,6 +90,7 @@ def _controls() -> list[Any]:
         seed = gr.Number(-1, label="Seed", precision=0, elem_id="sun_seed")
         steps = gr.Slider(1, 12, value=4, step=1, label="Steps", elem_id="sun_steps")
         strength = gr.Slider(0, 2, value=1.0, step=0.05, label="SUN strength", elem_id="sun_strength")
+        guidance = gr.Slider(0, 12, value=0, step=0.5, label=GUIDANCE, elem_id="sun_guidance")
     with gr.Accordion("Start from a picture", open=False, elem_id="sun_start"):
         with gr.Row():
             image = gr.Image(label="Picture", type="pil", elem_id="sun_image")
@@ -105,12 +107,12 @@ def _controls() -> list[Any]:
         )
 
     refresh.click(fn=refreshed, inputs=[], outputs=[model, adapter])
-    return [model, adapter, width, height, batch, seed, steps, strength, image, mask, denoise, mode]
+    return [model, adapter, width, height, batch, seed, steps, strength, guidance, image, mask, denoise, mode]
 
 
 def read(
     prompt: str, negative: str, model: str, adapter: str, width: float, height: float, batch: float, seed: float | None,
-    steps: float, strength: float, image: Any, mask: Any, denoise: float, mode: Any,
+    steps: float, strength: float, guidance: float, image: Any, mask: Any, denoise: float, mode: Any,
 ) -> generate.Request:  # fmt: skip
     """The controls' values as a request. Raises ValueError for a mask without a picture."""
     if mask is not None and image is None:
@@ -118,7 +120,9 @@ def read(
     return generate.Request(
         prompt=prompt,
         negative=negative,
-        settings=SunSettings(adapter, float(strength), int(steps), main_negative=True, denoise_mode=mode),
+        settings=SunSettings(
+            adapter, float(strength), int(steps), main_negative=True, denoise_mode=mode, guidance=float(guidance)
+        ),
         model="" if model == LOADED_MODEL else model,
         width=int(width),
         height=int(height),

@@ -43,6 +43,7 @@ def register() -> None:
     axes = [
         plot.AxisOption(PREFIX + "adapter", str, plain("adapter"), choices=folders.names, cost=0.5),
         plot.AxisOption(PREFIX + "strength", float, plain("strength")),
+        plot.AxisOption(PREFIX + "guidance", float, plain("guidance")),
         plot.AxisOption(PREFIX + "steps", int, plain("steps")),
         plot.AxisOption(PREFIX + "negative prompt", str, own_text("negative")),
         plot.AxisOption(PREFIX + "denoise mode", str, plain("denoise_mode"), choices=lambda: ["trained", "respaced"]),

@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 
 
-def make_adapter(model_folder: Path, path: Path, positive: bool = True, seed: int = 1) -> None:
+def make_adapter(model_folder: Path, path: Path, positive: bool = True, seed: int = 1, guided: bool = False) -> None:
     """An adapter for a diffusers model, at its start values with some noise on them."""
     from diffusers import UNet2DConditionModel
 
     from sun import SunAdapter
 
     torch.manual_seed(seed)
-    adapter = SunAdapter.from_unet(UNet2DConditionModel.from_pretrained(model_folder / "unet"), positive=positive)
+    unet = UNet2DConditionModel.from_pretrained(model_folder / "unet")
+    adapter = SunAdapter.from_unet(unet, positive=positive, w=4.0, guided=guided)
     with torch.no_grad():
         for name, parameter in adapter.named_parameters():
             parameter.add_(torch.randn_like(parameter) * (0.2 if "alpha" in name else 0.02))

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comfy_helpers import make_adapter
+from comfy_helpers import make_adapter, relative
 from comfyui_host import REPOSITORY
 
 TITLES = {
@@ -144,6 +144,21 @@ def test_both_layouts_and_negative_only(host, load, run, emoji_folder, models_su
     assert torch.equal(pictures[0], pictures[1])
     assert pictures[2].isfinite().all()
     assert not torch.equal(pictures[0], pictures[2])
+
+
+def test_the_guidance_scale_of_an_adapter_that_takes_it(host, load, run, emoji_folder, models_sun: Path) -> None:
+    from sun import SunAdapter
+
+    make_adapter(emoji_folder, models_sun / "any.safetensors", guided=True)
+    SunAdapter.load(models_sun / "any.safetensors").bake(7.0).save(models_sun / "seven.safetensors")
+    adapters = {name: load.execute(f"{name}.safetensors").result[0] for name in ("any", "seven")}
+    own, seven = run.sun(run.apply(adapter=adapters["any"])), run.sun(run.apply(adapter=adapters["seven"]))
+    assert torch.equal(run.sun(run.apply(adapter=adapters["any"], guidance=4.0)), own)
+    asked = run.sun(run.apply(adapter=adapters["any"], guidance=7.0))
+    assert relative(asked, seven) < relative(own, seven) / 10  # the baked scales were rounded to 16 bits
+    assert "w = 4 unless asked for another" in host.nodes["SUN_AdapterInfo"].execute(adapters["any"]).result[0]
+    with pytest.raises(ValueError, match="guidance scale is fixed at 7"):
+        run.apply(adapter=adapters["seven"], guidance=3.0)
 
 
 # ------------------------------------------------------------------------------------------------------ outside ComfyUI

@@ -131,3 +131,22 @@ def test_diffusers_hands_over_the_scale(pipe) -> None:
     with pytest.raises(ValueError, match="fixed"):
         sun.attach(pipe, made.bake(9.0), guidance_scale=3.0)
     sun.detach(pipe)
+
+
+@pytest.mark.parametrize("positive", [True, False])
+def test_widened_it_is_the_same_at_every_scale_until_it_is_trained(positive: bool) -> None:
+    plain = adapter(positive, guided=False).half()
+    wide = plain.widen()
+    assert wide.guided
+    assert (wide.names, wide.info, wide.positive) == (plain.names, plain.info, positive)
+    assert {p.dtype for p in wide.parameters()} == {torch.float16}
+    wide, plain = wide.float(), plain.float()
+    for mine, theirs in zip(wide.sun_layers(), plain.sun_layers(), strict=True):
+        assert torch.equal(run(mine, wide.guidance(9.0)), run(theirs))
+    again = wide.widen()
+    assert all(map(torch.equal, again.state_dict().values(), wide.state_dict().values()))
+
+
+def test_an_adapter_of_unknown_scale_cannot_be_widened() -> None:
+    with pytest.raises(ValueError, match="does not record the guidance scale"):
+        SunAdapter([8], 12).widen()

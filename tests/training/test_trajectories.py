@@ -176,6 +176,24 @@ def test_an_adapter_that_takes_the_guidance_scale(
     assert all(p.abs().max() > 0 for p in slopes)
 
 
+def test_a_fixed_adapter_is_trained_on_to_take_the_guidance_scale(
+    tiny_model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    settings = {"model": str(tiny_model), "data": str(pictures), "substeps": 2, "resolution": 128}
+    fixed, guided = (
+        RunConfig(output=str(tmp_path / name), steps=2, batch_size=3, precision="fp32", lr=1e-2) for name in "ab"
+    )
+    first = train_sun(SunTrainConfig(run=fixed, guidance_scale=3.0, **settings))
+    on = {**settings, "init_adapter": str(first), "guidance_scale": 4.0, "guidance_range": (1.0, 8.0)}
+    second = train_sun(SunTrainConfig(run=guided, **on))
+    adapter = sun.SunAdapter.load(second)
+    assert adapter.guided
+    assert adapter.info.guidance_scale == 3.0  # its slopes are counted from there
+    back = {**on, "init_adapter": str(second), "guidance_range": (0.0, 0.0)}
+    with pytest.raises(ConfigError, match="init_adapter takes the guidance scale: set guidance_range"):
+        train_sun(SunTrainConfig(run=RunConfig(output=str(tmp_path / "c"), steps=1), **back))
+
+
 def test_an_unknown_error_is_refused(tiny_model: Path) -> None:
     with pytest.raises(ConfigError, match="msc_error is noise or state"):
         train_sun(SunTrainConfig(model=str(tiny_model), msc_error="pixels"))

@@ -90,6 +90,21 @@ def test_the_negative_prompt_acts_and_strength_scales_it(family: Any) -> None:
     assert torch.equal(picture("a dog", strength=0.0), picture("rain", strength=0.0))
 
 
+def test_the_guidance_scale_of_an_adapter_that_takes_it(family: Any) -> None:
+    def run(adapter: str, **sun: Any) -> Any:
+        return family.run({"adapter": adapter, **sun}, prompt="a cat", negative_prompt="a dog", seed=3)
+
+    asked, seven = run("any-guidance.safetensors", guidance=7.0), run("guidance-7.safetensors")
+    assert relative(asked.images, seven.images) < 1e-4
+    assert "SUN guidance: 7" in asked.infotexts[0]
+    own = run("any-guidance.safetensors")
+    assert relative(own.images, seven.images) > 1e-3
+    assert "SUN guidance" not in own.infotexts[0]
+    assert torch.equal(run("any-guidance.safetensors", guidance=4).images, own.images)
+    with pytest.raises(ValueError, match="fixed at 7"):
+        run("guidance-7.safetensors", guidance=3.0)
+
+
 def test_own_negative_box_replaces_the_main_one(family: Any) -> None:
     """Forge greys its box out at CFG 1 and encodes nothing; SUN's text is encoded by us."""
     own = family.run(

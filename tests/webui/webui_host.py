@@ -131,16 +131,21 @@ def make_unet(host: SimpleNamespace, channels: int = 4) -> Any:
     return host.stub("ldm_unet").UNet(STAGES, WIDTH, heads=2, groups=4, channels=channels).eval().requires_grad_(False)
 
 
-def make_adapter(unet: Any, path: Path, positive: bool = True) -> None:
+def make_adapter(unet: Any, path: Path, positive: bool = True, guided: bool = False) -> Any:
     from sun import SunAdapter, layers_of_ldm
+    from sun.files import SunInfo
 
     layers = layers_of_ldm(unet)
-    adapter = SunAdapter([layer.channels for layer in layers], WIDTH, positive, names=[la.name for la in layers])
+    adapter = SunAdapter(
+        [layer.channels for layer in layers], WIDTH, positive, names=[la.name for la in layers], guided=guided,
+        info=SunInfo(guidance_scale=4.0) if guided else None,
+    )  # fmt: skip
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     adapter.save(path)
+    return adapter
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
