@@ -30,7 +30,7 @@ RUN_OPTIONS = {
 }
 MODEL = Annotated[str | None, typer.Option(help="Diffusers folder to start from. (emoji: the shipped one)")]
 DATA = Annotated[str | None, typer.Option(help="Folder of pictures and captions, webdataset shards, or emoji:STYLE.")]
-STYLE = Annotated[str | None, typer.Option(help="openmoji, fluent, google or twemoji.")]
+STYLE = Annotated[str | None, typer.Option(help="openmoji, fluent, google, blob, streamline or twemoji.")]
 
 
 def add_trainer(

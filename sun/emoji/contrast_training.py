@@ -20,7 +20,7 @@ from .cards import data_section, licence_of, settings_of, training_section, writ
 from .contrast import WEIGHTS, ContrastShape, EmojiContrast
 from .pairs import Pair, ScenePool, full_caption
 from .scenes import BACKGROUNDS, PLACES, Scene
-from .sources import STYLES, load_metadata
+from .sources import load_metadata
 from .vae import to_tensor
 
 MAX_SCALE = 100.0  # of the cosines, as CLIP's
@@ -37,7 +37,7 @@ class ContrastConfig:
         )
     )  # fmt: skip
     shape: ContrastShape = field(default_factory=ContrastShape)
-    styles: tuple[str, ...] = tuple(STYLES)
+    styles: tuple[str, ...] = ("twemoji", "openmoji", "fluent", "google")
     emojis: str = "everyday"  # or "wide", "all": see sources.load_metadata
     tokenizer: str = ""  # folder of a CLIP tokenizer; empty: the shipped model's
     held_out: float = 0.1

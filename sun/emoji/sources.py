@@ -31,7 +31,10 @@ VOCABULARY_FILE = Path(__file__).parent / "vocabulary.json"
 
 @dataclass(frozen=True)
 class Style:
-    """One emoji style: where its pictures are inside which package, and under which licence."""
+    """One emoji style: where its pictures are inside which package, and under which licence.
+
+    Either one file an emoji, ``folder/CODE.suffix``, or all of them by name in an Iconify set, ``folder/icons.json``.
+    """
 
     name: str
     package: str
@@ -52,6 +55,10 @@ STYLES = {
               "Fluent Emoji by Microsoft, packaged by LobeHub"),
         Style("google", "emoji-datasource-google@16.0.0", "package/img/google/64", "png", "Apache-2.0 (artwork)",
               "Noto Emoji by Google, packaged by emoji-data"),
+        Style("blob", "@iconify-json/noto-v1@1.2.5", "package", "json", "Apache-2.0",
+              "Noto Emoji before 2017 (blobs) by Google, packaged by Iconify"),
+        Style("streamline", "@iconify-json/streamline-emojis@1.2.4", "package", "json", "CC-BY 4.0",
+              "Streamline Emojis by Streamline, packaged by Iconify"),
     )
 }  # fmt: skip
 
@@ -157,6 +164,8 @@ def load_pictures(style: str, emojis: list[Emoji], size: int = 128) -> dict[str,
     if style not in STYLES:
         raise ConfigError(f"there is no emoji style {style!r}; there are: {', '.join(STYLES)}.")
     spec = STYLES[style]
+    if spec.suffix == "json":
+        return _iconify_pictures(spec, emojis, size)
     pictures: dict[str, Image.Image] = {}
     wanted = {f"{spec.folder}/{key}.{spec.suffix}".lower(): e.code for e in emojis for key in _keys(e.code)}
     with tarfile.open(fetch_package(spec.package)) as tar:
@@ -167,6 +176,32 @@ def load_pictures(style: str, emojis: list[Emoji], size: int = 128) -> dict[str,
             handle = tar.extractfile(member)
             assert handle is not None
             pictures[code] = _rasterise(handle.read(), spec.suffix, size)
+    return pictures
+
+
+def _iconify_pictures(spec: Style, emojis: list[Emoji], size: int) -> dict[str, Image.Image]:
+    """Those of the emojis whose name, or one of whose aliases, an Iconify set has."""
+    with tarfile.open(fetch_package(spec.package)) as tar:
+        handle = tar.extractfile(f"{spec.folder}/icons.json")
+        assert handle is not None
+        found = json.load(handle)
+    icons = found["icons"]
+    named = {name: name for name in icons} | {name: row["parent"] for name, row in found.get("aliases", {}).items()}
+    named = {name.replace("-", ""): target for name, target in named.items() if target in icons}
+    pictures = {}
+    for emoji in emojis:
+        spelled = (name.replace(" ", "") for name in (emoji.name, *emoji.aliases))
+        icon = next((icons[named[name]] for name in spelled if name in named), None)
+        if icon is not None:
+            left, top, width, height = (
+                icon.get(key, found.get(key, default))
+                for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+            )
+            svg = (
+                '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+                f'viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
+            )
+            pictures[emoji.code] = _rasterise(svg.encode(), "svg", size)
     return pictures
 
 

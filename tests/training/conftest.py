@@ -69,6 +69,12 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_package(folder, METADATA_PACKAGE, {"package/emoji.json": json.dumps(rows).encode()})
     for style in STYLES.values():
         drawn = zip(EMOJIS, COLOURS, strict=True)
+        if style.suffix == "json":
+            square = '<path fill="#{}" d="M0 0h8v8H0z"/>'
+            icons = {e.name.replace(" ", "-"): {"body": square.format(c)} for e, c in drawn}
+            content = {"icons": icons, "aliases": {"other": {"parent": "nowhere"}}, "width": 8, "height": 8}
+            write_package(folder, style.package, {f"{style.folder}/icons.json": json.dumps(content).encode()})
+            continue
         files = {f"{style.folder}/{e.code}.{style.suffix}": draw_square(c, style.suffix) for e, c in drawn}
         write_package(folder, style.package, files)
     return folder

@@ -27,7 +27,7 @@ from sun.emoji.ship import captioned_grid, ship_base
 from sun.emoji.text_pretraining import SceneReader, pretrain_text
 from sun.emoji.vae import VaeConfig, reconstruction_loss, to_tensor, train_vae
 
-from .conftest import EMOJIS, make_run
+from .conftest import COLOURS, EMOJIS, make_run
 
 
 def test_metadata_leaves_flags_out(packages: Path) -> None:
@@ -82,6 +82,15 @@ def test_without_npm_the_error_says_what_to_install(tmp_path: Path, monkeypatch:
     with pytest.raises(ConfigError, match=r"install Node\.js"):
         sources.load_metadata("all")
     assert sources.load_metadata("everyday")  # its names are in the package
+
+
+@pytest.mark.parametrize("style", sorted(sources.STYLES))
+def test_every_style_has_the_pictures_its_package_has(style: str, packages: Path) -> None:
+    pictures = sources.load_pictures(style, EMOJIS, 16)
+    assert list(pictures) == [e.code for e in EMOJIS]
+    for picture, colour in zip(pictures.values(), COLOURS, strict=True):
+        assert picture.mode == "RGBA"
+        assert picture.getpixel((8, 8)) == (*bytes.fromhex(colour), 255)
 
 
 @pytest.mark.parametrize("style", sorted(sources.STYLES))
