@@ -92,10 +92,16 @@ def without_folders(config: Any) -> dict[str, Any]:
     """All settings by name, groups nested, for a file that travels: of a path the last name alone."""
     settings = asdict(config)
     for name, value in settings.items():
-        if isinstance(value, str) and ("/" in value or "\\" in value):
-            settings[name] = PurePath(value.replace("\\", "/")).name
+        if isinstance(value, str):
+            settings[name] = _last_name(value)
+        elif isinstance(value, tuple):
+            settings[name] = tuple(_last_name(part) if isinstance(part, str) else part for part in value)
     settings.get("run", {}).pop("output", None)
     return settings
+
+
+def _last_name(value: str) -> str:
+    return PurePath(value.replace("\\", "/")).name if "/" in value or "\\" in value else value
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

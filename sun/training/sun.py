@@ -20,6 +20,7 @@ from ..shipped import EMOJI_SUN
 from ..text import encode_texts
 from .algorithm import NoiseSchedule, guided_noise
 from .data import build_source
+from .models import FrozenModels
 from .negatives import NegativePrompts
 from .run import RunConfig, TrainingRun, start_run
 from .samples import is_emoji
@@ -40,6 +41,8 @@ class SunTrainConfig:
 
     run: RunConfig = field(default_factory=lambda: RunConfig(output="runs/sun", steps=5000, batch_size=32, lr=1e-4))
     model: str = "emoji"
+    # Folders of fine-tunes of `model`: with it, their U-Nets take turns, `target_reuse` steps each. Trajectories only.
+    fine_tunes: tuple[str, ...] = ()
     data: str = "emoji:twemoji"
     cache: str = ""  # latents | latents+text: encode a folder's pictures (and captions) once, on disk
     workers: int = 0  # processes that decode webdataset shards, for each training process
@@ -123,6 +126,7 @@ def train_sun(config: SunTrainConfig) -> Path:
     vae.to(device)
     run.place(unet, text_encoder)
     use_fast_attention(unet, device)
+    models = FrozenModels(unet, config.fine_tunes)
     attach(unet, adapter)
     schedule = NoiseSchedule(pipe.scheduler.alphas_cumprod).to(device)
     teacher = Teacher(unet, config.guidance_scale)
@@ -145,12 +149,18 @@ def train_sun(config: SunTrainConfig) -> Path:
     )
     prompts = Prompts(source, negatives, run.rng, source.encoder(encode), config.empty_captions, config.run.batch_size)
     shape = (unet.config.in_channels, resolution // scale, resolution // scale)
-    objective = make_objective(config, run, prompts, teacher, schedule, pipe.scheduler.config, shape)
+    objectives = [
+        make_objective(config, run, prompts, teacher, schedule, pipe.scheduler.config, shape, str(i or ""))
+        for i in range(len(models))
+    ]
     sampled = run.progress.seconds
     for step in run.steps():
+        turn = models.turn(step, config.target_reuse)
+        models.use(turn)
         with run.accelerator.autocast():
-            losses = objective.losses(step)
+            losses = objectives[turn].losses(step)
         run.update(losses.pop("total"), **losses)
+        models.use(0)
         if run.progress.seconds - sampled > 60 * config.run.sample_minutes:
             sampled = run.progress.seconds
             save_adapter(config, run, adapter)
@@ -197,6 +207,8 @@ def check_settings(config: SunTrainConfig) -> None:
         raise ConfigError(
             f"stage_length is a share of all timesteps, from 0.001 (one of 1000) to 1, not {config.stage_length:g}."
         )
+    if config.fine_tunes and not config.trajectories:
+        raise ConfigError("fine_tunes needs trajectories = true: the pictures of data are those of one model alone.")
     for name in ("substeps", "target_reuse", "replace_depth", "bank_size"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} is a number of at least 1, not {getattr(config, name)}.")

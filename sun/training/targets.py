@@ -160,13 +160,13 @@ class GuidedTrajectories:
 
     def __init__(
         self, config: SunTrainConfig, run: TrainingRun, prompts: Prompts, teacher: Teacher, schedule: NoiseSchedule,
-        scheduler_config: Any, shape: tuple[int, int, int],
+        scheduler_config: Any, shape: tuple[int, int, int], name: str = "",
     ):  # fmt: skip
         self.config, self.rng, self.prompts, self.teacher = config, run.rng, prompts, teacher
         self.scheduler_config, self.shape, self.student = scheduler_config, shape, run.modules["student"]
         stages = round(1 / config.stage_length)
         self.bank = run.track(
-            "bank",
+            f"bank{name}",
             TrajectoryBank(
                 config.bank_size, stages, schedule, run.rng, run.accelerator.device,
                 1 if config.stage_start_probability == 1 else config.substeps, config.stage_start_probability,
@@ -206,9 +206,10 @@ class GuidedTrajectories:
 
 def make_objective(
     config: SunTrainConfig, run: TrainingRun, prompts: Prompts, teacher: Teacher, schedule: NoiseSchedule,
-    scheduler_config: Any, shape: tuple[int, int, int],
+    scheduler_config: Any, shape: tuple[int, int, int], name: str = "",
 ) -> NoisedData | GuidedTrajectories:  # fmt: skip
-    """What ``config`` trains on, for the module ``student`` of ``run``; ``shape`` is that of one latent."""
+    """What ``config`` trains on, for the module ``student`` of ``run``; ``shape`` is that of one latent,
+    ``name`` tells several of a run apart."""
     if config.trajectories:
-        return GuidedTrajectories(config, run, prompts, teacher, schedule, scheduler_config, shape)
+        return GuidedTrajectories(config, run, prompts, teacher, schedule, scheduler_config, shape, name)
     return NoisedData(config, run, prompts, teacher, schedule)

@@ -103,7 +103,7 @@ def test_a_saved_lora_gives_the_same_numbers_in_diffusers(tiny_model: Path, tmp_
 
 
 def test_unknown_styles_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="style takes twemoji, openmoji, fluent, google, blob, streamline, not 'noto'"):
+    with pytest.raises(ConfigError, match=r"style takes twemoji, openmoji, .*streamline, not 'noto'"):
         train_style(StyleConfig(style="noto"))
 
 

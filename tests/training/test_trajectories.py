@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 import sun
 from sun.config import ConfigError
 from sun.emoji.base import sd15_scheduler
 from sun.training.algorithm import NoiseSchedule, ddim_update
+from sun.training.models import FrozenModels
 from sun.training.run import RunConfig, TrainingRun
 from sun.training.sun import SunTrainConfig, check_settings, train_sun
 from sun.training.targets import state_weights
@@ -192,6 +194,65 @@ def test_a_fixed_adapter_is_trained_on_to_take_the_guidance_scale(
     back = {**on, "init_adapter": str(second), "guidance_range": (0.0, 0.0)}
     with pytest.raises(ConfigError, match="init_adapter takes the guidance scale: set guidance_range"):
         train_sun(SunTrainConfig(run=RunConfig(output=str(tmp_path / "c"), steps=1), **back))
+
+
+@pytest.fixture
+def fine_tune(tiny_model: Path, tmp_path: Path) -> Path:
+    """Another U-Net for the tiny model."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet")
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+    unet.save_pretrained(tmp_path / "fine-tune" / "unet")
+    return tmp_path / "fine-tune"
+
+
+def test_fine_tunes_take_turns_with_the_base(tiny_model: Path, fine_tune: Path, tmp_path: Path) -> None:
+    unet, other = (UNet2DConditionModel.from_pretrained(f, subfolder="unet") for f in (tiny_model, fine_tune))
+    inputs = torch.randn(2, 4, 4, 4), torch.tensor([999, 249]), torch.randn(2, 5, 32)
+    with torch.no_grad():
+        base, tuned = unet(*inputs).sample, other(*inputs).sample
+        models = FrozenModels(unet, [str(fine_tune)])
+        assert [models.turn(step, 2) for step in range(7)] == [0, 0, 1, 1, 0, 0, 1]
+        for index, expected in ((1, tuned), (0, base), (1, tuned), (0, base)):
+            models.use(index)
+            assert torch.equal(unet(*inputs).sample, expected)
+    with pytest.raises(ConfigError, match="nowhere is not a diffusers folder"):
+        FrozenModels(unet, [str(tmp_path / "nowhere")])
+    UNet2DConditionModel(
+        sample_size=4, block_out_channels=(32, 64, 32, 32), cross_attention_dim=32, attention_head_dim=2
+    ).save_pretrained(tmp_path / "wide" / "unet")  # fmt: skip
+    with pytest.raises(ConfigError, match="wide has other layers than the base's"):
+        FrozenModels(unet, [str(tmp_path / "wide")])
+
+
+def test_training_on_a_fine_tune_too(
+    tiny_model: Path, fine_tune: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each walks and answers its own trajectories; a run that was stopped ends with the same weights."""
+    seen: list[int] = []
+    use = FrozenModels.use
+    monkeypatch.setattr(FrozenModels, "use", lambda self, index: (seen.append(index), use(self, index))[1])
+
+    def train(name: str, steps: int, **settings: object) -> dict[str, torch.Tensor]:
+        run = RunConfig(output=str(tmp_path / name), steps=steps, batch_size=2, precision="fp32", lr=1e-2)
+        config = SunTrainConfig(
+            run=run, model=str(tiny_model), data=str(pictures), substeps=2, resolution=128, trajectories=True,
+            target_reuse=2, bank_size=4, **settings,
+        )  # fmt: skip
+        return sun.SunAdapter.load(train_sun(config)).state_dict()
+
+    both = {"fine_tunes": (str(fine_tune),)}
+    whole = train("whole", 5, **both)
+    assert seen == [0, 0, 0, 0, 1, 0, 1, 0, 0, 0]  # each step ends with the base's weights, for samples
+    assert not torch.equal(train("alone", 5)["layers.0.alpha_neg"], whole["layers.0.alpha_neg"])
+    train("parts", 3, **both)
+    again = train("parts", 5, **both)
+    for name, value in whole.items():
+        torch.testing.assert_close(again[name], value, msg=name)
+    with pytest.raises(ConfigError, match="fine_tunes needs trajectories"):
+        check_settings(SunTrainConfig(fine_tunes=("a",)))
 
 
 def test_an_unknown_error_is_refused(tiny_model: Path) -> None:

@@ -1,0 +1,47 @@
+"""Fine-tunes of the base take turns as the frozen U-Net, so that the adapter does not lean on the base's own ways."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import ConfigError
+
+
+class FrozenModels:
+    """The weights that one frozen U-Net has in turn: its own, and those of fine-tunes of it.
+
+    unet: the frozen U-Net. folders: diffusers folders of models with the same U-Net; only their U-Nets are used.
+    Raises ConfigError, naming the folder, for one that is none or does not fit.
+    """
+
+    def __init__(self, unet: torch.nn.Module, folders: Sequence[str]):
+        self._parameters = dict(unet.named_parameters())
+        self._weights = [{name: parameter.data for name, parameter in self._parameters.items()}]
+        self._weights += [self._read(folder) for folder in folders]
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def use(self, index: int) -> None:
+        """Gives the U-Net the weights of model ``index``; 0 is the base."""
+        for name, parameter in self._parameters.items():
+            parameter.data = self._weights[index][name]
+
+    def turn(self, step: int, every: int) -> int:
+        """Whose turn step ``step`` is, when they change each ``every`` steps."""
+        return step // every % len(self)
+
+    def _read(self, folder: str) -> dict[str, Tensor]:
+        from diffusers import UNet2DConditionModel
+
+        if not (Path(folder) / "unet" / "config.json").exists():
+            raise ConfigError(f"fine_tunes: {folder} is not a diffusers folder of a model (no unet/config.json).")
+        own = self._parameters
+        other = dict(UNet2DConditionModel.from_pretrained(folder, subfolder="unet").named_parameters())
+        if {name: p.shape for name, p in other.items()} != {name: p.shape for name, p in own.items()}:
+            raise ConfigError(f"fine_tunes: the U-Net of {folder} has other layers than the base's.")
+        return {name: parameter.data.to(own[name].device, own[name].dtype) for name, parameter in other.items()}
