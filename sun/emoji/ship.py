@@ -148,17 +148,23 @@ def ship_adapter(run_folder: str | Path, destination: str | Path, notes: str = "
     """Copy the adapter of a SUN run into the package and write its card from the header's figures."""
     source, target = Path(run_folder) / "adapter.safetensors", Path(destination)
     shutil.copyfile(source, target)
-    info = SunAdapter.load(target).info
+    adapter = SunAdapter.load(target)
+    info = adapter.info
+    low, high = info.training.get("guidance_range", (0, 0))
+    others = f" unless asked for another (trained from {low:g} to {high:g})" if adapter.guided else ""
     training = info.training
     run = training["run"]
     processes = training.get("processes", 1)
     launcher = f"torchrun --nproc_per_node {processes} -m " if processes > 1 else ""
-    command = f"sun train --config configs/emoji-sun.toml --minutes {run['minutes']:g} --batch-size {run['batch_size']}"
+    kind = "-several" if training.get("fine_tunes") else "-guided" if adapter.guided else ""
+    command = (
+        f"sun train --config configs/emoji-sun{kind}.toml --minutes {run['minutes']:g} --batch-size {run['batch_size']}"
+    )
     settings = {k: v for k, v in training.items() if k not in ("run", "losses", "step", "seconds", "processes")}
     target.with_suffix(".md").write_text(
         f"""# SUN adapter for {info.base_model}
 
-{target.stat().st_size / 1e6:.2f} MB, fp16, branches: {info.branches}, guidance scale w = {info.guidance_scale:g}.
+{target.stat().st_size / 1e6:.2f} MB, fp16, branches: {info.branches}, guidance scale w = {info.guidance_scale:g}{others}.
 
 Data: the same as Emoji Diffusion's (see its card); licence CC-BY 4.0 with attribution to Twemoji.
 
