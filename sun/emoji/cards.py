@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import without_folders
-from ..training.run import TrainingRun
-from .ship import describe_machine
+from ..training.run import TrainingRun, describe_machine
 from .sources import METADATA_PACKAGE, STYLES
 
 

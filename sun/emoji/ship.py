@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from PIL import Image
 
 from ..adapter import SunAdapter
 from ..images import grid, save_png
-from ..training.run import RunConfig
+from ..training.run import RunConfig, describe_machine
 from .base import SAMPLE_PROMPTS, sample_images
 from .sources import METADATA_PACKAGE, STYLES
 
@@ -52,12 +51,6 @@ def make_portable(model: Path) -> None:
     _edit_json(model / "text_encoder" / "config.json", lambda settings: settings.update(dtype="float32"))
     # A tokenizer that was used remembers how its last texts were padded and cut.
     _edit_json(model / "tokenizer" / "tokenizer.json", lambda settings: settings.update(truncation=None, padding=None))
-
-
-def describe_machine() -> str:
-    """Device, threads and versions, for a card."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return f"{device} ({platform.machine()}), torch {torch.__version__}"
 
 
 def _history(run: Path) -> dict[str, Any]:
@@ -160,7 +153,9 @@ def ship_adapter(run_folder: str | Path, destination: str | Path, notes: str = "
     command = (
         f"sun train --config configs/emoji-sun{kind}.toml --minutes {run['minutes']:g} --batch-size {run['batch_size']}"
     )
-    settings = {k: v for k, v in training.items() if k not in ("run", "losses", "step", "seconds", "processes")}
+    settings = {
+        k: v for k, v in training.items() if k not in ("run", "losses", "step", "seconds", "processes", "machine")
+    }
     target.with_suffix(".md").write_text(
         f"""# SUN adapter for {info.base_model}
 
@@ -171,7 +166,7 @@ Data: the same as Emoji Diffusion's (see its card); licence CC-BY 4.0 with attri
 Command: `{launcher}{command}`
 
 {training["step"]} steps of batch {processes} x {run["batch_size"]}, {training["seconds"] / 60:.0f} minutes, seed {run["seed"]}, on
-{describe_machine()}. Losses at the end: {", ".join(f"{k} {v:.4f}" for k, v in training["losses"].items())}.
+{training.get("machine") or describe_machine()}. Losses at the end: {", ".join(f"{k} {v:.4f}" for k, v in training["losses"].items())}.
 
 | setting | value |
 |---|---|

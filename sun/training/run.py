@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import random
 import time
 from collections import Counter, deque
@@ -75,6 +76,12 @@ class Progress:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
+
+
+def describe_machine() -> str:
+    """Device, threads and versions, for a card."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return f"{device} ({platform.machine()}), torch {torch.__version__}"
 
 
 class TrainingRun:

@@ -22,7 +22,7 @@ from .algorithm import NoiseSchedule, guided_noise
 from .data import build_source
 from .models import FrozenModels
 from .negatives import NegativePrompts
-from .run import RunConfig, TrainingRun, start_run
+from .run import RunConfig, TrainingRun, describe_machine, start_run
 from .samples import is_emoji
 from .speed import use_fast_attention
 from .targets import Prompts, make_objective
@@ -247,7 +247,8 @@ def save_adapter(config: SunTrainConfig, run: TrainingRun, adapter: SunAdapter) 
     if not adapter.guided:  # of one that takes the scale it is where its slopes begin, which a later run keeps
         adapter.info.guidance_scale = config.guidance_scale
     adapter.info.stage_length = config.stage_length
-    progress = {**run.progress.state_dict(), "processes": run.accelerator.num_processes}
+    processes = run.accelerator.num_processes
+    progress = {**run.progress.state_dict(), "processes": processes, "machine": describe_machine()}
     adapter.info.training = {**settings, **progress}
     path = run.folder / "adapter.safetensors"
     if run.accelerator.is_main_process:
