@@ -36,6 +36,7 @@ def _read(path: Path, _fingerprint: str) -> dict[str, Any]:
         "layers": len(content.layers),
         "parameters": sum(part.numel() for layer in content.layers for part in layer.values()),
         "guidance_scale": info.guidance_scale,
+        "takes_guidance_scale": content.guided,
         "steps": round(1 / info.stage_length) if info.stage_length else None,
     }
 

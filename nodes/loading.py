@@ -72,7 +72,7 @@ def describe(loaded: LoadedAdapter) -> tuple[str, str]:
 
     Keys: name, file, layout, base_model, widths (of the base's attention layers, finest first), text_width, layers,
     branches, parameters, dtype, guidance_scale (the w it was trained for), takes_guidance_scale (whether others
-    can be asked for), stage_length, sha256.
+    can be asked for), guidance_range (those it was trained on), stage_length, sha256.
     """
     adapter = loaded.adapter
     path = Path(str(adapter.info.path))
@@ -90,6 +90,7 @@ def describe(loaded: LoadedAdapter) -> tuple[str, str]:
         "dtype": report["dtype"],
         "guidance_scale": adapter.info.guidance_scale,
         "takes_guidance_scale": adapter.guided,
+        "guidance_range": adapter.guidance_range,
         "stage_length": adapter.info.stage_length,
         "sha256": report["sha256"],
     }
@@ -99,11 +100,10 @@ def describe(loaded: LoadedAdapter) -> tuple[str, str]:
 def _in_words(facts: dict[str, Any]) -> str:
     widths = " / ".join(str(width) for width in facts["widths"])
     w, stage = facts["guidance_scale"], facts["stage_length"]
-    guidance = (
-        "not recorded"
-        if w is None
-        else f"w = {w:g}{' unless asked for another' if facts['takes_guidance_scale'] else ''}"
-    )
+    guidance = "not recorded" if w is None else f"w = {w:g}"
+    if facts["takes_guidance_scale"]:
+        taken = facts["guidance_range"]
+        guidance += " by default, takes others" + (f" (trained from {taken[0]:g} to {taken[1]:g})" if taken else "")
     stages = "" if not stage else f", stage length {stage:g} ({round(1 / stage)} steps)"
     return "\n".join(
         (

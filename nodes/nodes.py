@@ -130,8 +130,8 @@ class ApplySun(io.ComfyNode):
                     step=0.1,
                     optional=True,
                     tooltip=(
-                        "What cfg would be without SUN, at one call a step; 0 is the scale the adapter was trained "
-                        "for. Only for adapters that take it: SUN Adapter Info shows which."
+                        "The cfg scale whose effect SUN reproduces, at one call a step; 0 is the adapter's own "
+                        "scale. Only for adapters that take it: SUN Adapter Info shows which."
                     ),
                 ),
             ],

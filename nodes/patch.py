@@ -55,6 +55,7 @@ class SunForward:
     settings: SunSettings
     negatives: list[tuple[float, torch.Tensor]]
     texts: AdapterTexts
+    guidance: torch.Tensor | None = None
     prior: dict[int, Callable] = field(default_factory=dict)
     layer_text: torch.Tensor | None = None
 
@@ -81,7 +82,7 @@ def apply(
     patched = model.clone()
     if patched.get_attachment(KEY) is not None:
         log.warning("SUN: the model had a SUN adapter already; %s takes its place.", loaded.name)
-    patched.set_attachments(KEY, SunSettings(loaded.name, float(strength), negative, layers, effect, guidance))
+    patched.set_attachments(KEY, SunSettings(loaded.name, float(strength), negative, layers, effect, float(guidance)))
     patched.set_additional_models(KEY, [loaded.patcher])
     for wrapper_type, wrapper in (
         (WrappersMP.OUTER_SAMPLE, _outer_sample),
@@ -204,11 +205,13 @@ def _apply_model(
             c_crossattn, *negatives = (_cast(text, executor.class_obj, x) for text in (c_crossattn, *negatives))
             chosen = [(weight, match_rows(negatives[i], x.shape[0])) for i, weight in weights.items()]
             adapter: SunAdapter = patchers[0].model
+            guidance = adapter.guidance(run.settings.guidance or None)
             texts = run.texts(
                 adapter, chosen, c_crossattn, strength=run.settings.strength, key=_which(options, x.device),
-                guidance=adapter.guidance(run.settings.guidance or None),
+                guidance=guidance,
             )  # fmt: skip
-            options = {**options, KEY: SunForward(adapter, run.settings, chosen, texts._replace(positive=c_crossattn))}
+            texts = texts._replace(positive=c_crossattn)
+            options = {**options, KEY: SunForward(adapter, run.settings, chosen, texts, guidance)}
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
@@ -234,7 +237,9 @@ def _diffusion_model(
 
     if context is not forward.texts.positive:  # another node changed it on the way here
         negatives = [(weight, match_rows(text, x.shape[0])) for weight, text in forward.negatives]
-        forward.texts = forward.adapter.texts(negatives, context, strength=forward.settings.strength)
+        forward.texts = forward.adapter.texts(
+            negatives, context, strength=forward.settings.strength, guidance=forward.guidance
+        )
     replace = options.get("patches_replace", {})
     attn2 = dict(replace.get("attn2", {}))
     for position, layer in enumerate(forward.settings.layers):
@@ -277,7 +282,9 @@ def sun_attention(position: int) -> Callable[..., torch.Tensor]:
         layer, texts = forward.adapter.layers[position], forward.texts.layers[position]
         if forward.layer_text is not None and forward.layer_text is not forward.texts.positive:
             negatives = [(weight, match_rows(text, q.shape[0])) for weight, text in forward.negatives]
-            texts = layer.texts(negatives, forward.layer_text, strength=forward.settings.strength)
+            texts = layer.texts(
+                negatives, forward.layer_text, strength=forward.settings.strength, guidance=forward.guidance
+            )
         z = layer(q, z_p, heads=heads, attend=attend, texts=texts)
         prior = forward.prior.get(position)
         return z if prior is None else prior(q, k, v, extra) + (z - z_p)

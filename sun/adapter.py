@@ -346,18 +346,29 @@ class SunAdapter(nn.Module):
                 theirs.load_state_dict(state, assign=True)
         return plain.eval()
 
-    def widen(self) -> SunAdapter:
+    def widen(self, w: float | None = None) -> SunAdapter:
         """An adapter that takes the guidance scale. Until it is trained to, it does what this one does at every scale.
 
-        Raises ValueError where this one's own scale, from which others are counted, is not recorded.
+        w: the scale it was made for, from which others are counted, where its file does not record it (the authors'
+        do not). Raises ValueError where neither is known.
         """
-        if self.info.guidance_scale is None:
-            raise ValueError("The adapter's file does not record the guidance scale it was trained for.")
+        own = self.info.guidance_scale or w
+        if not own:
+            raise ValueError("The adapter's file does not record the guidance scale it was trained for; state it.")
+        state = self.state_dict()
+        like = state["layers.0.alpha_neg"]
         wide = SunAdapter(
-            self.channels, self.text_width, self.positive, names=self.names, info=self.info, guided=True
+            self.channels, self.text_width, self.positive, names=self.names,
+            info=replace(self.info, guidance_scale=own), device=like.device, dtype=like.dtype, guided=True,
         )  # fmt: skip
-        wide.load_state_dict(self.state_dict(), strict=self.guided)
-        return wide.to(next(self.parameters()).dtype).eval()
+        wide.load_state_dict(state, strict=self.guided)
+        return wide.eval()
+
+    @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        """From where to where it was trained to take the guidance scale, where its file says so."""
+        low, high = self.info.training.get("guidance_range") or (0.0, 0.0)
+        return (low, high) if self.guided and low else None
 
     def check_base(self, channels: Sequence[int], text_width: int, where: str) -> None:
         """Raise SunFileError, naming both sides, unless the adapter fits a U-Net with these attn2 layers.

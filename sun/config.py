@@ -101,7 +101,13 @@ def without_folders(config: Any) -> dict[str, Any]:
 
 
 def _last_name(value: str) -> str:
-    return PurePath(value.replace("\\", "/")).name if "/" in value or "\\" in value else value
+    """Of a path the last part that says something: runs/emoji-blob/model is emoji-blob."""
+    if "/" not in value and "\\" not in value:
+        return value
+    parts = [part for part in PurePath(value.replace("\\", "/")).parts if part not in ("/", "..", ".")]
+    while len(parts) > 1 and parts[-1] in ("model", "unet", "adapter.safetensors"):
+        parts.pop()
+    return parts[-1] if parts else value
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

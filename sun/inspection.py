@@ -59,6 +59,7 @@ def describe_adapter(adapter: SunAdapter, path: Path) -> dict[str, Any]:
         "branches": info.branches,
         "guidance_scale": info.guidance_scale if info.guidance_scale is not None else "not recorded",
         "takes_guidance_scale": adapter.guided,
+        "guidance_range": adapter.guidance_range,
         "stage_length": info.stage_length if info.stage_length is not None else "not recorded",
         "parameters": sum(w.numel() for w in weights),
         "dtype": ", ".join(sorted({str(w.dtype).removeprefix("torch.") for w in weights})),

@@ -157,7 +157,7 @@ async function describeAdapter(name) {
   const lines = [
     say("base", { base: facts.base_model || say("not_recorded") }),
     say(facts.positive ? "both_branches" : "negative_branch", facts),
-    facts.guidance_scale ? say("trained", facts) : "",
+    facts.guidance_scale ? say(facts.takes_guidance_scale ? "trained_any" : "trained", facts) : "",
   ];
   return [lines.filter(Boolean).join("\n"), false];
 }

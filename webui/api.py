@@ -35,6 +35,8 @@ class AdapterItem(BaseModel):
     text_width: int
     layers: int
     positive: bool
+    guidance_scale: float | None
+    takes_guidance_scale: bool
 
 
 class LtcFields(BaseModel):
@@ -128,6 +130,8 @@ def list_adapters() -> list[AdapterItem]:
                 text_width=adapter.text_width,
                 layers=len(adapter.layers),
                 positive=adapter.positive,
+                guidance_scale=adapter.info.guidance_scale,
+                takes_guidance_scale=adapter.guided,
             )
         )
     return items
@@ -148,10 +152,17 @@ def request_of(body: TextRequest, mode: Literal["trained", "respaced"] = "traine
     """The body as a request. Raises HTTPException 404 for an unknown adapter or model."""
     adapter = body.adapter if body.adapter is not None else folders.names()[0]
     try:
-        folders.find(adapter)
+        path = folders.find(adapter)
     except FileNotFoundError:
         # Not the message of the exception: it names folders of the server.
         raise HTTPException(404, f"No SUN adapter named {adapter!r}. /sun/v1/adapters lists them.") from None
+    if body.guidance:
+        try:
+            store.load(path).guidance(body.guidance)
+        except SunFileError as error:
+            raise HTTPException(409, str(error)) from error
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from error
     if body.model:
         from modules import sd_models
 

@@ -15,11 +15,9 @@ from .accelerators import CALIBRATIONS, OFF, AcceleratorSettings
 from .run import SunSettings
 
 TITLE = "SUN"
-SUN_CONTROLS = (
-    "enabled", "adapter", "strength", "steps", "main_negative", "negative", "denoise_mode", "sampling", "guidance",
-)  # fmt: skip
+SUN_CONTROLS = ("enabled", "adapter", "strength", "steps", "main_negative", "negative", "denoise_mode", "sampling")
 ACCELERATOR_CONTROLS = tuple(field.name for field in fields(AcceleratorSettings))
-CONTROLS = (*SUN_CONTROLS, *ACCELERATOR_CONTROLS)
+CONTROLS = (*SUN_CONTROLS, *ACCELERATOR_CONTROLS, "guidance")
 """Names of the script's arguments, in order; the API's `alwayson_scripts` may give them by name in one object."""
 GUIDANCE = "SUN guidance (0: the adapter's own)"
 DENOISE_MODES = ["trained", "respaced"]
@@ -28,7 +26,8 @@ SAMPLINGS = ["sun", "schedule", "keep"]
 
 def create(elem_id: Callable[[str], str]) -> list[Any]:
     """The controls in the order of CONTROLS; `elem_id` makes the host's name of one."""
-    return [*_sun(elem_id), *_accelerators(elem_id)]
+    *controls, guidance = _sun(elem_id)
+    return [*controls, *_accelerators(elem_id), guidance]
 
 
 def _sun(elem_id: Callable[[str], str]) -> list[Any]:
@@ -39,7 +38,7 @@ def _sun(elem_id: Callable[[str], str]) -> list[Any]:
             refresh = ToolButton("\U0001f504", elem_id=elem_id("refresh"))
             strength = gr.Slider(0, 2, value=1.0, step=0.05, label="SUN strength", elem_id=elem_id("strength"))
             steps = gr.Slider(1, 50, value=4, step=1, label="SUN steps", elem_id=elem_id("steps"))
-            guidance = gr.Slider(0, 12, value=0, step=0.5, label=GUIDANCE, elem_id=elem_id("guidance"))
+            guidance = gr.Slider(0, 30, value=0, step=0.1, label=GUIDANCE, elem_id=elem_id("guidance"))
         main_negative = gr.Checkbox(True, label="Use the main negative prompt", elem_id=elem_id("main_negative"))
         own = gr.Textbox(
             "", lines=2, label="SUN negative prompt", elem_id=elem_id("negative"),

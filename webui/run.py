@@ -84,6 +84,8 @@ class SunRun:
         adapter = store.on(self.adapter, query.device, query.dtype)
         layer = adapter.sun_layers()[position]
         acting, negative = self._text(tuple(images), query)
+        if self.guidance is not None and self.guidance.device != query.device:
+            self.guidance = self.guidance.to(query.device)
 
         def changed(query: torch.Tensor, z_p: torch.Tensor, positive: torch.Tensor | None) -> torch.Tensor:
             return layer(

@@ -90,7 +90,7 @@ def _controls() -> list[Any]:
         seed = gr.Number(-1, label="Seed", precision=0, elem_id="sun_seed")
         steps = gr.Slider(1, 12, value=4, step=1, label="Steps", elem_id="sun_steps")
         strength = gr.Slider(0, 2, value=1.0, step=0.05, label="SUN strength", elem_id="sun_strength")
-        guidance = gr.Slider(0, 12, value=0, step=0.5, label=GUIDANCE, elem_id="sun_guidance")
+        guidance = gr.Slider(0, 30, value=0, step=0.1, label=GUIDANCE, elem_id="sun_guidance")
     with gr.Accordion("Start from a picture", open=False, elem_id="sun_start"):
         with gr.Row():
             image = gr.Image(label="Picture", type="pil", elem_id="sun_image")
@@ -157,7 +157,7 @@ def compare(_task: str, *values: Any) -> Outputs:
 
 
 def reference(request: generate.Request, seed: int) -> generate.Request:
-    """The same picture without SUN, by the settings page's sampler, steps and CFG scale."""
+    """The same picture without SUN, by the settings page; its CFG scale is SUN's where SUN was asked for one."""
     options = shared.opts
     return replace(
         request,
@@ -165,7 +165,7 @@ def reference(request: generate.Request, seed: int) -> generate.Request:
         seed=seed,
         sampler=getattr(options, "sun_compare_sampler", "DPM++ 2M"),
         steps=int(getattr(options, "sun_compare_steps", 25)),
-        cfg=float(getattr(options, "sun_compare_cfg", 7.0)),
+        cfg=(request.settings.guidance if request.settings else 0.0) or float(getattr(options, "sun_compare_cfg", 7.0)),
     )
 
 

@@ -39,7 +39,9 @@ def calibrate(
     target: Annotated[Path, typer.Option("--out", help="Folder for the table.")] = Path("ltc-tables"),
     steps: Annotated[int, typer.Option(help="Steps of the runs to accelerate.", min=4, max=1000)] = 25,
     scheduler: Annotated[Sampler, typer.Option(help="Sampler of the runs to accelerate.")] = Sampler.dpmpp_2m,
-    guidance: Annotated[float, typer.Option(help="Guidance scale of these runs.", min=0.0)] = 7.5,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale of these runs (7.5; with an adapter its own).", min=0.0)
+    ] = None,
     tau: Annotated[
         float, typer.Option(help="Skip where transitions turn by less than this (radians); 0: by position.", min=0.0)
     ] = 0.1,
@@ -87,8 +89,8 @@ def calibrate(
         ltc.attach(pipe, settings=settings, folder=target)
         table = ltc.calibrate(
             pipe, [p for p, _ in pairs], [n for _, n in pairs], batch=batch, seed=seed, find_bias=bias,
-            progress=status, num_inference_steps=steps, guidance_scale=guidance, width=recipe.width,
-            height=recipe.height,
+            progress=status, num_inference_steps=steps, width=recipe.width, height=recipe.height,
+            guidance_scale=guidance or (loaded.adapter and loaded.adapter.info.guidance_scale) or 7.5,
         )  # fmt: skip
     path = target / table.key.file_name(settings)
     skipped = ", ".join(

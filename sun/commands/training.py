@@ -78,7 +78,7 @@ add_trainer(
     "model", "emoji.base", "BaseConfig", "train_base",
 )  # fmt: skip
 add_trainer(
-    emoji_app, "contrast", "Train the image-text model that evaluation judges its pictures by, on all styles.",
+    emoji_app, "contrast", "Train the image-text model that evaluation judges its pictures by.",
     "image-text model", "emoji.contrast_training", "ContrastConfig", "train_contrast",
 )  # fmt: skip
 add_trainer(

@@ -75,8 +75,8 @@ def draw(
     try:
         images = pipe(
             captions, num_inference_steps=steps or (SUN_STEPS if adapter else REFERENCE_STEPS),
-            guidance_scale=1.0 if adapter else guidance, output_type="pt",
-            generator=[torch.Generator().manual_seed(i) for i in range(len(captions))], **inputs,
+            output_type="pt", generator=[torch.Generator().manual_seed(i) for i in range(len(captions))],
+            **({} if adapter else {"guidance_scale": guidance}), **inputs,
         ).images  # fmt: skip
     finally:
         if adapter is not None:

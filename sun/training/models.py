@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ class FrozenModels:
     """The weights that one frozen U-Net has in turn: its own, and those of fine-tunes of it.
 
     unet: the frozen U-Net. folders: diffusers folders of models with the same U-Net; only their U-Nets are used.
-    Raises ConfigError, naming the folder, for one that is none or does not fit.
+    Raises ConfigError, naming the folder, for one that is none, does not fit or does not predict the noise.
     """
 
     def __init__(self, unet: torch.nn.Module, folders: Sequence[str]):
@@ -27,7 +28,9 @@ class FrozenModels:
         return len(self._weights)
 
     def use(self, index: int) -> None:
-        """Gives the U-Net the weights of model ``index``; 0 is the base."""
+        """Gives the U-Net the weights of model ``index``; 0 is the base. Never between forward and backward pass."""
+        if len(self) == 1:
+            return
         for name, parameter in self._parameters.items():
             parameter.data = self._weights[index][name]
 
@@ -40,6 +43,10 @@ class FrozenModels:
 
         if not (Path(folder) / "unet" / "config.json").exists():
             raise ConfigError(f"fine_tunes: {folder} is not a diffusers folder of a model (no unet/config.json).")
+        schedule = Path(folder) / "scheduler" / "scheduler_config.json"
+        kind = json.loads(schedule.read_text()).get("prediction_type", "epsilon") if schedule.exists() else "epsilon"
+        if kind != "epsilon":
+            raise ConfigError(f"fine_tunes: {folder} predicts {kind!r}, not the noise (epsilon).")
         own = self._parameters
         other = dict(UNet2DConditionModel.from_pretrained(folder, subfolder="unet").named_parameters())
         if {name: p.shape for name, p in other.items()} != {name: p.shape for name, p in own.items()}:

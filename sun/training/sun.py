@@ -5,7 +5,7 @@ Only the adapter trains. The U-Net runs as teacher (no SUN, classifier-free guid
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ class SunTrainConfig:
 
     run: RunConfig = field(default_factory=lambda: RunConfig(output="runs/sun", steps=5000, batch_size=32, lr=1e-4))
     model: str = "emoji"
-    # Folders of fine-tunes of `model`: with it, their U-Nets take turns, `target_reuse` steps each. Trajectories only.
+    # Folders of fine-tunes of `model`: their U-Nets take turns with its own, `target_reuse` steps each, with its text
+    # encoder, and share the `bank_size` trajectories. Each stays in memory.
     fine_tunes: tuple[str, ...] = ()
     data: str = "emoji:twemoji"
     cache: str = ""  # latents | latents+text: encode a folder's pictures (and captions) once, on disk
@@ -61,7 +62,7 @@ class SunTrainConfig:
     positive_branch: bool = True
     attention_normalization: bool = True
     init_alpha: float = 0.5
-    init_adapter: str = ""
+    init_adapter: str = ""  # a file to go on from, or "emoji" for the shipped one; its scale may be fixed
     empty_captions: float = 0.0
     stage_start_probability: float = 0.0  # share of timesteps drawn from 999, 749, 499, 249 instead of all
     pure_noise_at_start: bool = False  # x_999 is pure noise, as at inference, instead of noised data
@@ -149,8 +150,9 @@ def train_sun(config: SunTrainConfig) -> Path:
     )
     prompts = Prompts(source, negatives, run.rng, source.encoder(encode), config.empty_captions, config.run.batch_size)
     shape = (unet.config.in_channels, resolution // scale, resolution // scale)
+    shared = replace(config, bank_size=max(1, config.bank_size // len(models)))
     objectives = [
-        make_objective(config, run, prompts, teacher, schedule, pipe.scheduler.config, shape, str(i or ""))
+        make_objective(shared, run, prompts, teacher, schedule, pipe.scheduler.config, shape, str(i or ""))
         for i in range(len(models))
     ]
     sampled = run.progress.seconds
@@ -160,7 +162,7 @@ def train_sun(config: SunTrainConfig) -> Path:
         with run.accelerator.autocast():
             losses = objectives[turn].losses(step)
         run.update(losses.pop("total"), **losses)
-        models.use(0)
+        models.use(0)  # not before: the backward pass needs the weights of the forward pass
         if run.progress.seconds - sampled > 60 * config.run.sample_minutes:
             sampled = run.progress.seconds
             save_adapter(config, run, adapter)
@@ -229,8 +231,13 @@ def make_adapter(config: SunTrainConfig, unet: Any) -> SunAdapter:
         adapter = SunAdapter.load(path, dtype=torch.float32)
         if adapter.guided and not any(config.guidance_range):
             raise ConfigError("init_adapter takes the guidance scale: set guidance_range.")
-        if any(config.guidance_range) and not adapter.guided:
-            adapter = adapter.widen()
+        if any(config.guidance_range):
+            adapter = adapter if adapter.guided else adapter.widen(config.guidance_scale)
+            if adapter.info.guidance_scale != config.guidance_scale:
+                raise ConfigError(
+                    f"init_adapter counts guidance scales from {adapter.info.guidance_scale:g}, its own: set "
+                    f"guidance_scale to that, not to {config.guidance_scale:g}."
+                )
     else:
         guided = any(config.guidance_range)
         adapter = SunAdapter.from_unet(
@@ -244,8 +251,7 @@ def save_adapter(config: SunTrainConfig, run: TrainingRun, adapter: SunAdapter) 
     """Write the averaged adapter in fp16 with what a reader needs to know of its training."""
     settings = without_folders(config)
     adapter.info.base_model = "Emoji Diffusion" if config.model == "emoji" else settings["model"]
-    if not adapter.guided:  # of one that takes the scale it is where its slopes begin, which a later run keeps
-        adapter.info.guidance_scale = config.guidance_scale
+    adapter.info.guidance_scale = config.guidance_scale
     adapter.info.stage_length = config.stage_length
     processes = run.accelerator.num_processes
     progress = {**run.progress.state_dict(), "processes": processes, "machine": describe_machine()}

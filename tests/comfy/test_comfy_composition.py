@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_helpers import make_lora, relative
+from comfy_helpers import make_adapter, make_lora, relative
 from comfyui_host import load_builtin_extras
 
 Feature = Callable[[Any], Any]
@@ -299,3 +299,32 @@ def test_an_inpainting_model_carries_lora_and_image_prompts(
     after = run.sun(features["lora"](features["ip-adapter"](run.apply(model))))
     assert relative(before, after) < SAME
     assert relative(before, plain) > 1e-3
+
+
+def test_the_guidance_scale_holds_where_others_change_the_text(
+    host: SimpleNamespace, run: SimpleNamespace, emoji_folder: Path, tmp_path: Path
+) -> None:
+    """Regional prompters hand each layer its text, wrappers the whole U-Net: K and V are made anew, at that scale."""
+    from comfy.patcher_extension import WrappersMP
+
+    from sun import SunAdapter
+
+    make_adapter(emoji_folder, tmp_path / "any.safetensors", guided=True)
+    SunAdapter.load(tmp_path / "any.safetensors").bake(7.0).save(tmp_path / "seven.safetensors")
+    load = host.part("nodes.loading").load_adapter
+    anything, seven = (load(tmp_path / f"{name}.safetensors") for name in ("any", "seven"))
+    texts = [run.encode(text)[0][0] for text in ("red apple, white background", "snake, purple background")]
+
+    def other_text(executor: Any, x: Any, t: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
+        return executor(x, t, context * 1.01, *args, **kwargs)
+
+    def wrapped(model: Any) -> Any:
+        model = model.clone()
+        model.add_wrapper(WrappersMP.DIFFUSION_MODEL, other_text)
+        return model
+
+    for change in (lambda model: couple(model, texts, halves()), wrapped):
+        asked = run.sun(change(run.apply(adapter=anything, guidance=7.0)))
+        baked = run.sun(change(run.apply(adapter=seven)))
+        own = run.sun(change(run.apply(adapter=anything)))
+        assert relative(asked, baked) < relative(own, baked) / 10

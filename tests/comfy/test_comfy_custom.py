@@ -183,7 +183,8 @@ def test_adapter_info(host: SimpleNamespace, adapter: SimpleNamespace, adapter_f
         "base_model": "Emoji Diffusion", "widths": sorted(set(mine.channels)), "text_width": mine.text_width,
         "layers": 16, "branches": mine.info.branches, "parameters": sum(p.numel() for p in mine.parameters()),
         "dtype": "float16", "guidance_scale": mine.info.guidance_scale,
-        "takes_guidance_scale": mine.guided, "stage_length": 0.25,
+        "takes_guidance_scale": mine.guided,
+        "guidance_range": mine.guidance_range and list(mine.guidance_range), "stage_length": 0.25,
         "sha256": hashlib.sha256(adapter_file.read_bytes()).hexdigest(),
     }  # fmt: skip
     assert output.ui == {"text": [text]}

@@ -156,7 +156,7 @@ def test_the_guidance_scale_of_an_adapter_that_takes_it(host, load, run, emoji_f
     assert torch.equal(run.sun(run.apply(adapter=adapters["any"], guidance=4.0)), own)
     asked = run.sun(run.apply(adapter=adapters["any"], guidance=7.0))
     assert relative(asked, seven) < relative(own, seven) / 10  # the baked scales were rounded to 16 bits
-    assert "w = 4 unless asked for another" in host.nodes["SUN_AdapterInfo"].execute(adapters["any"]).result[0]
+    assert "w = 4 by default, takes others" in host.nodes["SUN_AdapterInfo"].execute(adapters["any"]).result[0]
     with pytest.raises(ValueError, match="guidance scale is fixed at 7"):
         run.apply(adapter=adapters["seven"], guidance=3.0)
 

@@ -147,6 +147,7 @@ def test_widened_it_is_the_same_at_every_scale_until_it_is_trained(positive: boo
     assert all(map(torch.equal, again.state_dict().values(), wide.state_dict().values()))
 
 
-def test_an_adapter_of_unknown_scale_cannot_be_widened() -> None:
+def test_an_adapter_of_unknown_scale_is_widened_from_a_stated_one() -> None:
     with pytest.raises(ValueError, match="does not record the guidance scale"):
         SunAdapter([8], 12).widen()
+    assert SunAdapter([8], 12).widen(7.0).info.guidance_scale == 7.0

@@ -186,11 +186,13 @@ def test_a_fixed_adapter_is_trained_on_to_take_the_guidance_scale(
         RunConfig(output=str(tmp_path / name), steps=2, batch_size=3, precision="fp32", lr=1e-2) for name in "ab"
     )
     first = train_sun(SunTrainConfig(run=fixed, guidance_scale=3.0, **settings))
-    on = {**settings, "init_adapter": str(first), "guidance_scale": 4.0, "guidance_range": (1.0, 8.0)}
+    on = {**settings, "init_adapter": str(first), "guidance_scale": 3.0, "guidance_range": (1.0, 8.0)}
     second = train_sun(SunTrainConfig(run=guided, **on))
     adapter = sun.SunAdapter.load(second)
     assert adapter.guided
-    assert adapter.info.guidance_scale == 3.0  # its slopes are counted from there
+    assert (adapter.info.guidance_scale, adapter.guidance_range) == (3.0, (1.0, 8.0))
+    with pytest.raises(ConfigError, match="counts guidance scales from 3"):
+        train_sun(SunTrainConfig(run=guided, **{**on, "guidance_scale": 4.0}))
     back = {**on, "init_adapter": str(second), "guidance_range": (0.0, 0.0)}
     with pytest.raises(ConfigError, match="init_adapter takes the guidance scale: set guidance_range"):
         train_sun(SunTrainConfig(run=RunConfig(output=str(tmp_path / "c"), steps=1), **back))
@@ -225,6 +227,10 @@ def test_fine_tunes_take_turns_with_the_base(tiny_model: Path, fine_tune: Path, 
     ).save_pretrained(tmp_path / "wide" / "unet")  # fmt: skip
     with pytest.raises(ConfigError, match="wide has other layers than the base's"):
         FrozenModels(unet, [str(tmp_path / "wide")])
+    (fine_tune / "scheduler").mkdir()
+    (fine_tune / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
+    with pytest.raises(ConfigError, match="fine-tune predicts 'v_prediction'"):
+        FrozenModels(unet, [str(fine_tune)])
 
 
 def test_training_on_a_fine_tune_too(
@@ -245,6 +251,8 @@ def test_training_on_a_fine_tune_too(
 
     both = {"fine_tunes": (str(fine_tune),)}
     whole = train("whole", 5, **both)
+    header = sun.SunAdapter.load(tmp_path / "whole" / "adapter.safetensors").info.training
+    assert header["fine_tunes"] == ["fine-tune"]
     assert seen == [0, 0, 0, 0, 1, 0, 1, 0, 0, 0]  # each step ends with the base's weights, for samples
     assert not torch.equal(train("alone", 5)["layers.0.alpha_neg"], whole["layers.0.alpha_neg"])
     train("parts", 3, **both)

@@ -87,9 +87,22 @@ def test_accelerators_are_optional_fields(client: TestClient, host: Any) -> None
     assert "4 stages" in answer.json()["detail"]
 
 
+def test_guidance_is_for_adapters_that_take_it(client: TestClient) -> None:
+    listed = {item["name"]: item for item in client.get("/sun/v1/adapters").json()}
+    assert {name for name, item in listed.items() if item["takes_guidance_scale"]} == {"any-guidance.safetensors"}
+    assert listed["guidance-7.safetensors"]["guidance_scale"] == 7.0
+    asked = {**BODY, "adapter": "any-guidance.safetensors", "guidance": 6.0}
+    answer = client.post("/sun/v1/txt2img", json=asked)
+    assert answer.status_code == 200
+    assert "SUN guidance: 6" in answer.json()["infotexts"][0]
+    answer = client.post("/sun/v1/txt2img", json={**asked, "adapter": "guidance-7.safetensors"})
+    assert (answer.status_code, "fixed at 7" in answer.json()["detail"]) == (422, True)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
+        {"guidance": -1}, {"guidance": 31},
         {"steps": 0}, {"steps": 51}, {"strength": 3}, {"width": 60}, {"height": 10000}, {"batch_size": 0},
         {"seed": "x"}, {"negativ_prompt": "a dog"}, {"prompt": None}, {"ltc": {"tau": -1}},
         {"ltc": {"evry": 2}}, {"inherit": "quick"},

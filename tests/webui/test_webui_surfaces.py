@@ -78,6 +78,9 @@ def test_infotext_pasted_back_gives_the_same_picture(family: Any, host: Any) -> 
     again = family.run(values, prompt="a cat", seed=3)
     assert torch.equal(first.images, again.images)
     assert again.infotexts == first.infotexts
+    asked = family.run({"adapter": "any-guidance.safetensors", "guidance": 7.3}, prompt="a cat", seed=3)
+    assert pasted(host, asked.infotexts[0])["guidance"] == 7.3
+    assert values["guidance"] == 0.0
 
 
 def test_infotext_names_the_file_by_its_hash(family: Any, host: Any) -> None:
