@@ -78,7 +78,10 @@ def apply(
     """
     layers = check_base(model, loaded)
     checks.check_effect(effect)
-    loaded.patcher.model.guidance(guidance or None)  # says so now if the adapter cannot
+    adapter: SunAdapter = loaded.patcher.model
+    adapter.guidance(guidance or None)  # says so now if the adapter cannot
+    if note := adapter.guidance_note(guidance):
+        log.warning("SUN: %s", note)
     patched = model.clone()
     if patched.get_attachment(KEY) is not None:
         log.warning("SUN: the model had a SUN adapter already; %s takes its place.", loaded.name)

@@ -328,6 +328,15 @@ class SunAdapter(nn.Module):
         ratio = torch.log(wanted / own)
         return torch.stack([ratio, ratio.square()], dim=-1)
 
+    def guidance_note(self, scale: float | None) -> str:
+        """A sentence for the user if ``scale`` lies outside what the adapter was trained on; empty otherwise."""
+        trained = self.guidance_range
+        if not scale or trained is None or trained[0] <= scale <= trained[1]:
+            return ""
+        return (
+            f"The adapter was trained on guidance scales from {trained[0]:g} to {trained[1]:g}; {scale:g} is a guess."
+        )
+
     def bake(self, scale: float) -> SunAdapter:
         """A plain adapter that has the guidance scale ``scale`` fixed in its weights."""
         features = self.guidance(scale)

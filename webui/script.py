@@ -117,6 +117,8 @@ def prepare(p: Any, run: SunRun) -> None:
     path = folders.find(settings.adapter)
     run.adapter = store.load(path)
     run.guidance = run.adapter.guidance(settings.guidance or None)
+    if note := run.adapter.guidance_note(settings.guidance):
+        p.comment(f"SUN: {note}")
     p.steps, p.cfg_scale = settings.steps, 1.0
     if hasattr(p, "hr_cfg"):
         p.hr_cfg = 1.0

@@ -151,3 +151,13 @@ def test_an_adapter_of_unknown_scale_is_widened_from_a_stated_one() -> None:
     with pytest.raises(ValueError, match="does not record the guidance scale"):
         SunAdapter([8], 12).widen()
     assert SunAdapter([8], 12).widen(7.0).info.guidance_scale == 7.0
+
+
+def test_scales_beyond_the_training_are_told_as_such() -> None:
+    made = adapter()
+    assert made.guidance_range is None
+    assert made.guidance_note(20.0) == ""
+    made.info.training["guidance_range"] = [1.0, 8.0]
+    assert made.guidance_range == (1.0, 8.0)
+    assert [made.guidance_note(w) for w in (None, 0.0, 1.0, 4.0, 8.0)] == [""] * 5
+    assert "from 1 to 8; 9.5 is a guess" in made.guidance_note(9.5)
