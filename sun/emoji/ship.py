@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..adapter import SunAdapter
 from ..images import grid, save_png
 from ..training.run import RunConfig, describe_machine
 from .base import SAMPLE_PROMPTS, sample_images
+from .cards import data_section
 from .sources import METADATA_PACKAGE, STYLES
 
 
@@ -142,39 +143,47 @@ def ship_adapter(run_folder: str | Path, destination: str | Path, notes: str = "
     source, target = Path(run_folder) / "adapter.safetensors", Path(destination)
     shutil.copyfile(source, target)
     adapter = SunAdapter.load(target)
-    info = adapter.info
-    low, high = info.training.get("guidance_range", (0, 0))
-    others = f" unless asked for another (trained from {low:g} to {high:g})" if adapter.guided else ""
-    training = info.training
-    run = training["run"]
-    processes = training.get("processes", 1)
-    launcher = f"torchrun --nproc_per_node {processes} -m " if processes > 1 else ""
-    kind = "-several" if training.get("fine_tunes") else "-guided" if adapter.guided else ""
-    command = (
-        f"sun train --config configs/emoji-sun{kind}.toml --minutes {run['minutes']:g} --batch-size {run['batch_size']}"
-    )
-    settings = {
-        k: v for k, v in training.items() if k not in ("run", "losses", "step", "seconds", "processes", "machine")
-    }
+    info, training = adapter.info, adapter.info.training
+    taken = adapter.guidance_range
+    others = f" by default, takes others (trained from {taken[0]:g} to {taken[1]:g})" if taken else ""
+    runs = [training]
+    while earlier := runs[0].get("from"):
+        runs.insert(0, earlier)
+    tuned = {name.removeprefix("emoji-") for run in runs for name in run.get("fine_tunes", ())}
+    styles = ("twemoji", *(style for style in STYLES if style in tuned))
+    told = ("run", "losses", "step", "seconds", "processes", "machine", "from")
+    settings = {name: value for name, value in training.items() if name not in told}
     target.with_suffix(".md").write_text(
         f"""# SUN adapter for {info.base_model}
 
 {target.stat().st_size / 1e6:.2f} MB, fp16, branches: {info.branches}, guidance scale w = {info.guidance_scale:g}{others}.
 
-Data: the same as Emoji Diffusion's (see its card); licence CC-BY 4.0 with attribution to Twemoji.
+{data_section(styles)}
+## Training
 
-Command: `{launcher}{command}`
+{"".join(map(_run_lines, runs))}Losses at the end: {", ".join(f"{k} {v:.4f}" for k, v in training["losses"].items())}.
 
-{training["step"]} steps of batch {processes} x {run["batch_size"]}, {training["seconds"] / 60:.0f} minutes, seed {run["seed"]}, on
-{training.get("machine") or describe_machine()}. Losses at the end: {", ".join(f"{k} {v:.4f}" for k, v in training["losses"].items())}.
-
-| setting | value |
+| setting of the last run | value |
 |---|---|
 """
-        + "".join(f"| {k} | {v} |\n" for k, v in settings.items())
-        + f"| lr | {run['lr']} ({run['lr_schedule']}) |\n\n{notes}\n"
+        + "".join(f"| {name} | {value} |\n" for name, value in settings.items())
+        + f"| lr | {training['run']['lr']} ({training['run']['lr_schedule']}) |\n\n{notes}\n"
     )
     return target
+
+
+def _run_lines(training: Mapping[str, Any]) -> str:
+    """Markdown: the command of one run of ``sun train`` and what became of it."""
+    run, processes = training["run"], training.get("processes", 1)
+    launcher = f"torchrun --nproc_per_node {processes} -m " if processes > 1 else ""
+    kind = "-several" if training.get("fine_tunes") else "-guided" if any(training.get("guidance_range", ())) else ""
+    machine = f", on {training['machine']}" if "machine" in training else ""
+    return (
+        f"    {launcher}sun train --config configs/emoji-sun{kind}.toml --minutes {run['minutes']:g} "
+        f"--batch-size {run['batch_size']}\n\n"
+        f"{training['step']} steps of batch {processes} x {run['batch_size']}, {training['seconds'] / 60:.0f} minutes, "
+        f"seed {run['seed']}{machine}.\n\n"
+    )
 
 
 def ship_folder(source: str | Path, destination: str | Path, notes: str = "") -> Path:

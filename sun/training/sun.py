@@ -117,6 +117,7 @@ def train_sun(config: SunTrainConfig) -> Path:
         unet.enable_gradient_checkpointing()
         unet.train()
     adapter = make_adapter(config, unet)
+    earlier = adapter.info.training
     run = start_run(config, {"student": Student(unet, adapter)})
     if run.sharded:
         raise ConfigError(
@@ -165,9 +166,9 @@ def train_sun(config: SunTrainConfig) -> Path:
         models.use(0)  # not before: the backward pass needs the weights of the forward pass
         if run.progress.seconds - sampled > 60 * config.run.sample_minutes:
             sampled = run.progress.seconds
-            save_adapter(config, run, adapter)
+            save_adapter(config, run, adapter, earlier)
             sample_grid(config, run, pipe)
-    path = save_adapter(config, run, adapter)
+    path = save_adapter(config, run, adapter, earlier)
     sample_grid(config, run, pipe)
     detach(unet)
     return path
@@ -247,15 +248,17 @@ def make_adapter(config: SunTrainConfig, unet: Any) -> SunAdapter:
     return adapter.float().requires_grad_(True).train()
 
 
-def save_adapter(config: SunTrainConfig, run: TrainingRun, adapter: SunAdapter) -> Path:
-    """Write the averaged adapter in fp16 with what a reader needs to know of its training."""
+def save_adapter(
+    config: SunTrainConfig, run: TrainingRun, adapter: SunAdapter, earlier: dict[str, Any] | None = None
+) -> Path:
+    """Write the averaged adapter in fp16 with what a reader needs to know of its training and the ``earlier`` one."""
     settings = without_folders(config)
     adapter.info.base_model = "Emoji Diffusion" if config.model == "emoji" else settings["model"]
     adapter.info.guidance_scale = config.guidance_scale
     adapter.info.stage_length = config.stage_length
     processes = run.accelerator.num_processes
     progress = {**run.progress.state_dict(), "processes": processes, "machine": describe_machine()}
-    adapter.info.training = {**settings, **progress}
+    adapter.info.training = {**settings, **progress, **({"from": earlier} if earlier else {})}
     path = run.folder / "adapter.safetensors"
     if run.accelerator.is_main_process:
         with run.averaged():

@@ -14,6 +14,7 @@ from torch import Tensor
 import sun
 from sun.config import ConfigError
 from sun.emoji.base import sd15_scheduler
+from sun.emoji.ship import ship_adapter
 from sun.training.algorithm import NoiseSchedule, ddim_update
 from sun.training.models import FrozenModels
 from sun.training.run import RunConfig, TrainingRun
@@ -191,6 +192,11 @@ def test_a_fixed_adapter_is_trained_on_to_take_the_guidance_scale(
     adapter = sun.SunAdapter.load(second)
     assert adapter.guided
     assert (adapter.info.guidance_scale, adapter.guidance_range) == (3.0, (1.0, 8.0))
+    assert adapter.info.training["from"] == sun.SunAdapter.load(first).info.training
+    card = ship_adapter(tmp_path / "b", tmp_path / "shipped.safetensors", "Notes.").with_suffix(".md").read_text()
+    plain, on_top = card.index("configs/emoji-sun.toml"), card.index("configs/emoji-sun-guided.toml")
+    assert plain < on_top
+    assert "by default, takes others (trained from 1 to 8)" in card
     with pytest.raises(ConfigError, match="counts guidance scales from 3"):
         train_sun(SunTrainConfig(run=guided, **{**on, "guidance_scale": 4.0}))
     back = {**on, "init_adapter": str(second), "guidance_range": (0.0, 0.0)}
