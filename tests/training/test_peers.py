@@ -218,7 +218,7 @@ def test_the_card_says_how_it_was_made_and_nothing_of_this_machine(
     content = json.loads((folder / "training.json").read_text())
     assert content["settings"]["guidance_scale"] == 3.0
     assert content["settings"]["data"] == pictures.name
-    assert content["base_model"] == tiny_model.name
+    assert content["base_model"] == tiny_model.parent.name
     assert content["progress"]["step"] == 1
     card = (folder / "README.md").read_text()
     assert "guidance scale w | 3.0" in card

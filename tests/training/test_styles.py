@@ -84,7 +84,7 @@ def test_a_lora_trains_and_loads_with_its_card(packages: Path, tiny_model: Path,
     card = (folder / "README.md").read_text()
     for fact in ("license: cc-by-sa-4.0", "Rank 4", STYLES["openmoji"].attribution, "--style openmoji"):
         assert fact in card
-    assert json.loads((folder / "settings.json").read_text())["model"] == "model"
+    assert json.loads((folder / "settings.json").read_text())["model"] == tiny_model.parent.name
 
 
 @torch.no_grad()
