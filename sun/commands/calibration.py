@@ -40,7 +40,8 @@ def calibrate(
     steps: Annotated[int, typer.Option(help="Steps of the runs to accelerate.", min=4, max=1000)] = 25,
     scheduler: Annotated[Sampler, typer.Option(help="Sampler of the runs to accelerate.")] = Sampler.dpmpp_2m,
     guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale of these runs (7.5; with an adapter its own).", min=0.0)
+        float | None,
+        typer.Option(help="Guidance scale of these runs, if they state one. (7.5; SUN's own)", min=0.0),
     ] = None,
     tau: Annotated[
         float, typer.Option(help="Skip where transitions turn by less than this (radians); 0: by position.", min=0.0)
@@ -90,7 +91,7 @@ def calibrate(
         table = ltc.calibrate(
             pipe, [p for p, _ in pairs], [n for _, n in pairs], batch=batch, seed=seed, find_bias=bias,
             progress=status, num_inference_steps=steps, width=recipe.width, height=recipe.height,
-            guidance_scale=guidance or (loaded.adapter and loaded.adapter.info.guidance_scale) or 7.5,
+            **({} if guidance is None else {"guidance_scale": guidance}),
         )  # fmt: skip
     path = target / table.key.file_name(settings)
     skipped = ", ".join(
