@@ -94,16 +94,12 @@ def describe(loaded: LoadedAdapter) -> tuple[str, str]:
         "stage_length": adapter.info.stage_length,
         "sha256": report["sha256"],
     }
-    return _in_words(facts), json.dumps(facts, indent=2)
+    return _in_words(facts, adapter.guidance_in_words()), json.dumps(facts, indent=2)
 
 
-def _in_words(facts: dict[str, Any]) -> str:
+def _in_words(facts: dict[str, Any], guidance: str) -> str:
     widths = " / ".join(str(width) for width in facts["widths"])
-    w, stage = facts["guidance_scale"], facts["stage_length"]
-    guidance = "not recorded" if w is None else f"w = {w:g}"
-    if facts["takes_guidance_scale"]:
-        taken = facts["guidance_range"]
-        guidance += " by default, takes others" + (f" (trained from {taken[0]:g} to {taken[1]:g})" if taken else "")
+    stage = facts["stage_length"]
     stages = "" if not stage else f", stage length {stage:g} ({round(1 / stage)} steps)"
     return "\n".join(
         (

@@ -145,7 +145,8 @@ class ApplySun(io.ComfyNode):
         cls, model: Any, adapter: loading.LoadedAdapter, strength: float, negative: Any = None,
         start_percent: float = 0.0, end_percent: float = 1.0, guidance: float = 0.0,
     ) -> io.NodeOutput:  # fmt: skip
-        return io.NodeOutput(patch.apply(model, adapter, strength, negative, (start_percent, end_percent), guidance))
+        effect = (start_percent, end_percent)
+        return io.NodeOutput(patch.apply(model, adapter, strength, negative, effect, guidance or None))
 
 
 class SunSampler(io.ComfyNode):

@@ -69,7 +69,7 @@ def apply(
     strength: float = 1.0,
     negative: list | None = None,
     effect: tuple[float, float] = WHOLE_RUN,
-    guidance: float = 0.0,
+    guidance: float | None = None,
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone of `model` that samples with the adapter. A SUN already on the model is replaced, never added to.
 
@@ -79,13 +79,13 @@ def apply(
     layers = check_base(model, loaded)
     checks.check_effect(effect)
     adapter: SunAdapter = loaded.patcher.model
-    adapter.guidance(guidance or None)  # says so now if the adapter cannot
+    adapter.guidance(guidance)  # says so now if the adapter cannot
     if note := adapter.guidance_note(guidance):
         log.warning("SUN: %s", note)
     patched = model.clone()
     if patched.get_attachment(KEY) is not None:
         log.warning("SUN: the model had a SUN adapter already; %s takes its place.", loaded.name)
-    patched.set_attachments(KEY, SunSettings(loaded.name, float(strength), negative, layers, effect, float(guidance)))
+    patched.set_attachments(KEY, SunSettings(loaded.name, float(strength), negative, layers, effect, guidance))
     patched.set_additional_models(KEY, [loaded.patcher])
     for wrapper_type, wrapper in (
         (WrappersMP.OUTER_SAMPLE, _outer_sample),
@@ -208,7 +208,7 @@ def _apply_model(
             c_crossattn, *negatives = (_cast(text, executor.class_obj, x) for text in (c_crossattn, *negatives))
             chosen = [(weight, match_rows(negatives[i], x.shape[0])) for i, weight in weights.items()]
             adapter: SunAdapter = patchers[0].model
-            guidance = adapter.guidance(run.settings.guidance or None)
+            guidance = adapter.guidance(run.settings.guidance)
             texts = run.texts(
                 adapter, chosen, c_crossattn, strength=run.settings.strength, key=_which(options, x.device),
                 guidance=guidance,

@@ -18,7 +18,7 @@ class SunSettings:
     """What Apply SUN to Model remembers. `negative` is a CONDITIONING, or None: then the sampler's counts.
 
     effect: between which shares (0 to 1) of the way from noise to picture SUN acts. guidance: w of an adapter that
-    takes it, or 0: the adapter's own.
+    takes it, or None: the adapter's own.
     """
 
     name: str
@@ -26,7 +26,7 @@ class SunSettings:
     negative: list | None
     layers: tuple[AttentionLayer, ...]
     effect: tuple[float, float] = WHOLE_RUN
-    guidance: float = 0.0
+    guidance: float | None = None
 
 
 class Interval(NamedTuple):

@@ -337,6 +337,17 @@ class SunAdapter(nn.Module):
             f"The adapter was trained on guidance scales from {trained[0]:g} to {trained[1]:g}; {scale:g} is a guess."
         )
 
+    def guidance_in_words(self) -> str:
+        """Which guidance scales it takes, for people."""
+        own = self.info.guidance_scale
+        words = "not recorded" if own is None else f"w = {own:g}"
+        if not self.guided:
+            return words
+        trained = self.guidance_range
+        return f"{words} by default, takes others" + (
+            f" (trained from {trained[0]:g} to {trained[1]:g})" if trained else ""
+        )
+
     def bake(self, scale: float) -> SunAdapter:
         """A plain adapter that has the guidance scale ``scale`` fixed in its weights."""
         features = self.guidance(scale)

@@ -89,18 +89,18 @@ def configured(
 
 
 def without_folders(config: Any) -> dict[str, Any]:
-    """All settings by name, groups nested, for a file that travels: of a path the last name alone."""
+    """All settings by name, groups nested, for a file that travels: of a path its :func:`last_name` alone."""
     settings = asdict(config)
     for name, value in settings.items():
         if isinstance(value, str):
-            settings[name] = _last_name(value)
+            settings[name] = last_name(value)
         elif isinstance(value, tuple):
-            settings[name] = tuple(_last_name(part) if isinstance(part, str) else part for part in value)
+            settings[name] = tuple(last_name(part) if isinstance(part, str) else part for part in value)
     settings.get("run", {}).pop("output", None)
     return settings
 
 
-def _last_name(value: str) -> str:
+def last_name(value: str) -> str:
     """Of a path the last part that says something: runs/emoji-blob/model is emoji-blob."""
     if "/" not in value and "\\" not in value:
         return value

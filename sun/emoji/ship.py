@@ -144,8 +144,6 @@ def ship_adapter(run_folder: str | Path, destination: str | Path, notes: str = "
     shutil.copyfile(source, target)
     adapter = SunAdapter.load(target)
     info, training = adapter.info, adapter.info.training
-    taken = adapter.guidance_range
-    others = f" by default, takes others (trained from {taken[0]:g} to {taken[1]:g})" if taken else ""
     runs = [training]
     while earlier := runs[0].get("from"):
         runs.insert(0, earlier)
@@ -156,7 +154,7 @@ def ship_adapter(run_folder: str | Path, destination: str | Path, notes: str = "
     target.with_suffix(".md").write_text(
         f"""# SUN adapter for {info.base_model}
 
-{target.stat().st_size / 1e6:.2f} MB, fp16, branches: {info.branches}, guidance scale w = {info.guidance_scale:g}{others}.
+{target.stat().st_size / 1e6:.2f} MB, fp16, branches: {info.branches}, guidance scale {adapter.guidance_in_words()}.
 
 {data_section(styles)}
 ## Training

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from ..config import ConfigError
+from ..config import ConfigError, last_name
 from ..training.run import RunConfig, TrainingRun, start_run
 from ..training.sun import load_base
 from .base import SceneConfig, save_base, save_samples, train_on_scenes
@@ -171,8 +171,6 @@ def load_frozen(config: SceneConfig, model: str) -> StableDiffusionPipeline:
     if config.style not in STYLES:
         raise ConfigError(f"style takes {', '.join(STYLES)}, not {config.style!r}.")
     pipe = load_base(model)
-    if pipe.scheduler.config.prediction_type != "epsilon":
-        raise ConfigError(f"{model} predicts {pipe.scheduler.config.prediction_type}; this training predicts epsilon.")
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.requires_grad_(False).eval()
     config.stages = config.stages or ((pipe.unet.config.sample_size * 8, 1.0),)
@@ -185,4 +183,4 @@ def styles_of(config: SceneConfig) -> tuple[str, ...]:
 
 
 def name_of(model: str) -> str:
-    return "Emoji Diffusion" if model == "emoji" else Path(model).name
+    return "Emoji Diffusion" if model == "emoji" else last_name(model)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import ConfigError
+
+
+def check_predicts_noise(folder: str | Path, scheduler_config: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless a model with this scheduler predicts the noise (epsilon)."""
+    kind = scheduler_config.get("prediction_type", "epsilon")
+    if kind != "epsilon":
+        raise ConfigError(f"{folder} predicts {kind!r}; SUN is trained on models that predict the noise (epsilon).")
 
 
 class FrozenModels:
@@ -44,9 +52,7 @@ class FrozenModels:
         if not (Path(folder) / "unet" / "config.json").exists():
             raise ConfigError(f"fine_tunes: {folder} is not a diffusers folder of a model (no unet/config.json).")
         schedule = Path(folder) / "scheduler" / "scheduler_config.json"
-        kind = json.loads(schedule.read_text()).get("prediction_type", "epsilon") if schedule.exists() else "epsilon"
-        if kind != "epsilon":
-            raise ConfigError(f"fine_tunes: {folder} predicts {kind!r}, not the noise (epsilon).")
+        check_predicts_noise(folder, json.loads(schedule.read_text()) if schedule.exists() else {})
         own = self._parameters
         other = dict(UNet2DConditionModel.from_pretrained(folder, subfolder="unet").named_parameters())
         if {name: p.shape for name, p in other.items()} != {name: p.shape for name, p in own.items()}:

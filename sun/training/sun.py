@@ -20,7 +20,7 @@ from ..shipped import EMOJI_SUN
 from ..text import encode_texts
 from .algorithm import NoiseSchedule, guided_noise
 from .data import build_source
-from .models import FrozenModels
+from .models import FrozenModels, check_predicts_noise
 from .negatives import NegativePrompts
 from .run import RunConfig, TrainingRun, describe_machine, start_run
 from .samples import is_emoji
@@ -188,9 +188,7 @@ def load_base(model: str) -> Any:
     pipe = StableDiffusionPipeline.from_pretrained(
         folder, torch_dtype=torch.float32, safety_checker=None, feature_extractor=None
     )
-    kind = pipe.scheduler.config.get("prediction_type", "epsilon")
-    if kind != "epsilon":
-        raise ConfigError(f"{folder} predicts {kind!r}; SUN is trained on models that predict the noise (epsilon).")
+    check_predicts_noise(folder, pipe.scheduler.config)
     return pipe
 
 
