@@ -31,7 +31,7 @@ from .checks import REFERENCE_STEPS, SUN_STEPS, Scenes, adapter_for, control_fig
 from .latents import encode_pictures, scenes_in_style
 from .scenes import posed, render_scene
 from .sources import load_metadata
-from .style import load_frozen, name_of, styles_of
+from .style import load_start, name_of, styles_of
 from .vae import to_tensor
 
 COMMAND = "sun train-emoji controlnet --config configs/emoji-controlnet.toml"
@@ -88,7 +88,7 @@ class PosedScenes:
 
 def train_controlnet(config: ControlNetConfig) -> Path:
     """Train, and write ``<output>/controlnet`` (weights, card, pictures); returns that folder."""
-    pipe = load_frozen(config, config.model)
+    pipe = load_start(config, config.model)
     torch.manual_seed(config.run.seed)
     controlnet = build_controlnet(pipe.unet, config.rank)
     run = start_run(config, {"controlnet": controlnet.train()})

@@ -30,7 +30,7 @@ from .checks import REFERENCE_STEPS, SUN_STEPS, Scenes, adapter_for, draw, draw_
 from .latents import encode_pictures, scenes_in_style
 from .scenes import Scene, render_scene, subject_mask
 from .sources import load_metadata, load_pictures
-from .style import load_frozen, name_of, styles_of
+from .style import load_start, name_of, styles_of
 
 COMMAND = "sun train-emoji inpainting --config configs/emoji-inpainting.toml"
 FIRST_LAYER = ("conv_in",)
@@ -129,7 +129,7 @@ class MaskedScenes:
 
 def train_inpainting(config: InpaintingConfig) -> Path:
     """Train, and write ``<output>/inpainting`` (weights, card, pictures); returns that folder."""
-    pipe = load_frozen(config, config.model)
+    pipe = load_start(config, config.model)
     torch.manual_seed(config.run.seed)
     unet = widen(pipe.unet)
     add_low_rank(unet, config.rank, leave=FIRST_LAYER)

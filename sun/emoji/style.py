@@ -17,8 +17,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from ..config import ConfigError, last_name
+from ..training.models import load_frozen
 from ..training.run import RunConfig, TrainingRun, start_run
-from ..training.sun import load_base
 from .base import SceneConfig, save_base, save_samples, train_on_scenes
 from .cards import data_section, licence_of, settings_of, training_section, write_json
 from .ship import make_portable
@@ -68,7 +68,7 @@ class LoraStyleConfig(SceneConfig):
 
 def train_style(config: StyleConfig) -> Path:
     """Train, and write ``<output>/model`` (a StableDiffusionPipeline folder with a card); returns that folder."""
-    pipe = load_frozen(config, config.model)
+    pipe = load_start(config, config.model)
     config.run.output = config.run.output or f"runs/emoji-{config.style}"
     modules: dict[str, torch.nn.Module] = {"unet": pipe.unet.requires_grad_(True).train()}
     if config.train_text_encoder:
@@ -90,7 +90,7 @@ def train_style(config: StyleConfig) -> Path:
 
 def train_lora(config: LoraStyleConfig) -> Path:
     """Train, and write ``<output>/lora`` (the weights, a card); returns that folder."""
-    pipe = load_frozen(config, config.model)
+    pipe = load_start(config, config.model)
     config.run.output = config.run.output or f"runs/emoji-lora-{config.style}"
     torch.manual_seed(config.run.seed)
     pipe.unet.add_adapter(
@@ -166,13 +166,11 @@ Load it with `pipe.load_lora_weights(folder)`, `sun generate --lora {LORA_WEIGHT
 {training_section(run, f"sun train-emoji lora --style {config.style} --config configs/emoji-lora.toml")}"""
 
 
-def load_frozen(config: SceneConfig, model: str) -> StableDiffusionPipeline:
+def load_start(config: SceneConfig, model: str) -> StableDiffusionPipeline:
     """The frozen pipeline to start from; fills in ``config.stages``. Raises ConfigError."""
     if config.style not in STYLES:
         raise ConfigError(f"style takes {', '.join(STYLES)}, not {config.style!r}.")
-    pipe = load_base(model)
-    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
-        part.requires_grad_(False).eval()
+    pipe = load_frozen(model)
     config.stages = config.stages or ((pipe.unet.config.sample_size * 8, 1.0),)
     return pipe
 

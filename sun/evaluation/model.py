@@ -19,7 +19,7 @@ from .metrics import frechet_distance, frechet_interval, kernel_statistics, map_
 from .negative import agreement_changes, compare_change
 from .prompts import PromptSet
 from .sampler import Sampler
-from .timing import describe_machine, time_methods, time_unet_calls
+from .timing import time_methods, time_unet_calls, timing_conditions
 
 FORMAT = 1  # of the cells; raise it when what is computed changes
 OTHER_NOISE = 1_000_000  # added to the seed for the floor
@@ -210,7 +210,7 @@ class ModelEvaluation:
         config, batch = self.config, min(self.config.timing_batch, len(self.prompts.positives))
         methods = list(dict.fromkeys((REFERENCE, *self.methods)))
         prompts, negatives = self.prompts.positives[:batch], self.prompts.negatives[:batch]
-        machine = describe_machine(self.sampler, batch, config.precision)
+        machine = timing_conditions(self.sampler, batch, config.precision)
 
         def make() -> dict[str, Any]:
             found = time_methods(self.sampler, methods, prompts, negatives, config.timing_rounds, config.precision)

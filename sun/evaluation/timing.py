@@ -111,8 +111,8 @@ def _one_call(
         return time.perf_counter() - began
 
 
-def describe_machine(sampler: Sampler, batch: int, precision: str) -> dict[str, Any]:
-    """What a time depends on, for the report."""
+def timing_conditions(sampler: Sampler, batch: int, precision: str) -> dict[str, Any]:
+    """What a measured time depends on, for the report."""
     cuda = sampler.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(sampler.device) if cuda else sampler.device.type,

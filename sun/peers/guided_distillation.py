@@ -20,12 +20,13 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..schedulers import make_scheduler
+from ..training.models import load_frozen
 from ..training.negatives import NegativePrompts
 from ..training.run import RunConfig, start_run
 from ..training.speed import use_fast_attention
 from ..training.sun import SunTrainConfig, Teacher, check_settings
 from ..training.targets import Prompts, make_objective
-from .setup import Distillation, load_frozen
+from .setup import Distillation
 
 USAGE = """```python
 unet = UNet2DConditionModel.from_pretrained("this folder", subfolder="unet")

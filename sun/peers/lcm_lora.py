@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from ..adapter import SunAdapter
 from ..config import ConfigError
 from ..training.algorithm import NoiseSchedule, add_noise, ddim_update
+from ..training.models import load_frozen
 from ..training.run import RunConfig, start_run
 from ..training.sun import Teacher
-from .setup import Batch, Distillation, load_frozen
+from .setup import Batch, Distillation
 
 ADAPTER = "lcm"
 # Attention, feed-forward, convolutions and time embeddings: the layers LCM-LoRA for Stable Diffusion adapts.

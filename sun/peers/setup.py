@@ -16,7 +16,7 @@ from ..training.algorithm import NoiseSchedule
 from ..training.data import Source, build_source
 from ..training.run import DTYPES, RunConfig, TrainingRun
 from ..training.speed import use_fast_attention
-from ..training.sun import SunTrainConfig, latent_scale, load_base, sample_prompts
+from ..training.sun import SunTrainConfig, latent_scale, sample_prompts
 
 
 class PeerConfig(Protocol):
@@ -39,14 +39,6 @@ class Batch:
     x0: Tensor
     positive: Tensor
     empty: Tensor
-
-
-def load_frozen(model: str) -> Any:
-    """The pipeline of ``model`` with every weight frozen. Raises ConfigError unless it predicts noise."""
-    pipe = load_base(model)
-    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
-        module.requires_grad_(False).eval()
-    return pipe
 
 
 class Distillation:

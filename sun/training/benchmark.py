@@ -18,8 +18,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from ..config import ConfigError
 from ..pipelines import attach, detach
 from .algorithm import NoiseSchedule, stage_targets
+from .models import load_frozen
 from .run import TrainingRun
-from .sun import Student, SunTrainConfig, Teacher, load_base, make_adapter
+from .sun import Student, SunTrainConfig, Teacher, make_adapter
 from .targets import draw_timesteps, start_timesteps, sun_losses
 
 GIB = 2**30
@@ -53,7 +54,7 @@ def models_of(model: str) -> Models:
     """Those of a diffusers folder, or random ones of SD 1.5's size for ``sd15``."""
     if model == "sd15":
         return random_sd15()
-    pipe = load_base(model)
+    pipe = load_frozen(model)
     return Models(pipe.unet, pipe.text_encoder, pipe.vae, pipe.scheduler.alphas_cumprod)
 
 

@@ -1,4 +1,4 @@
-"""Fine-tunes of the base take turns as the frozen U-Net, so that the adapter does not lean on the base's own ways."""
+"""The frozen models: the base, and fine-tunes of it that take turns, so that the adapter does not lean on the base."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError
+from ..shipped import EMOJI_DIFFUSION
 
 
 def check_predicts_noise(folder: str | Path, scheduler_config: Mapping[str, Any]) -> None:
@@ -18,6 +19,27 @@ def check_predicts_noise(folder: str | Path, scheduler_config: Mapping[str, Any]
     kind = scheduler_config.get("prediction_type", "epsilon")
     if kind != "epsilon":
         raise ConfigError(f"{folder} predicts {kind!r}; SUN is trained on models that predict the noise (epsilon).")
+
+
+def load_frozen(model: str) -> Any:
+    """StableDiffusionPipeline of a diffusers folder, or of the shipped model for ``emoji``, every weight frozen.
+
+    Raises FileNotFoundError for a folder without a model, ConfigError for one that does not predict the noise.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    folder = EMOJI_DIFFUSION if model == "emoji" else Path(model)
+    if not (folder / "model_index.json").exists():
+        raise FileNotFoundError(
+            f"{folder} is not a diffusers folder (no model_index.json). Give --model the folder of an SD 1.x model."
+        )
+    pipe = StableDiffusionPipeline.from_pretrained(
+        folder, torch_dtype=torch.float32, safety_checker=None, feature_extractor=None
+    )
+    check_predicts_noise(folder, pipe.scheduler.config)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.requires_grad_(False).eval()
+    return pipe
 
 
 class FrozenModels:

@@ -20,7 +20,7 @@ from ..shipped import EMOJI_SUN
 from ..text import encode_texts
 from .algorithm import NoiseSchedule, guided_noise
 from .data import build_source
-from .models import FrozenModels, check_predicts_noise
+from .models import FrozenModels, load_frozen
 from .negatives import NegativePrompts
 from .run import RunConfig, TrainingRun, describe_machine, start_run
 from .samples import is_emoji
@@ -109,10 +109,8 @@ class Teacher:
 def train_sun(config: SunTrainConfig) -> Path:
     """Train and write ``<output>/adapter.safetensors`` with its settings in the header; returns the file."""
     check_settings(config)
-    pipe = load_base(config.model)
+    pipe = load_frozen(config.model)
     unet, vae, text_encoder, tokenizer = pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer
-    for module in (unet, vae, text_encoder):
-        module.requires_grad_(False).eval()
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         unet.train()
@@ -172,24 +170,6 @@ def train_sun(config: SunTrainConfig) -> Path:
     sample_grid(config, run, pipe)
     detach(unet)
     return path
-
-
-def load_base(model: str) -> Any:
-    """StableDiffusionPipeline of a diffusers folder, or of the shipped model for ``emoji``."""
-    from diffusers import StableDiffusionPipeline
-
-    from ..shipped import EMOJI_DIFFUSION
-
-    folder = EMOJI_DIFFUSION if model == "emoji" else Path(model)
-    if not (folder / "model_index.json").exists():
-        raise FileNotFoundError(
-            f"{folder} is not a diffusers folder (no model_index.json). Give --model the folder of an SD 1.x model."
-        )
-    pipe = StableDiffusionPipeline.from_pretrained(
-        folder, torch_dtype=torch.float32, safety_checker=None, feature_extractor=None
-    )
-    check_predicts_noise(folder, pipe.scheduler.config)
-    return pipe
 
 
 def latent_scale(vae: Any) -> int:
