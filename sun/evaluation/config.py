@@ -95,6 +95,7 @@ class EvaluateConfig:
     resume: bool = True
     grid: str = ""
     grid_prompts: int = 8
+    grid_methods: tuple[str, ...] = ()  # of methods, those in the grid; empty: all
 
 
 def model_specs(config: EvaluateConfig) -> dict[str, ModelSpec]:
@@ -152,9 +153,9 @@ def check(config: EvaluateConfig) -> None:
         raise ConfigError("distances of sets need two prompts at least, better 500.")
     if "negatives" in measured and not config.negative_pairs:
         raise ConfigError("the experiment on negatives needs negative_pairs; or leave negatives out of measure.")
-    for name in (*config.negative_methods, *config.edit_methods):
+    for name in (*config.negative_methods, *config.edit_methods, *config.grid_methods):
         if name not in methods:
-            raise ConfigError(f"{name} is not among methods, so it is in no experiment on negatives or edits.")
+            raise ConfigError(f"{name} is not among methods, so it is in no grid or experiment on negatives or edits.")
     if {"distances", "edits"} & set(measured):
         import_torchmetrics("image.fid")
     if config.output:

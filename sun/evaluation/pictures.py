@@ -25,8 +25,10 @@ CELL = 192  # pixels a picture of a grid has at least, so that its labels can be
 
 
 def save_comparison(evaluation: ModelEvaluation, path: Path, count: int) -> None:
-    """A grid of the first ``count`` prompts: the reference, then a row a method, all from the same noise."""
-    _save_rows(evaluation, evaluation.run, path, count)
+    """A grid of the first ``count`` prompts: the reference, then a row a method (``grid_methods``), same noise."""
+    chosen = evaluation.config.grid_methods
+    methods = [method for method in evaluation.methods if not chosen or method in chosen]
+    _save_rows(evaluation, evaluation.run, path, count, methods)
 
 
 def save_edits(evaluation: ModelEvaluation, folder: Path, count: int) -> None:
@@ -34,19 +36,19 @@ def save_edits(evaluation: ModelEvaluation, folder: Path, count: int) -> None:
     edits = Edits(evaluation)
     for name in evaluation.config.edits:
         file = folder / f"{name}.png"
-        _save_rows(evaluation, partial(edits.run, name), file, count, edits.starts(), edits.methods)
+        _save_rows(evaluation, partial(edits.run, name), file, count, edits.methods, edits.starts())
 
 
 def _save_rows(
     evaluation: ModelEvaluation, run_of: Callable[[str], Tensors], path: Path, count: int,
-    starts: Tensor | None = None, methods: Sequence[str] | None = None,
+    methods: Sequence[str], starts: Tensor | None = None,
 ) -> None:  # fmt: skip
     rows: list[list[Image.Image]] = []
     labels = []
     if starts is not None:
         rows.append(to_images(evaluation.pixels(starts[:count])))
         labels.append("begins at")
-    for method in dict.fromkeys((REFERENCE, *(evaluation.methods if methods is None else methods))):
+    for method in dict.fromkeys((REFERENCE, *methods)):
         run = run_of(method)
         rows.append(to_images(evaluation.pixels(run["latents"][:count])))
         call = parse_method(method)

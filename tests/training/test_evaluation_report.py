@@ -128,6 +128,11 @@ def test_experiments_can_be_given_to_some_models_and_methods(config: EvaluateCon
     assert set(found["base"]["negative_prompt"]["groups"]["seen"]) == {"dpmpp-25", "sun-2"}
     assert set(found["base"]["edits"]["img2img-0.5"]) == {"dpmpp-25", "ddim-2", "floor"}
     assert not (Path(config.output) / "strong" / "img2img-0.5.png").exists()
+    sheet = Path(config.output) / "base" / "grid.png"
+    whole = Image.open(sheet).height
+    config.grid_methods = ("sun-2",)
+    report(config)
+    assert Image.open(sheet).height < whole
     config.negative_methods = ("sun-3",)
     with pytest.raises(ConfigError, match="sun-3 is not among methods"):
         report(config)
