@@ -172,10 +172,10 @@ def controlnet(g: EmojiGraph) -> None:
         "and end of its effect are set in **Apply ControlNet**. It costs no U-Net call.\n\nWith a Stable Diffusion 1.5 "
         "model use ComfyUI's **Load ControlNet Model** in its place."
     )
-    image, negative = g.first_picture(loader, applied, "penguin, yellow background")
+    image, negative = g.first_picture(loader, applied, "smiling face with sunglasses, purple background")
     with g.group("Drawn along its edges"):
         control = g.add("SUN_LoadEmojiControlNet")[0]
-        positive = g.prompt(loader["clip"], "penguin, pink background")
+        positive = g.prompt(loader["clip"], "smiling face with sunglasses, pink background")
         steered = g.add(
             "ControlNetApplyAdvanced", positive=positive, negative=negative, control_net=control, image=image
         )
@@ -211,10 +211,10 @@ def regions(g: EmojiGraph) -> None:
         "picture. Every region costs a U-Net call a step: here 2 x 4."
     )
     with g.group("Left: an area"):
-        left = g.prompt(loader["clip"], "polar bear, yellow background", title="Left")
+        left = g.prompt(loader["clip"], "smiling face with sunglasses, purple background", title="Left")
         left = g.add("ConditioningSetArea", conditioning=left, width=128, height=128, x=0, y=0, strength=1.0)[0]
     with g.group("Right: a mask"):
-        right = g.prompt(loader["clip"], "pizza, purple background", title="Right")
+        right = g.prompt(loader["clip"], "soccer ball, pink background", title="Right")
         mask = g.right_half(256, 128)
         right = g.add("ConditioningSetMask", conditioning=right, mask=mask, strength=1.0)[0]
     with g.group("Together"):
@@ -225,10 +225,10 @@ def regions(g: EmojiGraph) -> None:
         g.picture(g.sampler(applied[0], positive, negative, latent), loader["vae"])
 
 
-LONG = ", ".join(["large polar bear, yellow background"] * 12)
+LONG = ", ".join(["large panda, pink background"] * 12)
 LONG_NEGATIVE = (
     "blurry, unsharp, noisy, dark, gray background, black background, white background, text, letters, numbers, frame, "
-    "border, shadow, two animals, several animals, cat face, dog face, fox face, lion face, tiger face, panda face, a car, "
+    "border, shadow, two animals, several animals, cat face, dog face, fox face, lion face, tiger face, bear face, a car, "
     "a house, a tree, a person, hands, fingers, low quality, bad drawing, cropped, cut off, out of the picture, too small"
 )
 
@@ -273,7 +273,7 @@ def upscale(g: EmojiGraph) -> None:
         "With Stable Diffusion 1.5: 512 first, then 768 or 1024, and `denoise` 0.5."
     )
     with g.group("First pass, 128 x 128"):
-        positive, negative, latent = g.inputs(loader["clip"], "large polar bear, yellow background")
+        positive, negative, latent = g.inputs(loader["clip"], "large soccer ball, pink background")
         g.column()
         samples = g.sampler(applied[0], positive, negative, latent)
         g.picture(samples, loader["vae"], save=False)
