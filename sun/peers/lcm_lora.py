@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from diffusers import LCMScheduler, StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from ..adapter import SunAdapter
 from ..config import ConfigError
-from ..training.algorithm import NoiseSchedule, add_noise, ddim_update
+from ..training.algorithm import NoiseSchedule, add_noise, ddim_update, pseudo_huber
 from ..training.models import load_frozen
 from ..training.run import RunConfig, start_run
 from ..training.sun import Teacher
@@ -146,11 +145,6 @@ def consistency(x: Tensor, noise: Tensor, t: Tensor, schedule: NoiseSchedule, sc
     return c_skip * x + c_out * (x - sigma * noise) / a
 
 
-def pseudo_huber(predicted: Tensor, target: Tensor, c: float) -> Tensor:
-    """Mean of sqrt(d^2 + c^2) - c over all elements."""
-    return ((predicted - target).square().add(c**2).sqrt() - c).mean()
-
-
 @torch.no_grad()
 def guided_step(
     unet: Any, x_t: Tensor, t: Tensor, s: Tensor, batch: Batch, w: Tensor, schedule: NoiseSchedule
@@ -180,9 +174,9 @@ def train_lcm_lora(config: LcmLoraConfig) -> Path:
         x_t, t, positive, target = new_targets(config, work, lora, scheduler)
         with run.accelerator.autocast():
             predicted = consistency(x_t, student(x_t, t, positive), t, work.schedule, scheduler)
-        run.update(
-            F.mse_loss(predicted, target) if config.loss == "l2" else pseudo_huber(predicted, target, config.huber_c)
-        )
+        difference = predicted - target
+        errors = difference.square() if config.loss == "l2" else pseudo_huber(difference, config.huber_c)
+        run.update(errors.mean())
         if work.time_to_sample():
             save_lora(work, lora, rank)
             work.sample_grid(lora, scheduler)

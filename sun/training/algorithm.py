@@ -65,6 +65,11 @@ def step_noise(x_s: Tensor, x_t: Tensor, t: Tensor, s: Tensor, schedule: NoiseSc
     return (x_s - a_s * x_t / a_t) / (sigma_s - a_s * sigma_t / a_t)
 
 
+def pseudo_huber(difference: Tensor, c: float) -> Tensor:
+    """sqrt(d^2 + c^2) - c, element by element: about d^2 / 2c below c, about d above it."""
+    return (difference.square() + c**2).sqrt() - c
+
+
 def state_gain(t: Tensor, s: Tensor, schedule: NoiseSchedule) -> Tensor:
     """|d x_s / d e| of Eq. 9, [B]: how far an error of the noise moves the state one step later."""
     (a_t, sigma_t), (a_s, sigma_s) = schedule(t), schedule(s)

@@ -56,6 +56,7 @@ class SunTrainConfig:
     cfg_weight: float = 1.0
     msc_weight: float = 1.0
     msc_error: str = "noise"  # "state": L_msc in the state that the stage ends in, where the noisy stages weigh more
+    huber_c: float = 0.0  # above 0: errors of both losses are pseudo-Huber, linear from about there on
     stage_length: float = 0.25
     substeps: int = 6
     replace_probability: float = 0.1
@@ -190,6 +191,8 @@ def check_settings(config: SunTrainConfig) -> None:
         )
     if config.fine_tunes and not config.trajectories:
         raise ConfigError("fine_tunes needs trajectories = true: the pictures of data are those of one model alone.")
+    if config.huber_c < 0:
+        raise ConfigError(f"huber_c is 0 (squared errors) or above, not {config.huber_c:g}.")
     for name in ("substeps", "target_reuse", "replace_depth", "bank_size"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} is a number of at least 1, not {getattr(config, name)}.")

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .algorithm import NoiseSchedule, StageTargets, add_noise, stage_targets, state_gain
+from .algorithm import NoiseSchedule, StageTargets, add_noise, pseudo_huber, stage_targets, state_gain
 from .data import Source
 from .negatives import NegativePrompts
 from .replay import Batch, ReplayBuffer
@@ -63,9 +62,17 @@ def noised_stage(
     return stage_targets(x_start, start, t.to(x0.device), stage, config.substeps, teacher, student, schedule)
 
 
+def row_errors(predicted: Tensor, target: Tensor, huber_c: float = 0.0) -> Tensor:
+    """Mean error [B] of every row: the squared one, or 2c times pseudo-Huber, which is nearly that for differences well
+    below ``huber_c`` and grows linearly above it."""
+    difference = predicted - target
+    error = 2 * huber_c * pseudo_huber(difference, huber_c) if huber_c else difference.square()
+    return error.flatten(1).mean(1)
+
+
 def sun_losses(predicted: Tensor, targets: StageTargets) -> tuple[Tensor, Tensor]:
     """(L_cfg, L_msc), both at the same input x_t (Eq. 8 and 11)."""
-    return F.mse_loss(predicted, targets.e_cfg), F.mse_loss(predicted, targets.e_step)
+    return row_errors(predicted, targets.e_cfg).mean(), row_errors(predicted, targets.e_step).mean()
 
 
 def state_weights(config: SunTrainConfig, t: Tensor, schedule: NoiseSchedule) -> Tensor:
@@ -81,15 +88,16 @@ def weighted(
     config: SunTrainConfig, student: Any, targets: StageTargets, positive: Tensor, negative: Tensor,
     schedule: NoiseSchedule,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """``total`` = cfg_weight L_cfg + lambda L_msc, and both, unweighted."""
+    """``total`` = cfg_weight L_cfg + lambda L_msc, with the errors ``config`` asks for; and both as published."""
     w = targets.w if len(targets.w) else None
     predicted = student(targets.x_t, targets.t, positive, negative, w)
-    cfg, msc = sun_losses(predicted, targets)
-    objective = msc
+    errors = row_errors(predicted, targets.e_step, config.huber_c)
     if config.msc_error == "state":
-        per_row = (predicted - targets.e_step).square().mean((1, 2, 3))
-        objective = (state_weights(config, targets.t, schedule) * per_row).mean()
-    return {"total": config.cfg_weight * cfg + config.msc_weight * objective, "cfg": cfg.detach(), "msc": msc.detach()}
+        errors = state_weights(config, targets.t, schedule) * errors
+    total = config.cfg_weight * row_errors(predicted, targets.e_cfg, config.huber_c).mean()
+    with torch.no_grad():
+        cfg, msc = sun_losses(predicted, targets)
+    return {"total": total + config.msc_weight * errors.mean(), "cfg": cfg, "msc": msc}
 
 
 def draw_guidance(config: SunTrainConfig, count: int, generator: random.Random) -> Tensor:

@@ -15,6 +15,7 @@ from sun.training.algorithm import (
     add_noise,
     ddim_update,
     guided_noise,
+    pseudo_huber,
     stage_targets,
     step_noise,
     substeps,
@@ -149,6 +150,14 @@ def test_losses_vanish_only_at_their_targets(schedule: NoiseSchedule) -> None:
     assert cfg == 0 < msc
     cfg, msc = sun_losses(out.e_step, out)
     assert msc == 0 < cfg
+
+
+def test_pseudo_huber_is_squared_near_zero_and_linear_far_from_it() -> None:
+    d = torch.tensor([0.0, 1e-4, -1e-4, 50.0, -50.0], dtype=torch.float64)
+    assert pseudo_huber(d, 0.1).tolist() == pytest.approx([(x * x + 0.01) ** 0.5 - 0.1 for x in d.tolist()])
+    near, far = 0.2 * pseudo_huber(d[1:3], 0.1), pseudo_huber(d[3:], 0.1)
+    torch.testing.assert_close(near, d[1:3].square(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(far, d[3:].abs() - 0.1, rtol=1e-5, atol=0)
 
 
 def test_timesteps_are_uniform_by_default_and_stage_starts_on_request() -> None:

@@ -19,7 +19,7 @@ from sun.training.algorithm import NoiseSchedule, ddim_update
 from sun.training.models import FrozenModels
 from sun.training.run import RunConfig, TrainingRun
 from sun.training.sun import SunTrainConfig, check_settings, train_sun
-from sun.training.targets import state_weights
+from sun.training.targets import state_weights, weighted
 from sun.training.trajectories import TrajectoryBank, run_teacher
 
 SCHEDULE = NoiseSchedule(sd15_scheduler().alphas_cumprod)
@@ -118,6 +118,27 @@ def test_weights_turn_the_error_of_the_noise_into_that_of_the_next_state() -> No
     torch.testing.assert_close(weights / weights[0], (states / noises) / (states / noises)[0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(weights[:4].mean(), torch.tensor(1.0))
     assert weights[0] > weights[1] > weights[2] > 0
+
+
+@pytest.mark.parametrize(("huber_c", "msc_error"), [(0.0, "noise"), (0.0, "state"), (0.1, "noise"), (0.1, "state")])
+def test_the_loss_is_made_of_the_errors_asked_for(huber_c: float, msc_error: str) -> None:
+    torch.manual_seed(0)
+    filled, text = bank(4), torch.zeros(4, 77, 8)
+    targets = filled.stage_batch(list(filled.rows), bend, bend, text, text, 0.0, 1, need_guided=True)
+    predicted = torch.randn_like(targets.x_t)
+    config = SunTrainConfig(cfg_weight=0.2, msc_weight=2.0, huber_c=huber_c, msc_error=msc_error)
+    losses = weighted(config, lambda *_: predicted, targets, text, text, SCHEDULE)
+
+    def rows(target: Tensor) -> Tensor:
+        d = predicted - target
+        error = 2 * huber_c * ((d**2 + huber_c**2).sqrt() - huber_c) if huber_c else d**2
+        return error.mean((1, 2, 3))
+
+    scales = state_weights(config, targets.t, SCHEDULE) if msc_error == "state" else torch.ones(4)
+    total = 0.2 * rows(targets.e_cfg).mean() + 2.0 * (scales * rows(targets.e_step)).mean()
+    torch.testing.assert_close(losses["total"], total)
+    torch.testing.assert_close(losses["msc"], (predicted - targets.e_step).square().mean())
+    torch.testing.assert_close(losses["cfg"], (predicted - targets.e_cfg).square().mean())
 
 
 def test_a_student_that_equals_a_straight_teacher_has_no_distance() -> None:
@@ -272,6 +293,8 @@ def test_training_on_a_fine_tune_too(
 def test_an_unknown_error_is_refused(tiny_model: Path) -> None:
     with pytest.raises(ConfigError, match="msc_error is noise or state"):
         train_sun(SunTrainConfig(model=str(tiny_model), msc_error="pixels"))
+    with pytest.raises(ConfigError, match="huber_c is 0"):
+        train_sun(SunTrainConfig(model=str(tiny_model), huber_c=-0.1))
 
 
 @pytest.mark.parametrize(
