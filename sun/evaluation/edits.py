@@ -48,8 +48,7 @@ class Edits:
     def __init__(self, evaluation: ModelEvaluation):
         self.of = evaluation
         self.count = min(evaluation.config.edit_prompts, len(evaluation.prompts.positives))
-        chosen = evaluation.config.edit_methods
-        self.methods = [method for method in evaluation.methods if not chosen or method in chosen]
+        self.methods = evaluation.methods_among(evaluation.config.edit_methods)
 
     def starts(self) -> Tensor:
         """Latents [N, 4, h, w] that the edits begin at."""

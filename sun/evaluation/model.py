@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ class ModelEvaluation:
         every = {REFERENCE, config.negative_ceiling or REFERENCE, *self.methods}
         self._assets = {m: asset_fingerprint(sampler, m) for m in every}
         self._reference_pixels: dict[int, Tensor] = {}
+
+    def methods_among(self, chosen: Sequence[str]) -> list[str]:
+        """This model's methods that are ``chosen``, in their order; all of them if none is."""
+        return [method for method in self.methods if not chosen or method in chosen]
 
     # --- samples -------------------------------------------------------------------------------------------------
 
@@ -233,8 +238,8 @@ class ModelEvaluation:
         reference by another solver and with other noise, compared with the reference in the same way.
         """
         config, groups = self.config, self.prompts.groups
-        chosen = config.negative_methods or self.methods
-        methods = [m for m in self.methods if m in chosen and parse_method(m).method.uses_negative and m != REFERENCE]
+        chosen = self.methods_among(config.negative_methods)
+        methods = [m for m in chosen if parse_method(m).method.uses_negative and m != REFERENCE]
         tables = {name: self._negative_table(methods, negatives) for name, negatives in groups.items()}
         first = next(iter(tables.values()), {})
         out: dict[str, Any] = {"pairs": len(next(iter(groups.values()), [])), **first, "groups": tables}

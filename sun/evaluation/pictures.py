@@ -26,9 +26,7 @@ CELL = 192  # pixels a picture of a grid has at least, so that its labels can be
 
 def save_comparison(evaluation: ModelEvaluation, path: Path, count: int) -> None:
     """A grid of the first ``count`` prompts: the reference, then a row a method (``grid_methods``), same noise."""
-    chosen = evaluation.config.grid_methods
-    methods = [method for method in evaluation.methods if not chosen or method in chosen]
-    _save_rows(evaluation, evaluation.run, path, count, methods)
+    _save_rows(evaluation, evaluation.run, path, count, evaluation.methods_among(evaluation.config.grid_methods))
 
 
 def save_edits(evaluation: ModelEvaluation, folder: Path, count: int) -> None:
