@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
+from sun.generate import load_base
 from sun.shipped import SINGLE_FILE_CONFIG
 
 Run = Callable[..., Result]
@@ -37,9 +38,21 @@ def test_a_single_file_gives_the_pictures_of_its_diffusers_folder(
     common = ("generate", "a cat", "--negative", "dog", "--adapter", adapter_file, "--seed", 2)
     sun(*common, "--model", folder, "--out", tmp_path / "x.png")
     sun(*common, "--model", file, "--config", folder, "--out", tmp_path / "y.png")
-    a, b = (np.asarray(Image.open(tmp_path / name)) for name in ("x.png", "y.png"))
+    a, b = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("x.png", "y.png"))
     assert a.std() > 1
-    assert (a == b).all()
+    # Some processors round a product by the address of its factors, which is another in each file: one level at most.
+    assert abs(a - b).max() <= 1
+    assert (a == b).mean() > 0.99
+
+
+def test_a_single_file_holds_the_weights_of_its_diffusers_folder_bit_by_bit(both: tuple[Path, Path]) -> None:
+    folder, file = both
+    one, other = load_base(str(folder)), load_base(str(file), config=str(folder))
+    for name in ("unet", "vae", "text_encoder"):
+        expected, found = (getattr(pipe, name).state_dict() for pipe in (one, other))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected), name
+    assert other.scheduler.config == one.scheduler.config
 
 
 def test_the_shipped_description_is_stable_diffusion_1_5s() -> None:
