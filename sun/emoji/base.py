@@ -288,7 +288,7 @@ def save_base(config: SceneConfig, run: TrainingRun, pipe: StableDiffusionPipeli
 
 def save_samples(config: SceneConfig, run: TrainingRun, pipe: StableDiffusionPipeline, size: int) -> None:
     """Write a grid of ``SAMPLE_PROMPTS`` drawn with the weights of the moment."""
-    with torch.autocast(run.accelerator.device.type, torch.bfloat16):
+    with run.accelerator.autocast():
         images = sample_images(pipe, config.sample_guidance, size=size)
     save_grid(images, 8, run.folder / "samples" / f"{run.progress.step:06d}.png")
 

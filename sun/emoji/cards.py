@@ -36,13 +36,14 @@ def training_section(run: TrainingRun, command: str) -> str:
         f"## Training\n\n    {command}\n\n"
         f"{progress.step} steps of batch {run.accelerator.num_processes} x {config.batch_size}, "
         f"{progress.seconds / 60:.0f} minutes, learning rate {config.lr:g} ({config.lr_schedule}), seed {config.seed}, "
-        f"on: {describe_machine()}. At the end: {losses}.\n"
+        f"{run.precision}, on: {describe_machine()}. At the end: {losses}.\n"
     )
 
 
 def settings_of(config: Any, run: TrainingRun) -> dict[str, Any]:
     """Settings and progress of a run for a file that travels: folders of this machine by their last name alone."""
-    return {**without_folders(config), **run.progress.state_dict(), "processes": run.accelerator.num_processes}
+    done = {"processes": run.accelerator.num_processes, "precision": run.precision}
+    return {**without_folders(config), **run.progress.state_dict(), **done}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> Path:

@@ -158,7 +158,7 @@ def draw_controlled(
         **{**pipe.components, "controlnet": controlnet}, requires_safety_checker=False
     )
     size, control = config.stages[-1][0], as_control(checked.pixels)
-    with torch.autocast(run.accelerator.device.type, torch.bfloat16):
+    with run.accelerator.autocast():
         rows = {
             f"without it, {REFERENCE_STEPS} steps": draw(
                 pipe, checked.captions, config.sample_guidance, width=size, height=size

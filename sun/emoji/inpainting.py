@@ -196,7 +196,7 @@ def draw_inpainted(
     given: dict[str, Any] = {
         "image": checked.pixels / 2 + 0.5, "mask_image": masks, "strength": 1.0, "width": size, "height": size,
     }  # fmt: skip
-    with torch.no_grad(), torch.autocast(run.accelerator.device.type, torch.bfloat16):
+    with torch.no_grad(), run.accelerator.autocast():
         pixels = checked.pixels.to(run.accelerator.device)
         rows = {"autoencoder alone": pipe.vae.decode(pipe.vae.encode(pixels).latents).sample.float().cpu()}
         rows[f"base, {REFERENCE_STEPS} steps"] = draw(base, checked.captions, guidance, **given)

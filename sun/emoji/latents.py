@@ -12,6 +12,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..images import write_atomically
+from ..precision import autocast
 from ..training.cache import hash_weights
 from .scenes import Scene, random_scene, render_scene
 from .sources import Emoji, cache_dir, load_pictures
@@ -61,7 +62,7 @@ def encode_pictures(
     out = []
     for start in tqdm(range(0, count, 64), desc=f"encode {name}px"):
         batch = to_tensor([picture(i) for i in range(start, min(start + 64, count))]).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             out.append(encoder(batch.contiguous(memory_format=torch.channels_last)).float().cpu())
     latents = torch.cat(out) * vae.config.scaling_factor
     write_atomically(file, lambda handle: torch.save(latents, handle))

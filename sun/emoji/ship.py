@@ -129,7 +129,7 @@ The weights are derived from the pictures and carry their licence, CC-BY 4.0.
             if d
         )
         + f"""
-Seed {RunConfig().seed}, bf16 autocast, EMA, on: {describe_machine()}.
+Seed {RunConfig().seed}, {done.get("precision", "bf16")}, EMA, on: {describe_machine()}.
 
 {notes}
 """

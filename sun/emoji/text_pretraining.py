@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ..precision import autocast
 from .scenes import BACKGROUNDS, PLACES, SIZES, Scene, caption_of
 
 
@@ -75,7 +76,7 @@ def pretrain_text(
         tokens = tokenizer(
             [caption_of(scenes[i], rng) for i in picked], padding="max_length", truncation=True, return_tensors="pt"
         ).to(text_encoder.device)
-        with torch.autocast(text_encoder.device.type, torch.bfloat16):
+        with autocast(text_encoder.device):
             states = text_encoder(tokens.input_ids).last_hidden_state.float()
         ends = (tokens.attention_mask.sum(1) - 1).tolist()
         later = [rng.randint(end, states.shape[1] - 1) for end in ends]

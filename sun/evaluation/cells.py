@@ -16,23 +16,21 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..images import write_atomically
+from ..processes import process_state
 
 Tensors = dict[str, Tensor]
 
 
 def processes() -> PartialState:
     """This process among those that ``accelerate launch`` started. They may wait long for one that measures time."""
-    if PartialState._shared_state:
-        return PartialState()
-    # accelerate itself looks at this flag in the Accelerator alone, which sampling does not need
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(hours=24))
+    return process_state(timeout=timedelta(hours=24))
 
 
 def digest(content: Any) -> str:

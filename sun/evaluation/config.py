@@ -90,7 +90,7 @@ class EvaluateConfig:
     timing_batch: int = 4
     timing_rounds: int = 5
     device: str = ""
-    precision: str = "bf16"
+    precision: str = "auto"  # bf16 where the device is fast in it, else fp32
     output: str = ""
     resume: bool = True
     grid: str = ""

@@ -22,6 +22,11 @@ DEFAULT_W = 8.0
 PEERS = ("lcm_lora", "guided_distill")
 
 
+def device_of(config: EvaluateConfig) -> torch.device:
+    """Where an evaluation computes: the configured device, else the process's own."""
+    return torch.device(config.device) if config.device else processes().device
+
+
 def load_sampler(config: EvaluateConfig, spec: ModelSpec | None = None) -> Sampler:
     """The sampler of one model; without ``spec``, of the model that ``config`` itself names.
 
@@ -31,7 +36,7 @@ def load_sampler(config: EvaluateConfig, spec: ModelSpec | None = None) -> Sampl
         config.model, lora=config.lora, adapter=config.adapter, lcm_lora=config.lcm_lora,
         guided_distill=config.guided_distill, guidance_scale=config.guidance_scale,
     )  # fmt: skip
-    device = torch.device(config.device) if config.device else processes().device
+    device = device_of(config)
     pipe = _load_pipeline(spec, device)
     dtype = WEIGHTS.get(config.precision, torch.float32)
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):

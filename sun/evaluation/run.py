@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from tqdm.auto import tqdm
 
 from ..config import ConfigError
 from ..images import write_atomically
+from ..precision import resolve
 from .cells import CellStore, file_name, processes
 from .config import EvaluateConfig, ModelSpec, check, method_names, model_specs, portable
 from .features import load_features
-from .loading import check_models, load_sampler, methods_of
+from .loading import check_models, device_of, load_sampler, methods_of
 from .methods import REFERENCE
 from .model import ModelEvaluation
 from .prompts import PromptSet, build_prompts, calibration_pairs
@@ -28,6 +29,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises ConfigError for settings that cannot work, a list of several models among them.
     """
     check(config)
+    config = replace(config, precision=resolve(config.precision, device_of(config)))
     specs = model_specs(config)
     if len(specs) > 1:
         raise ConfigError("several models make a report: name a folder for it with the setting output.")
@@ -68,6 +70,7 @@ def report(config: EvaluateConfig) -> dict[str, Any]:
     if not config.output:
         raise ConfigError("a report needs a folder: give the setting output.")
     check(config)
+    config = replace(config, precision=resolve(config.precision, device_of(config)))
     folder, main = Path(config.output), processes().is_main_process
     specs = model_specs(config)
     check_models(config, specs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -16,13 +16,13 @@ from ..adapter import SunAdapter
 from ..ltc import LtcKey, LtcRun, LtcTable
 from ..ltc.calibration import Opener, run_calibration
 from ..ltc.schedulers import Stepper
+from ..precision import AUTO, AUTOCAST, autocast
 from ..schedulers import make_scheduler
 from ..text import encode_texts
 from .methods import Assets, MethodCall, Prepared, parse_method, scheduler_of
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHTS = {"fp32": torch.float32, "bf16-weights": torch.bfloat16, "fp16-weights": torch.float16}
-PRECISIONS = (*AUTOCAST, *WEIGHTS)
+PRECISIONS = (AUTO, *AUTOCAST, *WEIGHTS)
 CALIBRATION = 8  # pictures LTC-Accel is calibrated on at most, where no prompts are set aside for it
 CALIBRATION_SEED = 77_000_000  # which no evaluation uses
 
@@ -99,7 +99,7 @@ class Sampler:
 
     def autocast(self, precision: str) -> AbstractContextManager[Any]:
         """The context to sample in: ``bf16`` and ``fp16`` compute in half with the weights as they are."""
-        return torch.autocast(self.device.type, AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
+        return autocast(self.device, precision)
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:

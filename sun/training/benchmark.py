@@ -89,7 +89,7 @@ def measure(config: SunTrainConfig, model: str = "sd15", updates: int = 5, warmu
     return {
         "measured": True, "device": device_name(device), "processes": processes, "pictures_per_update": pictures,
         "seconds": round(seconds, 4), "pictures_per_second": round(pictures / seconds, 4),
-        "memory_gib": round(memory, 3), **settings_of(config, model),
+        "memory_gib": round(memory, 3), **settings_of(config, model), "precision": run.precision,
     }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..adapter import SunAdapter
 from ..pipelines import attach
+from ..precision import AUTO
 from .algorithm import NoiseSchedule, step_noise, teacher_rollout
 from .benchmark import GIB, Models, freeze, random_batch, random_sd15, settings_of
 from .run import DTYPES
@@ -74,8 +75,9 @@ def estimate(config: SunTrainConfig, make: Callable[[], Models] = random_sd15) -
         memory, flops = LiveMemory(), FlopCounterMode(display=False, custom_mapping=_cpu_attention())
         for module in (parts.unet, parts.text_encoder, adapter, *([] if config.cache else [parts.vae])):
             memory.add_module(module)
+        precision = "bf16" if config.run.precision == AUTO else config.run.precision
         # The CPU's autocast stands for both half formats: each takes 2 bytes.
-        cast = torch.autocast("cpu", torch.bfloat16, enabled=config.run.precision != "fp32")
+        cast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
         with memory, flops:
             held = _optimizer_state(config, adapter)
             with cast:
@@ -86,7 +88,7 @@ def estimate(config: SunTrainConfig, make: Callable[[], Models] = random_sd15) -
         "measured": False, "memory_gib": round(memory.peak / GIB, 3),
         "trained_parameters": sum(p.numel() for p in adapter.parameters()),
         "tflop_per_picture": round(flops.get_total_flops() / config.run.batch_size / 1e12, 6),
-        **settings_of(config, "sd15"),
+        **settings_of(config, "sd15"), "precision": precision,
     }  # fmt: skip
 
 

@@ -21,12 +21,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..config import ConfigError
+from ..precision import AUTOCAST, resolve
+from ..processes import process_state
 from .checkpoint import Stateful, discard, find_checkpoint, load_tracked, publish, save_tracked, start_checkpoint
 from .optimizers import OptimizerName, make_optimizer
 
 T = TypeVar("T", bound=Stateful)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, **AUTOCAST}
 _MAX_SKIPPED_UPDATES = 50
 _FREE = ("run", "workers", "cache", "gradient_checkpointing")  # what a run may go on with other values of
 
@@ -55,7 +57,8 @@ class RunConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
     ema_decay: float = 0.0
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"  # of the arithmetic (autocast)
+    # Of the arithmetic (autocast). auto: bf16 where the device has it, else fp32.
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     frozen: Literal["fp32", "bf16", "fp16"] = "fp32"  # in which models that do not train are kept
     seed: int = 0
     checkpoint_minutes: float = 5.0
@@ -97,11 +100,12 @@ class TrainingRun:
 
     def __init__(self, config: RunConfig, modules: dict[str, torch.nn.Module]):
         self.config = config
-        _check(config)
+        self.precision = resolve(config.precision, process_state().device)
+        _check(config, self.precision)
         self.folder = Path(config.output)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.accelerator = Accelerator(
-            mixed_precision="no" if config.precision == "fp32" else config.precision,
+            mixed_precision="no" if self.precision == "fp32" else self.precision,
             # The plugin rather than the number: that one gives way to an environment variable.
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=config.accumulate, sync_with_dataloader=False
@@ -239,7 +243,7 @@ class TrainingRun:
         if main:
             publish(self.folder)
             with open(self.folder / "log.jsonl", "a") as log:
-                row = {**self.progress.state_dict(), "lr": self.learning_rate()}
+                row = {**self.progress.state_dict(), "lr": self.learning_rate(), "precision": self.precision}
                 log.write(json.dumps(row | ({"skipped": skipped} if skipped else {})) + "\n")
         self.accelerator.wait_for_everyone()
 
@@ -349,12 +353,12 @@ class _Averaged:
             self.run.ema.restore(self.run.parameters)
 
 
-def _check(config: RunConfig) -> None:
+def _check(config: RunConfig, precision: str) -> None:
     if config.accumulate < 1 or config.batch_size < 1:
         raise ConfigError("batch_size and accumulate are numbers of pictures and batches: at least 1.")
     if config.lr_schedule not in ("constant", "cosine"):
         raise ConfigError(f"lr_schedule is constant or cosine, not {config.lr_schedule!r}.")
-    if config.frozen not in ("fp32", config.precision):
+    if config.frozen not in ("fp32", precision):
         raise ConfigError(
             f"frozen = {config.frozen} needs precision = {config.frozen}: half-precision weights are only used by "
             "arithmetic of the same format."

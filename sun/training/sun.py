@@ -239,6 +239,7 @@ def save_adapter(
     adapter.info.stage_length = config.stage_length
     processes = run.accelerator.num_processes
     progress = {**run.progress.state_dict(), "processes": processes, "machine": describe_machine()}
+    settings["run"] = {**settings["run"], "precision": run.precision}
     adapter.info.training = {**settings, **progress, **({"from": earlier} if earlier else {})}
     path = run.folder / "adapter.safetensors"
     if run.accelerator.is_main_process:

@@ -152,6 +152,28 @@ def test_the_preset_for_a_small_card_trains(
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
 
 
+@pytest.mark.parametrize(("fast", "expected"), [(True, "bf16"), (False, "fp32")])
+@pytest.mark.usefixtures("_any_precision")
+def test_a_run_computes_in_bf16_where_the_device_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, expected: str
+) -> None:
+    monkeypatch.setattr("sun.precision.has_bf16", lambda _: fast)
+    run = tiny_run(tmp_path / "run", precision="auto", steps=1)
+    assert run.accelerator.mixed_precision == {"bf16": "bf16", "fp32": "no"}[expected]
+    for _ in run.steps():
+        run.update(sum(p.square().sum() for p in run.parameters))
+    assert log(tmp_path / "run")[-1]["precision"] == expected
+
+
+@pytest.mark.usefixtures("_any_precision")
+def test_half_precision_weights_need_arithmetic_of_their_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sun.precision.has_bf16", lambda _: False)
+    with pytest.raises(ConfigError, match="precision = bf16"):
+        tiny_run(tmp_path / "run", precision="auto", frozen="bf16")
+
+
 # --- TrainingRun alone -----------------------------------------------------------------------------------------------
 
 

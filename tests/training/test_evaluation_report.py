@@ -65,10 +65,13 @@ def config(tiny_model: Path, tmp_path: Path) -> EvaluateConfig:
 def test_a_report_is_complete_and_goes_on_where_it_stopped(
     config: EvaluateConfig, eye: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sun.precision.has_bf16", lambda _: False)
+    config.precision = "auto"
     figures = report(config)
     folder = Path(config.output)
     written = json.loads((folder / "figures.json").read_text())
     assert list(written["models"]) == ["base", "strong"]
+    assert written["settings"]["precision"] == "fp32"  # what auto stands for here
     for name, model in written["models"].items():
         assert {m: r["unet_calls"] for m, r in model["methods"].items()} == {"sun-2": 2, "ddim-2": 4}
         for row in model["methods"].values():

@@ -1,0 +1,37 @@
+"""Number formats of the arithmetic, by name, and which of them a device is fast in."""
+
+from __future__ import annotations
+
+import torch
+
+AUTO = "auto"
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def has_bf16(device: torch.device | str) -> bool:
+    """Whether ``device`` has bfloat16 arithmetic of its own.
+
+    GPUs before Ampere and CPUs without AVX-512 or Arm's BF16 instructions emulate it: on a Zen 3 CPU Emoji Diffusion's
+    U-Net then takes 12 times as long as in float32, and its picture encoder 100 times. Of other devices than GPUs of
+    Nvidia, AMD and Intel nothing is known: they count as without.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device.type == "xpu"
+
+
+def resolve(precision: str, device: torch.device | str) -> str:
+    """``auto`` as what it means on ``device``: bf16 where it is fast, else fp32. Any other name as it is."""
+    if precision != AUTO:
+        return precision
+    return "bf16" if has_bf16(device) else "fp32"
+
+
+def autocast(device: torch.device | str, precision: str = AUTO) -> torch.autocast:
+    """The context to compute in: bf16 and fp16 in that format with the weights as they are, others without casts."""
+    device = torch.device(device)
+    dtype = AUTOCAST.get(resolve(precision, device))
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
