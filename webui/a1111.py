@@ -7,6 +7,7 @@ Every attention implementation of the host, and every extension that replaces `C
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -30,18 +31,21 @@ class Batch:
     weights: list[list[float]] = field(default_factory=list)
     """The AND sub-prompts of each image."""
     layout: list[int] = field(default_factory=list)
+    """Of all rows of a step; tiled sampling runs through it once a tile."""
     row: int = 0
     images: list[int] = field(default_factory=list)
     """Of the rows of the U-Net call that runs now."""
 
     def begin(self, rows: int) -> None:
-        self.images = self.layout[self.row : self.row + rows]
-        self.row += rows
-        if len(self.images) != rows:
+        size = len(self.layout)
+        first = self.row % size if size else 0
+        if not size or (rows % size and first + rows > size):
             raise RuntimeError(
-                f"SUN: the U-Net got {rows} rows where {len(self.images)} were expected; another extension changed the "
-                "batch. Switch it off, or use a batch size of 1."
+                f"SUN: the U-Net got {rows} rows in a step of {size}; another extension changed the batch. Switch "
+                "it off."
             )
+        self.images = [self.layout[(first + i) % size] for i in range(rows)]
+        self.row += rows
 
 
 _batches: dict[int, Batch] = {}
@@ -99,26 +103,24 @@ def _hook(attn2: Any, position: int, run: SunRun, batch: Batch) -> list[Any]:
 def one_call_a_step(p: Any) -> Iterator[None]:
     """Makes the host leave out the unconditional prompt, which it evaluates at CFG 1 too.
 
-    Its option for the first part of a run does it for all of it. Set here rather than through p.override_settings,
-    which an API caller may ask not to be restored. Nor does it stay in the infotext: pasted back, it would be set for
-    pictures without SUN.
+    Its option for the first part of a run does it for all of it; infinity, because some samplers take more steps than
+    they say. The attribute hides the option while the run lasts: its value proper, which the host may write to its
+    settings file in the middle of a run, is not touched. Nor does it stay in the infotext: pasted back, it would be set
+    for pictures without SUN.
     """
-    options = shared.opts.data
     if SKIP not in shared.opts.data_labels:
-        log.warning("SUN: this A1111 is older than 1.10 and calls the U-Net twice a step. Update it for full speed.")
+        log.warning("SUN: this host calls the U-Net twice a step. Update it to A1111 1.10 or newer for full speed.")
         yield
         return
-    before, written = options.get(SKIP), SKIP_INFOTEXT in p.extra_generation_params
-    options[SKIP] = 1.0
+    hidden, written = vars(shared.opts), p.extra_generation_params.get(SKIP_INFOTEXT)
+    hidden[SKIP] = math.inf
     try:
         yield
     finally:
-        if before is None:
-            options.pop(SKIP, None)
-        else:
-            options[SKIP] = before
-        if not written:
-            p.extra_generation_params.pop(SKIP_INFOTEXT, None)
+        hidden.pop(SKIP, None)
+        p.extra_generation_params.pop(SKIP_INFOTEXT, None)
+        if written is not None:
+            p.extra_generation_params[SKIP_INFOTEXT] = written
 
 
 def before_step(run: SunRun, params: Any) -> None:
@@ -127,9 +129,10 @@ def before_step(run: SunRun, params: Any) -> None:
     prompts = params.denoiser.sampler.sampler_extra_args["cond"].batch
     batch.weights = [[part.weight for part in parts] for parts in prompts]
     conditional = [image for image, parts in enumerate(prompts) for _ in parts]
-    batch.layout = conditional + [UNCONDITIONAL] * (params.x.shape[0] - len(conditional))
-    batch.row = 0
-    if SKIP in shared.opts.data_labels:
+    batch.layout, batch.row = conditional, 0
+    if SKIP not in shared.opts.data_labels:
+        batch.layout += [UNCONDITIONAL] * (params.x.shape[0] - len(conditional))
+    else:
         # The host cuts x and sigma to the conditional rows but not this one: an inpainting model would fail on it.
         params.image_cond = params.image_cond[: len(conditional)]
         # Never evaluated; of the positive's length, so that "pad prompt" options leave the positive as it is.

@@ -94,18 +94,23 @@ def sun_attention(run: SunRun, position: int, kernel: Attend, prior: Callable[..
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
         heads = extra["n_heads"]
         z_p = kernel(q, k, v, heads)
-        z = run.change(position, q, z_p, extra.get(TEXT), heads, rows_of(extra, q.shape[0]), kernel)
+        z = run.change(position, q, z_p, extra.get(TEXT), heads, rows_of(extra, q.shape[0], run.images), kernel)
         return z if prior is None else prior(q, k, v, extra) + (z - z_p)
 
     return attention
 
 
-def rows_of(extra: dict[str, Any], rows: int) -> list[int]:
-    """Which image each row paints: the host stacks one batch a sub-prompt, and unconditional ones where something
-    (perturbed attention, say) asks for them."""
+def rows_of(extra: dict[str, Any], rows: int, images: int) -> list[int]:
+    """Which of `images` each row paints: the host stacks one batch a sub-prompt, and unconditional ones where something
+    (perturbed attention, say) asks for them; tiled sampling stacks all of that once a tile."""
     chunks = extra.get("cond_or_uncond") or [0]
-    size = max(rows // len(chunks), 1)
-    return [image if chunk == 0 else UNCONDITIONAL for chunk in chunks for image in range(size)][:rows]
+    layout = [image if chunk == 0 else UNCONDITIONAL for chunk in chunks for image in range(images)]
+    if rows % len(layout):
+        raise RuntimeError(
+            f"SUN: the U-Net got {rows} rows in a step of {len(layout)}; another extension changed the batch. Switch "
+            "it off."
+        )
+    return layout * (rows // len(layout))
 
 
 def before_step(run: SunRun, params: Any) -> None:

@@ -81,6 +81,12 @@ def paint(request: Request) -> Result:
 def build(request: Request) -> Any:
     """The host's processing object for a request, its scripts at their defaults except SUN."""
     options, kind = shared.opts, "img2img" if request.image is not None else "txt2img"
+    # Masks among the pictures would be taken for pictures.
+    overrides: dict[str, Any] = {
+        key: False for key in ("return_mask", "return_mask_composite") if key in options.data_labels
+    }
+    if request.model:
+        overrides["sd_model_checkpoint"] = request.model
     common = {
         "outpath_samples": options.outdir_samples or getattr(options, f"outdir_{kind}_samples"),
         "outpath_grids": options.outdir_grids or getattr(options, f"outdir_{kind}_grids"),
@@ -95,7 +101,7 @@ def build(request: Request) -> Any:
         "sampler_name": request.sampler,
         "do_not_save_samples": not request.save,
         "do_not_save_grid": True,
-        "override_settings": {"sd_model_checkpoint": request.model} if request.model else {},
+        "override_settings": overrides,
     }
     if request.image is None:
         p = processing.StableDiffusionProcessingTxt2Img(**common)

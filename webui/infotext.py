@@ -27,6 +27,8 @@ TAU = "LTC-Accel tau"
 EVERY = "LTC-Accel every"
 MEASURED = "LTC-Accel measured"
 INHERIT = "Feature inheritance"
+WRITTEN = (ADAPTER, HASH, STRENGTH, GUIDANCE, NEGATIVE, MAIN_NEGATIVE, DENOISE_MODE, SAMPLING, VERSION)
+"""What `write` writes."""
 PASTED = (ADAPTER, STRENGTH, GUIDANCE, NEGATIVE, TAU, INHERIT)
 
 Params = dict[str, Any]

@@ -5,6 +5,7 @@ The host itself skips it at CFG 1 (Forge does not even encode it), so its result
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from modules import prompt_parser, sd_samplers, shared
 from .run import SunSettings
 
 MARK = 1024.0
-_caches: dict[bool, list[Any]] = {}
+_caches: weakref.WeakKeyDictionary[Any, dict[bool, list[Any]]] = weakref.WeakKeyDictionary()
+"""By the loaded model: Forge makes another with another text encoder, which the key of its own cache does not tell."""
 
 
 def texts(p: Any, settings: SunSettings, hires: bool = False) -> list[str]:
@@ -35,7 +37,7 @@ def encode(p: Any, settings: SunSettings, hires: bool = False) -> Any:
     )
     steps = _total_steps(p.sampler_name, p.steps)
     network = p.hr_extra_network_data if hires else p.extra_network_data
-    cache = _caches.setdefault(hires, [None, None])
+    cache = _caches.setdefault(p.sd_model, {}).setdefault(hires, [None, None])
     more: tuple[int, ...] = ()
     if hires:
         more = (_total_steps(p.hr_sampler_name or p.sampler_name, p.hr_second_pass_steps or p.steps),)

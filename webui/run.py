@@ -51,11 +51,18 @@ class SunRun:
     error: Exception | None = None
     """What went wrong while preparing: hosts swallow exceptions of scripts, so it is raised where they do not."""
     layers: tuple[AttentionLayer, ...] = ()
+    guarded: bool = False
+    """Whether the sampler in use was made to call SUN, or to raise `error`."""
     schedules: Any = None
     """The encoded negative prompt over the steps, as the host's prompt parser keeps it."""
     layer_calls: int = 0
     _negative: torch.Tensor | None = None
     _rows: dict[Any, tuple[torch.Tensor | None, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        """How many images the step that runs now paints."""
+        return 0 if self._negative is None else self._negative.shape[0]
 
     def use_negative(self, text: torch.Tensor) -> None:
         """Takes the negative text [B, L, width] for the step that begins, one row an image."""

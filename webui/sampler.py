@@ -29,8 +29,14 @@ def sigmas_at(table: torch.Tensor, timesteps: list[int]) -> torch.Tensor:
 
 
 def trailing_sigmas(n: int, sigma_min: float, sigma_max: float, inner_model: Any, device: Any) -> torch.Tensor:
-    """The host's scheduler function: `n` trained (trailing) timesteps of the model."""
-    return sigmas_at(inner_model.sigmas, trailing_timesteps(n, len(inner_model.sigmas))).to(device)
+    """The host's scheduler function: `n` trained (trailing) timesteps of the model.
+
+    There are no more than the model has. The host asks for more where it uses the end of a long schedule alone; in
+    front of the others the first is repeated.
+    """
+    total = len(inner_model.sigmas)
+    sigmas = sigmas_at(inner_model.sigmas, trailing_timesteps(min(n, total), total))
+    return torch.cat([sigmas[:1].expand(max(n - total, 0)), sigmas]).to(device)
 
 
 def register() -> None:
@@ -60,6 +66,18 @@ def denoise_mode(p: Any) -> str:
     return run.settings.denoise_mode if run else getattr(shared.opts, "sun_denoise_mode", "trained")
 
 
+def say_if_bare(p: Any) -> None:
+    """Says that the sampler runs without guidance and without the adapter, as in the second pass of extensions that
+    take over the sampler and the CFG scale of the first but not its scripts."""
+    if getattr(p, "sun_run", None) is None and p.cfg_scale <= 1:
+        text = (
+            "SUN: the sampler SUN ran at CFG 1 without the adapter, so nothing guided the picture. Switch SUN on; in "
+            "ADetailer, add sun_script to the script names in its settings."
+        )
+        log.warning(text)
+        p.comment(text)
+
+
 @functools.cache
 def sampler_class() -> type:
     """The sampler, made from the host's own class when it is first needed."""
@@ -81,6 +99,7 @@ def sampler_class() -> type:
 
         def sample(self, p: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             """x: noise [B, 4, H, W]. The host scales it by sigma; the trajectory begins at sqrt(1 + sigma^2)."""
+            say_if_bare(p)
             if not getattr(shared.opts, "sgm_noise_multiplier", False):
                 first = float(self.get_sigmas(p, kwargs.get("steps") or p.steps)[0])
                 x = x * (math.sqrt(1.0 + first**2) / first)
@@ -90,6 +109,7 @@ def sampler_class() -> type:
             self, p: Any, x: torch.Tensor, noise: torch.Tensor, conditioning: Any, unconditional: Any,
             steps: int | None = None, image_conditioning: Any = None,
         ) -> torch.Tensor:  # fmt: skip
+            say_if_bare(p)
             if self.schedule_of(p) == SCHEDULE:
                 table = self.model_wrap.sigmas
                 timesteps = denoise_timesteps(steps or p.steps, p.denoising_strength, denoise_mode(p), len(table))

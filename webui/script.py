@@ -79,6 +79,11 @@ class SunScript(scripts.Script):
         if run or accelerators or counter:
             guard_sampling(p, run, accelerators, counter)
 
+    def postprocess_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        run = run_of(p)
+        if run and not run.guarded and not (shared.state.interrupted or shared.state.skipped):
+            say_it_was_left_out(p, run)
+
 
 def run_of(p: Any) -> SunRun | None:
     """The SUN of a processing object; None where SUN is off."""
@@ -132,12 +137,24 @@ def prepare(p: Any, run: SunRun) -> None:
     p.extra_generation_params.update(infotext.write(settings, path))
 
 
+def say_it_was_left_out(p: Any, run: SunRun) -> None:
+    """For hosts before A1111 1.10 and scripts with a sampling of their own, where nothing of SUN is called."""
+    reason = run.error or "this host, or a script with a sampling of its own, never told SUN that it samples."
+    text = f"SUN took no part in this picture: {reason}"
+    log.error(text)
+    p.comment(text)
+    for key in infotext.WRITTEN:
+        p.extra_generation_params.pop(key, None)
+
+
 def guard_sampling(p: Any, run: SunRun | None, accelerators: AcceleratorRun | None, counter: Counter | None) -> None:
     """Wraps the run of this processing object's sampler, so that what we do to the host lasts only while it samples.
 
     What is hung on the model and the sampler leaves with the `with` block, after an error or an interruption too.
     """
     own = p.sampler
+    if run is not None:
+        run.guarded = True
     launch = getattr(own, "sun_launch", None) or own.launch_sampling  # a sampler may run several batches
     own.sun_launch = launch
 

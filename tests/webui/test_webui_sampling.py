@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from webui_host import ADAPTER, UnetLog, hooks_on, load_model, make_unet, relative
+from webui_host import ADAPTER, UnetLog, hooks_on, load_model, make_unet, relative, sun_scripts
 
 SUN = {"adapter": ADAPTER}
 TRAINED = [999, 749, 499, 249]
@@ -198,7 +198,128 @@ def test_a1111_option_and_infotext_are_put_back(host: Any, family: Any) -> None:
     opts.data["skip_early_cond"] = 0.25
     result = family.run(SUN, prompt="a cat", seed=3)
     assert opts.data["skip_early_cond"] == 0.25
+    assert opts.skip_early_cond == 0.25
     assert "Skip Early CFG" not in result.infotexts[0]
+
+
+@pytest.mark.parametrize("family", ["a1111"], indirect=True)
+def test_a1111_settings_saved_or_changed_during_a_run_are_the_users(host: Any, family: Any) -> None:
+    """The host's save writes opts.data; what SUN needs must never be in it."""
+    opts, saved, rows = host.modules("shared").opts, [], []
+
+    def user(_module: Any, args: tuple[Any, ...]) -> None:
+        saved.append(dict(opts.data))
+        rows.append(args[0].shape[0])
+        opts.data["skip_early_cond"] = 0.3
+
+    handle = family.unet.register_forward_pre_hook(user)
+    family.run(SUN, prompt="a cat", seed=3)
+    handle.remove()
+    assert [data["skip_early_cond"] for data in saved] == [0.0, 0.3, 0.3, 0.3]
+    assert rows == [1, 1, 1, 1]
+    assert opts.skip_early_cond == 0.3
+
+
+@pytest.mark.parametrize(
+    ("layout", "calls", "expected"),
+    [
+        ([0], [1, 1, 1], [[0], [0], [0]]),  # a tile a call
+        ([0, 1], [2, 4], [[0, 1], [0, 1, 0, 1]]),  # tiles together, each of the whole batch
+        ([0, 0, 1, 1], [2, 2], [[0, 0], [1, 1]]),  # the host's own chunks
+    ],
+)
+def test_a1111_rows_of_tiles_and_chunks(
+    host: Any, layout: list[int], calls: list[int], expected: list[list[int]]
+) -> None:
+    batch = host.part("a1111").Batch(layout=layout)
+    for rows, images in zip(calls, expected, strict=True):
+        batch.begin(rows)
+        assert batch.images == images
+
+
+def test_a1111_rows_that_fit_no_tile(host: Any) -> None:
+    make = host.part("a1111").Batch
+    for batch, rows in ((make(layout=[0, 1]), 3), (make(layout=[0, 1], row=1), 3), (make(), 1)):
+        with pytest.raises(RuntimeError, match="another extension changed the batch"):
+            batch.begin(rows)
+
+
+def test_forge_rows_of_tiles(host: Any) -> None:
+    rows_of, off = host.part("forge").rows_of, host.part("run").UNCONDITIONAL
+    assert rows_of({"cond_or_uncond": [0]}, 4, 1) == [0, 0, 0, 0]
+    assert rows_of({"cond_or_uncond": [0]}, 4, 2) == [0, 1, 0, 1]
+    assert rows_of({"cond_or_uncond": [1, 0]}, 8, 2) == [off, off, 0, 1] * 2
+    assert rows_of({}, 2, 2) == [0, 1]
+    with pytest.raises(RuntimeError, match="another extension changed the batch"):
+        rows_of({"cond_or_uncond": [0]}, 3, 2)
+
+
+def test_tiled_sampling_gives_each_tile_the_negative(family: Any) -> None:
+    """A U-Net called for two tiles at once, as MultiDiffusion does; here both tiles are the whole picture."""
+    fields = {"prompt": "a cat", "negative_prompt": "a dog", "seed": 3, "batch_size": 2}
+    plain, own, tiles = family.run(SUN, **fields), type(family.unet), []
+
+    class Tiled(own):
+        def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            def twice(value: Any) -> Any:
+                return torch.cat([value, value]) if isinstance(value, torch.Tensor) else value
+
+            tiles.append(super().__call__(*map(twice, args), **{k: twice(v) for k, v in kwargs.items()}).chunk(2))
+            return tiles[-1][0]
+
+    family.unet.__class__ = Tiled
+    result = family.run(SUN, **fields)
+    family.unet.__class__ = own
+    assert result.errors == []
+    assert len(tiles) == 4
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in tiles)
+    assert relative(result.images, plain.images) < 1e-4
+
+
+def test_a_host_that_never_says_that_it_samples_is_told_apart(
+    family: Any, host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A1111 before 1.10 has no such hook, and some scripts sample by themselves."""
+    for script in sun_scripts(host):
+        monkeypatch.setattr(type(script), "process_before_every_sampling", lambda *_, **__: None)
+    result = family.run(SUN, prompt="a cat", seed=3)
+    assert "SUN took no part in this picture" in str(result.comments)
+    assert "SUN adapter" not in result.infotexts[0]
+    gone = family.run({"adapter": "gone.safetensors"}, prompt="a cat", seed=3)
+    assert "gone.safetensors" in str(gone.comments)
+
+
+def test_the_sampler_says_when_nothing_guides_it(family: Any) -> None:
+    """The second pass of ADetailer takes over sampler, steps and CFG, and of the scripts those on its list alone."""
+    bare = family.run(None, prompt="a cat", seed=3, sampler_name="SUN", steps=4, cfg_scale=1.0)
+    assert "without the adapter" in str(bare.comments)
+    guided = family.run(None, prompt="a cat", seed=3, sampler_name="SUN", steps=4, cfg_scale=4.0)
+    assert "without the adapter" not in str(guided.comments)
+
+
+@pytest.mark.parametrize("family", ["forge"], indirect=True)
+def test_another_text_encoder_encodes_the_negative_anew(family: Any, host: Any) -> None:
+    """Forge loads one beside the same checkpoint; its cache of prompts does not tell them apart."""
+    fields = {"prompt": "", "negative_prompt": "a dog", "seed": 3}
+    family.run(SUN, **fields)
+    text = host.stub("models").any_text(16)
+    other = load_model("forge", family.unet, lambda words: text([f"{word}!" for word in words]))
+    family.run(SUN, **fields)
+    assert "a dog" in other.encoded
+
+
+def test_more_steps_than_the_model_has_timesteps(host: Any, family: Any) -> None:
+    """At denoise 0.01 the host asks for the end of a schedule of 1,200 steps."""
+    sigmas = host.part("sampler").trailing_sigmas(1200, 0.0, 0.0, family.model, "cpu")
+    assert len(sigmas) == 1201
+    assert (sigmas[:201] == sigmas[0]).all()
+    assert sigmas[-1] == 0
+    result = family.run(
+        {**SUN, "denoise_mode": "respaced", "steps": 12}, image=latent(), prompt="a cat", seed=3,
+        denoising_strength=0.01,
+    )  # fmt: skip
+    assert result.errors == []
+    assert result.images.isfinite().all()
 
 
 def test_hires_fix_uses_the_hires_negative_and_one_call_a_step(family: Any) -> None:

@@ -52,7 +52,7 @@ class StableDiffusionProcessing:
     def get_conds_with_caching(
         self, function: Any, prompts: Any, steps: int, caches: Any, network: Any, hires_steps: Any = None
     ) -> Any:
-        key = (list(prompts), steps, hires_steps, id(shared.sd_model), str(network))
+        key = (list(prompts), steps, hires_steps, str(network))  # the checkpoint, but not its text encoder
         for cache in caches:
             if cache[0] is not None and cache[0] == key:
                 return cache[1]
@@ -175,7 +175,10 @@ def process_images_inner(p: Any) -> Any:
             if p.scripts is not None:
                 p.scripts.process_batch(p, batch_number=n, prompts=p.prompts)
             p.setup_conds()
-            images += list(p.sample())
+            samples = p.sample()
+            if p.scripts is not None:
+                p.scripts.postprocess_batch(p, images=samples, batch_number=n)
+            images += list(samples)
             infotexts += [create_infotext(p)] * p.batch_size
     processed = SimpleNamespace(
         images=images, infotexts=infotexts or [create_infotext(p)], index_of_first_image=0, seed=p.all_seeds[0],
