@@ -40,6 +40,10 @@ class ComfyInheritance:
     steps: int
     runs: dict[int, tuple[InheritanceRun, Places]] = field(default_factory=dict)
 
+    def __deepcopy__(self, _memo: object) -> ComfyInheritance:
+        """Itself: nodes that copy model_options in the middle of a run stay in that run."""
+        return self
+
     def on(self, unet: Any) -> tuple[InheritanceRun, Places]:
         if id(unet) not in self.runs:
             places = places_of(unet)

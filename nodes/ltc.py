@@ -150,7 +150,11 @@ class ApplyLtcAccel(io.ComfyNode):
                     ),
                 ),
             ],
-            outputs=[io.Model.Output("ltc_model", display_name="model", tooltip="The model, for any sampler.")],
+            outputs=[
+                io.Model.Output(
+                    "ltc_model", display_name="model", tooltip="The model, for the samplers that the help names."
+                )
+            ],
         )
 
     @classmethod

@@ -183,7 +183,11 @@ def _negatives(guider: Any, settings: SunSettings) -> tuple[list[torch.Tensor], 
     entries = tuple(
         NegativeEntry(
             weight=float(cond.get("strength", 1.0)),
-            when=Interval.of_percents(sampling, cond.get("start_percent", 0.0), cond.get("end_percent", 1.0)),
+            when=Interval.of_percents(
+                sampling,
+                max(cond.get("start_percent", 0.0), cond.get("clip_start_percent", 0.0)),  # the latter by CLIP hooks
+                min(cond.get("end_percent", 1.0), cond.get("clip_end_percent", 1.0)),
+            ),
         )
         for cond in conds
     )

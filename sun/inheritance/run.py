@@ -28,6 +28,11 @@ class InheritanceRun:
         self._step, self._time = -1, float("inf")
         self._seen: Counter[Hashable] = Counter()
 
+    @property
+    def begun(self) -> bool:
+        """Whether a step of this run has been counted."""
+        return self._step >= 0
+
     def reset(self) -> None:
         """Begin a new run; nothing of the last one is kept."""
         self._slots.clear()

@@ -30,6 +30,7 @@ class _Attachment:
     """``waiting``: (time, shape, full) of a call whose first convolution has not run; LTC-Accel may answer it."""
 
     run: InheritanceRun
+    scheduler: Any = None  # of the pipeline that runs
     hooks: list[Any] = field(default_factory=list)
     stack: ExitStack = field(default_factory=ExitStack)
     waiting: tuple[float, tuple[int, ...], bool] | None = None
@@ -38,6 +39,9 @@ class _Attachment:
         """The U-Net really runs: put the roles in."""
         if self.waiting is not None:
             (time, shape, full), self.waiting = self.waiting, None
+            if self.scheduler is not None and not self.run.begun:
+                # What the pipeline has set by now: image to image leaves out the first of its steps.
+                self.run.steps = len({t for t in map(float, self.scheduler.timesteps) if t <= time})
             self.stack.enter_context(self.run.call(time, shape, full=full))
 
 
@@ -124,15 +128,16 @@ def _inheritance_class(base: Any) -> Any:
     class InheritingPipeline(base):
         @functools.wraps(base.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            run = run_of(self)
-            if run is None:
+            attachment: _Attachment | None = _unet_of(self).__dict__.get("_inheritance")
+            if attachment is None:
                 return super().__call__(*args, **kwargs)
-            run.reset()
-            run.steps = int(kwargs.get("num_inference_steps") or run.steps or 50)
+            attachment.run.reset()
+            attachment.scheduler = self.scheduler
             try:
                 return super().__call__(*args, **kwargs)
             finally:
-                log.info("%s", run.finish())
+                attachment.scheduler = None
+                log.info("%s", attachment.run.finish())
 
     InheritingPipeline.__name__, InheritingPipeline.__qualname__ = base.__name__, base.__qualname__
     InheritingPipeline.__module__, InheritingPipeline.__doc__ = base.__module__, base.__doc__

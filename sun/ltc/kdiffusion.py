@@ -49,6 +49,10 @@ class SamplerRun:
         self._derivative: Tensor | None = None
         self._previous: Tensor | None = None
 
+    def __deepcopy__(self, _memo: object) -> SamplerRun:
+        """Itself: who copies a host's options in the middle of a run stays in that run."""
+        return self
+
     @property
     def sigma(self) -> float:
         """The noise level at the beginning of the step that the next call belongs to."""

@@ -222,6 +222,20 @@ def test_negative_with_a_timestep_range(host: SimpleNamespace, run: SimpleNamesp
     assert torch.equal(run.sun(model, negative=ranged(run.negative, 0.999, 1.0)[0]), run.ksampler(emoji.model))
 
 
+def test_negative_scheduled_by_clip_hooks(host: SimpleNamespace, run: SimpleNamespace) -> None:
+    """Set CLIP Hooks encodes an entry for each part of the run, under names of its own."""
+    model, ranged = run.apply(), host.nodes["ConditioningSetTimestepRange"]().set_range
+    other, combine = run.encode("yellow"), host.nodes["ConditioningCombine"]().combine
+    parts = [(run.negative, 0.0, 0.5), (other, 0.5, 1.0)]
+    hooked = [
+        [text, {**more, "clip_start_percent": start, "clip_end_percent": end}]
+        for negative, start, end in parts for text, more in negative
+    ]  # fmt: skip
+    by_range = combine(*(ranged(*part)[0] for part in parts))[0]
+    assert torch.equal(run.sun(model, negative=hooked), run.sun(model, negative=by_range))
+    assert not torch.equal(run.sun(model, negative=hooked), run.sun(model, negative=combine(run.negative, other)[0]))
+
+
 def test_negative_on_apply_serves_guiders_without_one(run: SimpleNamespace) -> None:
     from comfy_extras import nodes_custom_sampler as custom
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
+from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline, StableDiffusionImg2ImgPipeline
 from PIL import Image
 from tiny import TEXT_WIDTH, make_adapter, make_unet
 
@@ -223,6 +223,31 @@ def test_a_pipeline_reports_and_restores(make_pipeline: Callable[..., Any], capl
     inheritance.detach(pipe)
     assert type(pipe) is own_class
     assert torch.equal(draw(pipe), plain)
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda pipe: pipe("a", num_inference_steps=6, output_type="latent"), 6),
+        (lambda pipe: pipe("a", None, None, 7, output_type="latent"), 7),  # by position
+        (lambda pipe: pipe("a", output_type="latent"), 50),  # the default, not what the last run had
+    ],
+)
+def test_a_run_knows_its_steps(make_pipeline: Callable[..., Any], call: Callable[[Any], Any], expected: int) -> None:
+    pipe = make_pipeline()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    inheritance.attach(pipe, "balanced mode=dense-early", steps=3)
+    draw(pipe)
+    call(pipe)
+    assert inheritance.run_of(pipe).steps == expected
+
+
+def test_image_to_image_plans_for_the_steps_it_runs(make_pipeline: Callable[..., Any]) -> None:
+    pipe = make_pipeline(StableDiffusionImg2ImgPipeline)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    inheritance.attach(pipe, "balanced mode=dense-late")
+    pipe("a", image=Image.new("RGB", (64, 64)), strength=0.5, num_inference_steps=8, output_type="latent")
+    assert inheritance.run_of(pipe).steps == 4
 
 
 def test_with_sun_and_ltc_in_any_order(make_pipeline: Callable[..., Any]) -> None:
