@@ -17,7 +17,7 @@ from .show import figures_table, out, write_json
 
 sun evaluate --prompts 512 --json figures.json
 
-sun evaluate --config configs/evaluate-emoji.toml
+sun evaluate --config configs/evaluate-sd15.toml
 
 sun evaluate --model sd15-folder --adapter adapter.safetensors --prompts-file pairs.txt --output report
 --set methods=sun-4,dpmpp-4 --set features=clip --set clip_model=clip-folder

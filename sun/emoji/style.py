@@ -141,7 +141,7 @@ pipeline_tag: text-to-image
 # {name_of(config.model)}, fine-tuned on {config.style}
 
 All weights of the {trained} trained on {config.scenes} scenes in this style; the other parts are the base
-model's. No SUN adapter was trained on it.
+model's.
 
 {data_section(styles_of(config))}
 {training_section(run, f"sun train-emoji style --style {config.style} --config configs/emoji-style.toml")}"""

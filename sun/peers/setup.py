@@ -124,7 +124,8 @@ class Distillation:
         config, run = self.config, self.run
         settings = without_folders(config)
         base = "Emoji Diffusion" if config.model == "emoji" else settings["model"]
-        progress = {**run.progress.state_dict(), "processes": run.accelerator.num_processes}
+        progress = {**run.progress.state_dict(), "processes": run.accelerator.num_processes,
+                    "precision": run.precision}  # fmt: skip
         content = {"base_model": base, **facts, "settings": settings, "progress": progress}
         (run.folder / "training.json").write_text(json.dumps(content, indent=2) + "\n")
         rows = {"base model": base, **facts, "data": settings["data"], "guidance scale w": config.guidance_scale,
