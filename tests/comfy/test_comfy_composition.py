@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -328,3 +329,21 @@ def test_the_guidance_scale_holds_where_others_change_the_text(
         baked = run.sun(change(run.apply(adapter=seven)))
         own = run.sun(change(run.apply(adapter=anything)))
         assert relative(asked, baked) < relative(own, baked) / 10
+
+
+@pytest.mark.parametrize("what", ["SUN_ApplyLtcAccel", "SUN_ApplyFeatureInheritance"])
+def test_a_node_that_copies_the_options_in_every_step(host: SimpleNamespace, run: SimpleNamespace, what: str) -> None:
+    """Some guiders hand a deep copy of model_options on; the run's state must not fork with it."""
+    from comfy.patcher_extension import WrappersMP
+
+    node = host.nodes[what]
+    arguments = (0.0, 2, "automatic") if what == "SUN_ApplyLtcAccel" else ("balanced", "")
+    model = node.execute(run.apply(), *arguments).result[0]
+    copying = model.clone()
+    wrappers = copying.wrappers.setdefault(WrappersMP.PREDICT_NOISE, {})
+    others = dict(wrappers)
+    wrappers.clear()  # first in line, so that all that the pack hangs there sees the copy
+    wrappers |= {"copying": [lambda executor, x, t, options, seed=None: executor(x, t, copy.deepcopy(options), seed)]}
+    wrappers |= others
+    run.ksampler(model, steps=8)  # LTC-Accel measures
+    assert torch.equal(run.ksampler(copying, steps=8), run.ksampler(model, steps=8))

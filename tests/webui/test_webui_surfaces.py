@@ -249,6 +249,15 @@ def test_forge_runs_the_tab_on_its_main_thread_and_errors_come_back(host: Any, m
     assert len(ran) == 2
 
 
+def test_masks_are_no_pictures_of_the_tab(host: Any, family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host can be set to return a mask after each picture, and names one infotext a picture."""
+    opts = host.modules("shared").opts
+    monkeypatch.setattr(opts, "data_labels", {**opts.data_labels, "return_mask": object()})
+    generate = host.part("generate")
+    p = generate.build(generate.Request("a cat", model="other.safetensors"))
+    assert p.override_settings == {"return_mask": False, "sd_model_checkpoint": "other.safetensors"}
+
+
 # ------------------------------------------------------------------------------------------------------- strings
 
 
