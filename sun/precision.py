@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 
 AUTO = "auto"
@@ -30,8 +33,9 @@ def resolve(precision: str, device: torch.device | str) -> str:
     return "bf16" if has_bf16(device) else "fp32"
 
 
-def autocast(device: torch.device | str, precision: str = AUTO) -> torch.autocast:
+def autocast(device: torch.device | str, precision: str = AUTO) -> AbstractContextManager[Any]:
     """The context to compute in: bf16 and fp16 in that format with the weights as they are, others without casts."""
     device = torch.device(device)
     dtype = AUTOCAST.get(resolve(precision, device))
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+    # not torch.autocast(enabled=False): it refuses devices it has nothing for
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
