@@ -48,13 +48,20 @@ class TrailingDDIMScheduler(DDIMScheduler):
         return DDIMSchedulerOutput(previous, clean) if return_dict else (previous, clean)
 
 
+# Of a model's own scheduler: they would choose other timesteps, or change the predictions.
+_OWN_SCHEDULES = (
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas",
+    "thresholding",
+)  # fmt: skip
+
+
 def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     """Scheduler ``name`` (one of ``SCHEDULERS``) on the noise schedule of ``config``, trailing, ending at sigma 0.
 
     ``ddim`` is what SUN was trained for; ``dpmpp_2m`` is DPM-Solver++ of second order; ``euler`` works on the same
     sigmas as samplers of that name elsewhere. Raises ValueError for another name.
     """
-    common: dict[str, Any] = {"timestep_spacing": "trailing"}
+    common: dict[str, Any] = {"timestep_spacing": "trailing", **dict.fromkeys(_OWN_SCHEDULES, False)}
     if name == "ddim":
         return TrailingDDIMScheduler.from_config(config, **common, set_alpha_to_one=True, clip_sample=False)
     if name == "dpmpp_2m":

@@ -105,6 +105,10 @@ def model_specs(config: EvaluateConfig) -> dict[str, ModelSpec]:
     if not config.models:
         name = PurePath(config.model).stem or config.model
         return {name: ModelSpec(model=config.model, **own)}  # type: ignore[arg-type]
+    if config.model != "emoji":
+        raise ConfigError(
+            f"the table models says what is measured, so model = {config.model} would not be: leave out one of them."
+        )
     specs = {}
     for name, value in config.models.items():
         given = value if isinstance(value, Mapping) else {"model": value}

@@ -97,9 +97,9 @@ class Edits:
         pixels, theirs = (self.of.pixels(run["latents"]) for run in (made, reference))
         row: dict[str, Any] = {"unet_calls": float(made["unet_calls"].mean())}
         error = (made["latents"] - reference["latents"]).square().mean((1, 2, 3))
-        row |= mean_and_interval("paired_mse", error.double())
-        row |= mean_and_interval("paired_psnr", psnr(pixels, theirs).double())
-        row |= mean_and_interval("paired_ssim", ssim(pixels, theirs).double())
+        row |= mean_and_interval("paired_mse", error.cpu().double())
+        row |= mean_and_interval("paired_psnr", psnr(pixels, theirs).cpu().double())
+        row |= mean_and_interval("paired_ssim", ssim(pixels, theirs).cpu().double())
         network = self.of.features.network
         if network is not None:
             with torch.no_grad():

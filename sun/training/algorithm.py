@@ -27,14 +27,19 @@ class NoiseSchedule:
         self.alphas_cumprod = alphas_cumprod.flatten().double()
         self.num_train_timesteps = len(self.alphas_cumprod)
 
+        # Computed in float64, which Apple's GPUs do not have; the last entry is that of timestep -1.
+        every = torch.tensor([*range(self.num_train_timesteps), -1])
+        a, sigma = alpha_sigma(self.alphas_cumprod.cpu(), every)
+        self._a, self._sigma = a.float(), sigma.float()
+
     def to(self, device: torch.device | str) -> NoiseSchedule:
-        self.alphas_cumprod = self.alphas_cumprod.to(device)
+        self._a, self._sigma = self._a.to(device), self._sigma.to(device)
         return self
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(a_t, sigma_t) for timesteps -1..T-1 [B]."""
-        a, sigma = alpha_sigma(self.alphas_cumprod, t)
-        return a.float().view(-1, 1, 1, 1), sigma.float().view(-1, 1, 1, 1)
+        t = t.to(self._a.device)
+        return self._a[t].view(-1, 1, 1, 1), self._sigma[t].view(-1, 1, 1, 1)
 
 
 def add_noise(x0: Tensor, noise: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:

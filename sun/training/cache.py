@@ -91,7 +91,7 @@ class CachedFolder:
 
 def cache_key(pairs: list[tuple[Path, str]], vae: Any, resolution: int, encode: Encode | None) -> str:
     """Name of the cache of these pictures (by name, size and time), this autoencoder and this text encoder."""
-    made_from = hashlib.sha256(f"1 {resolution}".encode())
+    made_from = hashlib.sha256(f"2 {resolution}".encode())
     for path, caption in pairs:
         status = path.stat()
         made_from.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())

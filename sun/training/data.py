@@ -67,7 +67,8 @@ def build_source(
             raise ConfigError(f"data = {data}: after the style comes a number of scenes, as emoji:fluent:2500.")
         return EmojiSource(style or "twemoji", vae, resolution, rng, device, int(count or 0))
     folder = Path(data)
-    if data.endswith(".tar") or "{" in data or "::" in data or next(folder.glob("*.tar"), None):
+    streamed = data.startswith("pipe:") or "://" in data or data.endswith(".tar") or "{" in data or "::" in data
+    if streamed or next(folder.glob("*.tar"), None):
         if cache:
             raise ConfigError("cache works with a folder of pictures; shards are streamed. Leave cache empty.")
         try:
@@ -161,9 +162,9 @@ class FolderSource:
         return {"calls": self.calls, "broken": sorted(self.broken), "skipped": dict(self.skipped)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.calls, self.broken = state["calls"], set(state["broken"])
+        self.calls, self.broken = state["calls"], set(state.get("broken", ()))  # a run with a cache has none
         self.skipped.clear()
-        self.skipped.update(state["skipped"])
+        self.skipped.update(state.get("skipped", {}))
 
 
 def list_folder(folder: Path) -> list[tuple[Path, str]]:
@@ -176,7 +177,7 @@ def list_folder(folder: Path) -> list[tuple[Path, str]]:
     else:
         pictures = _pictures(folder)
         found = [
-            (p, p.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip())
+            (p, p.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace").strip())
             for p in pictures
             if p.with_suffix(".txt").exists()
         ]
@@ -210,7 +211,7 @@ def check_pairs(folder: Path, pairs: list[tuple[Path, str]]) -> None:
 
 def _read_metadata(file: Path) -> list[tuple[Path, str]]:
     pairs = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -30,7 +30,7 @@ class NegativePrompts:
             raise FileNotFoundError(
                 f"no list of negative phrases at {path}: give a text file with one phrase a line, or auto."
             )
-        lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+        lines = (line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n"))
         phrases = list(dict.fromkeys(line for line in lines if line))
         if not phrases:
             raise DataError(

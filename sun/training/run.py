@@ -209,15 +209,18 @@ class TrainingRun:
         if not math.isfinite(value):
             self._stop(f"the loss became {value}")
         self.accelerator.backward(loss)
+        overflow = False
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
             # With a loss scaler (fp16) infinite gradients are normal now and then: it skips the update.
-            if self.accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
+            overflow = norm is not None and not math.isfinite(float(norm))
+            if self.accelerator.scaler is None and overflow:
                 self._stop(f"the gradient became {float(norm)}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.accelerator.sync_gradients:
-            self._count_skipped_updates()
+            # A fused optimiser skips by itself, of which accelerate does not hear.
+            self._count_skipped_updates(overflow or self.accelerator.optimizer_step_was_skipped)
             if self.ema is not None:
                 self.ema.step(self.parameters)
         for name, part in {"loss": loss, **named}.items():
@@ -295,8 +298,7 @@ class TrainingRun:
                 merged.setdefault(name, []).extend(values)
         return {name: sum(values) / len(values) for name, values in merged.items()}
 
-    def _count_skipped_updates(self) -> None:
-        skipped = self.accelerator.optimizer_step_was_skipped
+    def _count_skipped_updates(self, skipped: bool) -> None:
         self._skipped_updates = self._skipped_updates + 1 if skipped else 0
         if self._skipped_updates > _MAX_SKIPPED_UPDATES:
             self._stop(f"fp16 gradients overflowed in {self._skipped_updates} updates in a row")
@@ -356,6 +358,10 @@ class _Averaged:
 def _check(config: RunConfig, precision: str) -> None:
     if config.accumulate < 1 or config.batch_size < 1:
         raise ConfigError("batch_size and accumulate are numbers of pictures and batches: at least 1.")
+    if config.lr <= 0 or config.max_grad_norm <= 0:
+        raise ConfigError(f"lr ({config.lr:g}) and max_grad_norm ({config.max_grad_norm:g}) are above 0.")
+    if not 0 <= config.ema_decay < 1 or not all(0 <= beta < 1 for beta in config.betas):
+        raise ConfigError(f"ema_decay ({config.ema_decay:g}) and betas {config.betas} are from 0 to below 1.")
     if config.lr_schedule not in ("constant", "cosine"):
         raise ConfigError(f"lr_schedule is constant or cosine, not {config.lr_schedule!r}.")
     if config.frozen not in ("fp32", precision):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.state import GradientState
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -20,7 +20,7 @@ Encode = Callable[[list[str]], Tensor]
 """Texts -> text states [B, L, D]."""
 
 # What PIL raises for files that are no pictures, are cut off, or claim absurd sizes.
-UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
+UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError)
 
 
 def is_emoji(data: str) -> bool:
@@ -88,14 +88,18 @@ class Order:
 
 
 def crop(image: Image.Image, size: int) -> Image.Image:
-    """Scale the shorter side to ``size`` and cut the centre square."""
-    image = image.convert("RGB")
-    scale = size / min(image.size)
-    image = image.resize(
-        (max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.LANCZOS
-    )
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    """The centre square of a picture, upright, on white where it is transparent, scaled to ``size``."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):  # 16 bits, which PIL would cut off at 255
+        levels = np.asarray(image, dtype=np.float32)
+        image = Image.fromarray((levels / 257).clip(0, 255).round().astype(np.uint8))
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    image = image.crop((int(left), int(top), int(left) + side, int(top) + side))  # first: a thin picture grows huge
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

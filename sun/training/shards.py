@@ -87,12 +87,13 @@ class ShardReaders(IterableDataset):
         readers = len(self.positions) * self.lanes.processes
         mine = self.lanes.process * len(self.positions) + reader
         begin, taken, pass_ = start.shard, start.taken, start.pass_
+        barren: set[int] = set()  # shards that gave nothing since the last sample
         while True:
             order = list(range(len(self.shards)))
             random.Random(f"{self.seed}/{pass_}").shuffle(order)
             good = taken + begin  # a resumed pass has given samples before
-            for shard, url in list(enumerate(self.shards[i] for i in order[mine::readers]))[begin:]:
-                for number, raw in enumerate(self._samples(url, pass_, skipped)):
+            for shard, index in list(enumerate(order[mine::readers]))[begin:]:
+                for number, raw in enumerate(self._samples(self.shards[index], pass_, skipped)):
                     if number < taken:
                         continue
                     decoded = decode(raw, self.resolution, skipped)
@@ -100,9 +101,11 @@ class ShardReaders(IterableDataset):
                         good += 1
                         yield (*decoded, Position(pass_, shard, number + 1, dict(skipped)))
                 taken = 0
-            if not good:
+            # With as many readers as shards an empty one is somebody's whole pass; later passes bring others.
+            barren = set() if good else barren | set(order[mine::readers])
+            if len(barren) == len(self.shards):
                 reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "the shards are empty"
-                raise DataError(f"a whole pass over the shards gave no sample to train on: {reasons}.")
+                raise DataError(f"the shards gave no sample to train on, all tried: {reasons}.")
             begin, taken, pass_ = 0, 0, pass_ + 1
 
     def _samples(self, url: str, pass_: int, skipped: Skipped) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,7 @@ Only the adapter trains. The U-Net runs as teacher (no SUN, classifier-free guid
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -191,12 +191,24 @@ def check_settings(config: SunTrainConfig) -> None:
         )
     if config.fine_tunes and not config.trajectories:
         raise ConfigError("fine_tunes needs trajectories = true: the pictures of data are those of one model alone.")
+    _check_unused(config)
+    if config.trajectories and abs(round(1 / config.stage_length) * config.stage_length - 1) > 1e-6:
+        raise ConfigError(
+            f"with trajectories, stage_length is 1 over a whole number (0.25, 0.2, 0.125), not {config.stage_length:g}."
+        )
+    if config.resolution < 0 or config.resolution % 8:
+        raise ConfigError(f"resolution is a multiple of 8 pixels, or 0 for the model's own, not {config.resolution}.")
+    if config.guidance_scale <= 0:
+        raise ConfigError(f"guidance_scale is above 0 (1: none), not {config.guidance_scale:g}.")
     if config.huber_c < 0:
         raise ConfigError(f"huber_c is 0 (squared errors) or above, not {config.huber_c:g}.")
-    for name in ("substeps", "target_reuse", "replace_depth", "bank_size"):
+    for name in ("substeps", "target_reuse", "replace_depth", "bank_size", "max_negative_phrases"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} is a number of at least 1, not {getattr(config, name)}.")
-    for name in ("replace_probability", "stage_start_probability"):
+    for name in (
+        "replace_probability", "stage_start_probability", "rollout_probability", "empty_captions",
+        "empty_negative_probability",
+    ):  # fmt: skip
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"{name} is a probability, from 0 to 1, not {getattr(config, name):g}.")
     low, high = config.guidance_range
@@ -204,6 +216,17 @@ def check_settings(config: SunTrainConfig) -> None:
         raise ConfigError(
             f"guidance_range {low:g} to {high:g} must be above 0 and hold guidance_scale ({config.guidance_scale:g})."
         )
+
+
+def _check_unused(config: SunTrainConfig) -> None:
+    """Raise ConfigError for settings that would do nothing."""
+    names: tuple[str, ...] = ("pure_noise_at_start",)
+    if not config.trajectories:
+        names = ("teacher_solver", "bank_size", "replace_depth", "rollout_probability")
+    for field_ in fields(SunTrainConfig):
+        if field_.name in names and getattr(config, field_.name) != field_.default:
+            needed = "false" if config.trajectories else "true"
+            raise ConfigError(f"{field_.name} only acts with trajectories = {needed}: leave it out, or change that.")
 
 
 def make_adapter(config: SunTrainConfig, unet: Any) -> SunAdapter:
@@ -240,6 +263,8 @@ def save_adapter(
     processes = run.accelerator.num_processes
     progress = {**run.progress.state_dict(), "processes": processes, "machine": describe_machine()}
     settings["run"] = {**settings["run"], "precision": run.precision}
+    # What the adapter is; one to go on from brings its own.
+    settings |= {"positive_branch": adapter.positive, "attention_normalization": adapter.info.normalized}
     adapter.info.training = {**settings, **progress, **({"from": earlier} if earlier else {})}
     path = run.folder / "adapter.safetensors"
     if run.accelerator.is_main_process:

@@ -7,9 +7,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from sun.schedule import alpha_sigma, ddim_step, denoise_timesteps, trailing_timesteps
+from sun.schedulers import make_scheduler
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
@@ -121,3 +122,14 @@ def test_a_perfect_prediction_lands_on_the_clean_picture():
     for t, after in pairwise(times):
         x = ddim_step(x, eps, *alpha_sigma(table, t), *alpha_sigma(table, after))
     torch.testing.assert_close(x, clean)
+
+
+@pytest.mark.parametrize("own", ["use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas"])
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "unipc", "euler"])
+def test_a_models_own_schedule_does_not_replace_the_trailing_one(name: str, own: str) -> None:
+    """Some fine-tunes ship with Karras sigmas in their scheduler's configuration."""
+    plain = {key: value for key, value in SD15.items() if key != "clip_sample"}
+    config = {**DPMSolverMultistepScheduler(**plain).config, own: True}
+    scheduler = make_scheduler(name, config)
+    scheduler.set_timesteps(8)
+    assert [round(float(t)) for t in scheduler.timesteps] == trailing_timesteps(8)

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor
 from sun.config import ConfigError
 from sun.training.data import build_source, list_folder
 from sun.training.negatives import NegativePrompts
-from sun.training.samples import DataError, Lanes, Order, Skipped
+from sun.training.samples import DataError, Lanes, Order, Skipped, crop
 from sun.training.shards import ShardSource, list_shards
 
 CPU = torch.device("cpu")
@@ -168,6 +169,46 @@ def test_pictures_that_the_metadata_lists_wrongly_stop_before_training(tmp_path:
         source(tmp_path / "p")
 
 
+def test_a_run_with_a_cache_goes_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUN_CACHE", str(tmp_path / "cache"))
+    cached = source(make_folder(tmp_path / "p", 4), cache="latents")
+    cached(2)
+    plain = source(tmp_path / "p")
+    plain.load_state_dict(cached.state_dict())
+    assert plain(1)[1]
+    assert plain.calls == 2
+
+
+def test_line_separators_and_marks_that_other_programs_write(tmp_path: Path) -> None:
+    make_folder(tmp_path / "p", 2)
+    (tmp_path / "p" / "00.txt").write_text("a castle", encoding="utf-8-sig")
+    assert list_folder(tmp_path / "p")[0][1] == "a castle"
+    row = '{"file_name": "00.png", "text": "a castle\u2028on a hill"}'.replace("\\u2028", chr(0x2028))
+    (tmp_path / "p" / "metadata.jsonl").write_text(row + "\r\n", encoding="utf-8-sig", newline="")
+    assert list_folder(tmp_path / "p") == [(tmp_path / "p" / "00.png", f"a castle{chr(0x2028)}on a hill")]
+
+
+def test_pictures_are_upright_on_white_and_of_full_depth() -> None:
+    half = Image.new("RGB", (20, 20), "black")
+    half.paste((255, 255, 255), (0, 0, 20, 10))  # the upper half is white
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    stored = io.BytesIO()
+    half.save(stored, "PNG", exif=exif)
+    assert crop(Image.open(stored), 20).getpixel((10, 2)) == (0, 0, 0)
+    assert crop(Image.new("RGBA", (9, 9), (0, 0, 0, 0)), 8).getpixel((4, 4)) == (255, 255, 255)
+    assert crop(Image.new("LA", (9, 9), (0, 128)), 8).getpixel((4, 4)) == (127, 127, 127)
+    deep = io.BytesIO()
+    Image.fromarray(np.full((9, 9), 20_000, dtype=np.uint16)).save(deep, "PNG")
+    assert crop(Image.open(deep), 8).getpixel((4, 4)) == (78, 78, 78)
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (30_000, 2), (7, 7)])
+def test_a_thin_picture_is_cut_before_it_is_scaled(size: tuple[int, int]) -> None:
+    """Scaled first, 1 x 20,000 would become 512 x 10,240,000."""
+    assert crop(Image.new("RGB", size, "red"), 512).size == (512, 512)
+
+
 def test_a_wrong_path_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         list_folder(tmp_path / "nowhere")
@@ -267,6 +308,14 @@ def test_each_process_streams_its_own_shards(tmp_path: Path) -> None:
     assert not parts[0] & parts[1]
     with pytest.raises(DataError, match="5 processes"):
         shard_source(data, Lanes(0, 5, 1))
+
+
+def test_an_empty_shard_stops_no_process(tmp_path: Path) -> None:
+    """With a shard a process, one pass of somebody is empty now and then; the next brings another shard."""
+    data = make_shards(tmp_path, shards=2, each=2)
+    make_shard(tmp_path / "001.tar", {})
+    for process in range(2):
+        assert set(shard_source(data, Lanes(process, 2, 1))(12)[1]) == {"level 0", "level 10"}
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from torch import nn
@@ -202,6 +203,26 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path: Path, opti
     assert [row["step"] for row in log(tmp_path / "small")] == [6]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "fused"])
+@pytest.mark.usefixtures("_any_precision")
+def test_fp16_gradients_that_always_overflow_stop_the_run(tmp_path: Path, optimizer: str) -> None:
+    """A fused optimiser leaves such updates out by itself, so that accelerate counts none."""
+    run = tiny_run(tmp_path / "run", optimizer=optimizer, steps=200)
+    # What accelerate sets up on a GPU for fp16; the scale stays too large while it halves.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    run.optimizer = AcceleratedOptimizer(run.optimizer.optimizer, scaler=scaler)
+    run.accelerator.scaler, run.accelerator._optimizers = scaler, [run.optimizer]
+    run.accelerator.native_amp, run.accelerator.state._mixed_precision = True, "fp16"
+
+    def train() -> None:
+        for _ in run.steps():
+            run.update(sum((1e30 * p).sum() for p in run.parameters))
+
+    with pytest.raises(NonFiniteLoss, match="fp16 gradients overflowed in 51 updates in a row"):
+        train()
+    assert run.progress.step == 50
+
+
 def test_every_step_draws_the_same_whatever_was_drawn_before(tmp_path: Path) -> None:
     def drawn(folder: Path, noisy: bool, **values: Any) -> list[tuple[float, float]]:
         run, found = tiny_run(folder, **values), []
@@ -297,6 +318,10 @@ def test_skipped_samples_are_in_the_log(tmp_path: Path) -> None:
         ({"optimizer": "8bit"}, "adamw or fused|low-memory"),
         ({"frozen": "bf16"}, "precision = bf16"),
         ({"accumulate": 0}, "at least 1"),
+        ({"lr": -1.0}, "lr .-1. and max_grad_norm"),
+        ({"max_grad_norm": 0.0}, "are above 0"),
+        ({"ema_decay": 1.0}, "below 1"),
+        ({"betas": (0.9, 3.0)}, "below 1"),
     ],
 )
 def test_settings_that_cannot_work_say_so(tmp_path: Path, values: dict[str, Any], match: str) -> None:

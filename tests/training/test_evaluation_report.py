@@ -169,6 +169,10 @@ def test_settings_of_models_and_steps(config: EvaluateConfig) -> None:
     assert specs["base"].guidance_scale == 3
     assert specs["strong"].guidance_scale == 5
     assert specs["strong"].adapter == config.adapter
+    config.model = "mine"
+    with pytest.raises(ConfigError, match="model = mine would not be"):
+        model_specs(config)
+    config.model = "emoji"
     config.models["odd"] = {"modle": "x"}
     with pytest.raises(ConfigError, match=r"models\.odd: there is no setting 'modle'"):
         model_specs(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 import sun
-from sun.config import ConfigError
+from sun.config import ConfigError, apply, read_config
 from sun.emoji.base import sd15_scheduler
 from sun.emoji.ship import ship_adapter
 from sun.training.algorithm import NoiseSchedule, ddim_update
@@ -223,6 +224,56 @@ def test_a_fixed_adapter_is_trained_on_to_take_the_guidance_scale(
     back = {**on, "init_adapter": str(second), "guidance_range": (0.0, 0.0)}
     with pytest.raises(ConfigError, match="init_adapter takes the guidance scale: set guidance_range"):
         train_sun(SunTrainConfig(run=RunConfig(output=str(tmp_path / "c"), steps=1), **back))
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"rollout_probability": 0.5}, "only acts with trajectories = true"),
+        ({"replace_depth": 2}, "only acts with trajectories = true"),
+        ({"teacher_solver": "ddim"}, "only acts with trajectories = true"),
+        ({"trajectories": True, "pure_noise_at_start": True}, "only acts with trajectories = false"),
+        ({"trajectories": True, "stage_length": 0.3}, "1 over a whole number"),
+        ({"trajectories": True, "rollout_probability": 2.0}, "from 0 to 1"),
+        ({"empty_captions": 7.0}, "from 0 to 1"),
+        ({"max_negative_phrases": -1}, "at least 1"),
+        ({"resolution": 500}, "multiple of 8"),
+        ({"guidance_scale": 0.0}, "above 0"),
+    ],
+)
+def test_settings_that_do_nothing_or_cannot_be_are_refused(values: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        check_settings(SunTrainConfig(**values))
+
+
+@pytest.mark.parametrize("name", ["emoji-sun", "emoji-sun-guided", "emoji-sun-several", "emoji-sun-paper"])
+def test_the_recipes_in_the_repository_are_allowed(name: str) -> None:
+    values = read_config(Path(__file__).parents[2] / "configs" / f"{name}.toml")
+    check_settings(apply(SunTrainConfig(), values))
+
+
+@pytest.mark.parametrize("file", ["ablations-emoji"])
+def test_the_variants_in_the_repository_are_allowed(file: str) -> None:
+    values = read_config(Path(__file__).parents[2] / "configs" / f"{file}.toml")
+    variants = values.pop("variants")
+    assert len(variants) == 19
+    for own in variants.values():
+        check_settings(apply(SunTrainConfig(), {**values, **own}))
+
+
+def test_the_file_says_what_the_adapter_is_that_training_went_on_from(
+    tiny_model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    unet = UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet")
+    sun.SunAdapter.from_unet(unet, positive=False, alpha=0.5).save(tmp_path / "first.safetensors")
+    run = RunConfig(output=str(tmp_path / "run"), steps=1, batch_size=2, precision="fp32")
+    path = train_sun(
+        SunTrainConfig(
+            run=run, model=str(tiny_model), data=str(pictures), substeps=1, resolution=128,
+            init_adapter=str(tmp_path / "first.safetensors"),
+        )
+    )  # fmt: skip
+    assert sun.SunAdapter.load(path).info.training["positive_branch"] is False
 
 
 @pytest.fixture
