@@ -21,7 +21,7 @@ from .algorithm import NoiseSchedule, stage_targets
 from .models import load_frozen
 from .run import TrainingRun
 from .sun import Student, SunTrainConfig, Teacher, make_adapter
-from .targets import draw_timesteps, start_timesteps, sun_losses
+from .targets import draw_guidance, draw_timesteps, rows_of, start_timesteps, sun_losses
 
 GIB = 2**30
 
@@ -117,13 +117,14 @@ class TrainingStep:
             positive, negative = text.chunk(2)
             t = draw_timesteps(config, len(x), total, run.rng)
             start = start_timesteps(config, t, total, run.rng)
+            w = draw_guidance(config, len(x), run.rng).to(x.device)
             with torch.no_grad():
                 targets = stage_targets(
                     x, start.to(x.device), t.to(x.device), round(config.stage_length * total), config.substeps,
-                    lambda x, k, rows: self.teacher(x, k, positive[rows], negative[rows]),
-                    lambda x, k, rows: student(x, k, positive[rows], negative[rows]), schedule,
+                    lambda x, k, rows: self.teacher(x, k, positive[rows], negative[rows], rows_of(w, rows)),
+                    lambda x, k, rows: student(x, k, positive[rows], negative[rows], rows_of(w, rows)), schedule,
                 )  # fmt: skip
-            predicted = student(targets.x_t, targets.t, positive, negative)
+            predicted = student(targets.x_t, targets.t, positive, negative, w if len(w) else None)
         cfg, msc = sun_losses(predicted, targets)
         run.update(config.cfg_weight * cfg + config.msc_weight * msc)
 

@@ -22,6 +22,7 @@ from sun.training.run import RunConfig, TrainingRun
 from sun.training.sun import SunTrainConfig, check_settings, train_sun
 from sun.training.targets import state_weights, weighted
 from sun.training.trajectories import TrajectoryBank, run_teacher
+from sun.training.variants import variant_configs
 
 SCHEDULE = NoiseSchedule(sd15_scheduler().alphas_cumprod)
 SHAPE = (4, 2, 2)
@@ -252,13 +253,12 @@ def test_the_recipes_in_the_repository_are_allowed(name: str) -> None:
     check_settings(apply(SunTrainConfig(), values))
 
 
-@pytest.mark.parametrize("file", ["ablations-emoji"])
-def test_the_variants_in_the_repository_are_allowed(file: str) -> None:
-    values = read_config(Path(__file__).parents[2] / "configs" / f"{file}.toml")
-    variants = values.pop("variants")
-    assert len(variants) == 19
-    for own in variants.values():
-        check_settings(apply(SunTrainConfig(), {**values, **own}))
+@pytest.mark.parametrize(("file", "count"), [("ablations-emoji", 19), ("further-emoji", 3)])
+def test_the_variants_in_the_repository_are_allowed(file: str, count: int) -> None:
+    variants = variant_configs(read_config(Path(__file__).parents[2] / "configs" / f"{file}.toml"))
+    assert len(variants) == count
+    for config in variants.values():
+        check_settings(config)
 
 
 def test_the_file_says_what_the_adapter_is_that_training_went_on_from(
