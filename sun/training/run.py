@@ -358,8 +358,10 @@ class _Averaged:
 def _check(config: RunConfig, precision: str) -> None:
     if config.accumulate < 1 or config.batch_size < 1:
         raise ConfigError("batch_size and accumulate are numbers of pictures and batches: at least 1.")
-    if config.lr <= 0 or config.max_grad_norm <= 0:
-        raise ConfigError(f"lr ({config.lr:g}) and max_grad_norm ({config.max_grad_norm:g}) are above 0.")
+    if config.lr < 0:
+        raise ConfigError(f"lr is 0 or above, not {config.lr:g}.")
+    if config.max_grad_norm <= 0:
+        raise ConfigError(f"max_grad_norm is above 0, not {config.max_grad_norm:g}: every gradient would become 0.")
     if not 0 <= config.ema_decay < 1 or not all(0 <= beta < 1 for beta in config.betas):
         raise ConfigError(f"ema_decay ({config.ema_decay:g}) and betas {config.betas} are from 0 to below 1.")
     if config.lr_schedule not in ("constant", "cosine"):
