@@ -88,6 +88,14 @@ def configured(
     return assign(config, assignments or [])
 
 
+def read_lines(path: Path) -> list[str]:
+    """Lines of a text file, which may begin with a byte order mark. Raises OSError, UnicodeDecodeError.
+
+    Not str.splitlines, which also divides at characters that a caption may hold, U+2028 among them.
+    """
+    return path.read_text(encoding="utf-8-sig").split("\n")
+
+
 def without_folders(config: Any) -> dict[str, Any]:
     """All settings by name, groups nested, for a file that travels: of a path its :func:`last_name` alone."""
     settings = asdict(config)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from modules import shared
 
-from .run import UNCONDITIONAL, SunRun
+from .run import UNCONDITIONAL, SunRun, batch_was_changed
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +38,9 @@ class Batch:
 
     def begin(self, rows: int) -> None:
         size = len(self.layout)
-        first = self.row % size if size else 0
+        first = self.row % max(size, 1)
         if not size or (rows % size and first + rows > size):
-            raise RuntimeError(
-                f"SUN: the U-Net got {rows} rows in a step of {size}; another extension changed the batch. Switch "
-                "it off."
-            )
+            raise batch_was_changed(rows, size)
         self.images = [self.layout[(first + i) % size] for i in range(rows)]
         self.row += rows
 

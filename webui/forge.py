@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..sun.attention import Attend
-from .run import UNCONDITIONAL, SunRun
+from .run import UNCONDITIONAL, SunRun, batch_was_changed
 
 TEXT = "sun_text"
 KERNELS = (("backend.attention", "attention_function"), ("ldm_patched.ldm.modules.attention", "optimized_attention"))
@@ -105,12 +105,10 @@ def rows_of(extra: dict[str, Any], rows: int, images: int) -> list[int]:
     (perturbed attention, say) asks for them; tiled sampling stacks all of that once a tile."""
     chunks = extra.get("cond_or_uncond") or [0]
     layout = [image if chunk == 0 else UNCONDITIONAL for chunk in chunks for image in range(images)]
-    if rows % len(layout):
-        raise RuntimeError(
-            f"SUN: the U-Net got {rows} rows in a step of {len(layout)}; another extension changed the batch. Switch "
-            "it off."
-        )
-    return layout * (rows // len(layout))
+    tiles, rest = divmod(rows, max(len(layout), 1))  # outside of a step there are no images, which `change` tells
+    if rest:
+        raise batch_was_changed(rows, len(layout))
+    return layout * tiles
 
 
 def before_step(run: SunRun, params: Any) -> None:

@@ -121,6 +121,13 @@ class SunRun:
         return self._rows[key]
 
 
+def batch_was_changed(rows: int, size: int) -> RuntimeError:
+    """For U-Net calls of `rows` rows in a step whose rows are known to be `size`."""
+    return RuntimeError(
+        f"SUN: the U-Net got {rows} rows in a step of {size}; another extension changed the batch. Switch it off."
+    )
+
+
 def fit(adapter: SunAdapter, unet: Any, where: str) -> tuple[AttentionLayer, ...]:
     """The cross-attention layers of an LDM U-Net if the adapter fits them. Raises SunFileError that names both."""
     try:

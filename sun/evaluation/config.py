@@ -105,7 +105,7 @@ def model_specs(config: EvaluateConfig) -> dict[str, ModelSpec]:
     if not config.models:
         name = PurePath(config.model).stem or config.model
         return {name: ModelSpec(model=config.model, **own)}  # type: ignore[arg-type]
-    if config.model != "emoji":
+    if config.model != EvaluateConfig.model:
         raise ConfigError(
             f"the table models says what is measured, so model = {config.model} would not be: leave out one of them."
         )

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..config import ConfigError
+from ..config import ConfigError, read_lines
 from .config import EvaluateConfig
 
 
@@ -62,7 +62,7 @@ def read_pairs(path: Path, count: int) -> tuple[list[str], list[str]]:
         raise ConfigError(
             f"prompts_file = {path} does not exist. Give a text file with one 'prompt | negative' a line."
         )
-    lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()][:count]
+    lines = [line for line in read_lines(path) if line.strip()][:count]
     if len(lines) < 2:
         raise ConfigError(f"{path} holds {len(lines)} prompts; distances of sets need two at least, better 500.")
     pairs = [line.partition("|")[::2] for line in lines]

@@ -28,8 +28,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     ``floor``: the reference against itself with other noise; ``negative_prompt``: direction of change; ``settings``.
     Raises ConfigError for settings that cannot work, a list of several models among them.
     """
-    check(config)
-    config = replace(config, precision=resolve(config.precision, device_of(config)))
+    config = _checked(config)
     specs = model_specs(config)
     if len(specs) > 1:
         raise ConfigError("several models make a report: name a folder for it with the setting output.")
@@ -43,6 +42,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
         save_comparison(evaluation, Path(config.grid), max(config.grid_prompts, 1))
     return result
+
+
+def _checked(config: EvaluateConfig) -> EvaluateConfig:
+    """``config`` with the number format it means here. Raises ConfigError."""
+    check(config)
+    return replace(config, precision=resolve(config.precision, device_of(config)))
 
 
 def prepare(
@@ -69,8 +74,7 @@ def report(config: EvaluateConfig) -> dict[str, Any]:
     """
     if not config.output:
         raise ConfigError("a report needs a folder: give the setting output.")
-    check(config)
-    config = replace(config, precision=resolve(config.precision, device_of(config)))
+    config = _checked(config)
     folder, main = Path(config.output), processes().is_main_process
     specs = model_specs(config)
     check_models(config, specs)

@@ -77,19 +77,22 @@ def detach(target: Any) -> None:
     """Take feature inheritance off; without it, do nothing."""
     if isinstance(target, DiffusionPipeline):
         take_off(target, _inheritance_class)
-    unet = _unet_of(target)
-    attachment: _Attachment | None = unet.__dict__.get("_inheritance")
+    attachment = _attachment_of(target)
     if attachment is not None:
         attachment.stack.close()
         for hook in attachment.hooks:
             hook.remove()
-        del unet._inheritance
+        del _unet_of(target)._inheritance
 
 
 def run_of(target: Any) -> InheritanceRun | None:
     """The counters of the run that is under way or was last."""
-    attachment: _Attachment | None = _unet_of(target).__dict__.get("_inheritance")
+    attachment = _attachment_of(target)
     return attachment.run if attachment else None
+
+
+def _attachment_of(target: Any) -> _Attachment | None:
+    return _unet_of(target).__dict__.get("_inheritance")
 
 
 def _before(unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -128,7 +131,7 @@ def _inheritance_class(base: Any) -> Any:
     class InheritingPipeline(base):
         @functools.wraps(base.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            attachment: _Attachment | None = _unet_of(self).__dict__.get("_inheritance")
+            attachment = _attachment_of(self)
             if attachment is None:
                 return super().__call__(*args, **kwargs)
             attachment.run.reset()

@@ -24,12 +24,10 @@ class NoiseSchedule:
     """a_t and sigma_t of a diffusion model as [B, 1, 1, 1] tensors, with timestep -1 for clean data."""
 
     def __init__(self, alphas_cumprod: Tensor):
-        self.alphas_cumprod = alphas_cumprod.flatten().double()
-        self.num_train_timesteps = len(self.alphas_cumprod)
-
+        self.num_train_timesteps = alphas_cumprod.numel()
         # Computed in float64, which Apple's GPUs do not have; the last entry is that of timestep -1.
         every = torch.tensor([*range(self.num_train_timesteps), -1])
-        a, sigma = alpha_sigma(self.alphas_cumprod.cpu(), every)
+        a, sigma = alpha_sigma(alphas_cumprod.flatten().cpu().double(), every)
         self._a, self._sigma = a.float(), sigma.float()
 
     def to(self, device: torch.device | str) -> NoiseSchedule:

@@ -89,7 +89,7 @@ def measure(config: SunTrainConfig, model: str = "sd15", updates: int = 5, warmu
     return {
         "measured": True, "device": device_name(device), "processes": processes, "pictures_per_update": pictures,
         "seconds": round(seconds, 4), "pictures_per_second": round(pictures / seconds, 4),
-        "memory_gib": round(memory, 3), **settings_of(config, model), "precision": run.precision,
+        "memory_gib": round(memory, 3), **settings_of(config, model, run.precision),
     }  # fmt: skip
 
 
@@ -159,11 +159,12 @@ def freeze(config: SunTrainConfig, parts: Models) -> None:
         parts.unet.train()
 
 
-def settings_of(config: SunTrainConfig, model: str) -> dict[str, Any]:
-    names = ("batch_size", "accumulate", "optimizer", "precision", "frozen")
+def settings_of(config: SunTrainConfig, model: str, precision: str) -> dict[str, Any]:
+    names = ("batch_size", "accumulate", "optimizer", "frozen")
     run = {name: value for name, value in asdict(config.run).items() if name in names}
     return {
-        "model": Path(model).name, **run, "resolution": config.resolution, "substeps": config.substeps,
+        "model": Path(model).name, **run, "precision": precision, "resolution": config.resolution,
+        "substeps": config.substeps,
         "gradient_checkpointing": config.gradient_checkpointing, "cache": config.cache, "torch": torch.__version__,
     }  # fmt: skip
 

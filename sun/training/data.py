@@ -12,8 +12,20 @@ from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
-from ..config import ConfigError
-from .samples import UNREADABLE, DataError, Encode, Lanes, Order, Skipped, crop, encode_pixels, is_emoji, to_tensor
+from ..config import ConfigError, read_lines
+from .samples import (
+    UNREADABLE,
+    DataError,
+    Encode,
+    Lanes,
+    Order,
+    Skipped,
+    crop,
+    encode_pixels,
+    is_address,
+    is_emoji,
+    to_tensor,
+)
 
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 CACHES = ("", "latents", "latents+text")
@@ -67,7 +79,7 @@ def build_source(
             raise ConfigError(f"data = {data}: after the style comes a number of scenes, as emoji:fluent:2500.")
         return EmojiSource(style or "twemoji", vae, resolution, rng, device, int(count or 0))
     folder = Path(data)
-    streamed = data.startswith("pipe:") or "://" in data or data.endswith(".tar") or "{" in data or "::" in data
+    streamed = is_address(data) or data.endswith(".tar") or "{" in data or "::" in data
     if streamed or next(folder.glob("*.tar"), None):
         if cache:
             raise ConfigError("cache works with a folder of pictures; shards are streamed. Leave cache empty.")
@@ -211,7 +223,7 @@ def check_pairs(folder: Path, pairs: list[tuple[Path, str]]) -> None:
 
 def _read_metadata(file: Path) -> list[tuple[Path, str]]:
     pairs = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(read_lines(file), 1):
         if not line.strip():
             continue
         try:

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config import read_lines
 from .samples import DataError, is_emoji
 
 _LISTS = Path(__file__).parent / "negatives"
@@ -30,7 +31,7 @@ class NegativePrompts:
             raise FileNotFoundError(
                 f"no list of negative phrases at {path}: give a text file with one phrase a line, or auto."
             )
-        lines = (line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n"))
+        lines = (line.strip() for line in read_lines(path))
         phrases = list(dict.fromkeys(line for line in lines if line))
         if not phrases:
             raise DataError(

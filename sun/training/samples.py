@@ -19,13 +19,18 @@ from tqdm.auto import tqdm
 Encode = Callable[[list[str]], Tensor]
 """Texts -> text states [B, L, D]."""
 
-# What PIL raises for files that are no pictures, are cut off, or claim absurd sizes.
+# What PIL raises for files that are no pictures, are cut off, claim absurd sizes or do not fit into memory.
 UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError)
 
 
 def is_emoji(data: str) -> bool:
     """``emoji`` or ``emoji:STYLE[:SCENES]``: scenes that this project renders, rather than a folder or shards."""
     return data == "emoji" or data.startswith("emoji:")
+
+
+def is_address(data: str) -> bool:
+    """An address or a command that gives a shard (``https:``, ``pipe:``), rather than a file."""
+    return "://" in data or data.startswith("pipe:")
 
 
 class DataError(ValueError):
@@ -94,8 +99,8 @@ def crop(image: Image.Image, size: int) -> Image.Image:
         levels = np.asarray(image, dtype=np.float32)
         image = Image.fromarray((levels / 257).clip(0, 255).round().astype(np.uint8))
     side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    image = image.crop((int(left), int(top), int(left) + side, int(top) + side))  # first: a thin picture grows huge
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))  # first: a thin picture grows huge
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

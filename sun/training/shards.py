@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.shardlists import expand_urls
 
-from .samples import UNREADABLE, DataError, Encode, Lanes, Skipped, crop, encode_pixels, to_tensor
+from .samples import UNREADABLE, DataError, Encode, Lanes, Skipped, crop, encode_pixels, is_address, to_tensor
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 _BUFFER = 1000
@@ -36,7 +36,7 @@ def list_shards(data: str) -> list[str]:
     """
     folder = Path(data)
     shards = sorted(str(p) for p in folder.glob("*.tar")) if folder.is_dir() else list(expand_urls(data))
-    missing = [s for s in shards if "://" not in s and not s.startswith("pipe:") and not Path(s).exists()]
+    missing = [s for s in shards if not is_address(s) and not Path(s).exists()]
     if missing or not shards:
         raise FileNotFoundError(
             f"{len(missing)} of the {len(shards)} shards of {data} do not exist, the first: {', '.join(missing[:3])}. "

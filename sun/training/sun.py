@@ -5,7 +5,7 @@ Only the adapter trains. The U-Net runs as teacher (no SUN, classifier-free guid
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -220,13 +220,11 @@ def check_settings(config: SunTrainConfig) -> None:
 
 def _check_unused(config: SunTrainConfig) -> None:
     """Raise ConfigError for settings that would do nothing."""
-    names: tuple[str, ...] = ("pure_noise_at_start",)
-    if not config.trajectories:
-        names = ("teacher_solver", "bank_size", "replace_depth", "rollout_probability")
-    for field_ in fields(SunTrainConfig):
-        if field_.name in names and getattr(config, field_.name) != field_.default:
-            needed = "false" if config.trajectories else "true"
-            raise ConfigError(f"{field_.name} only acts with trajectories = {needed}: leave it out, or change that.")
+    on_trajectories = ("teacher_solver", "bank_size", "replace_depth", "rollout_probability")
+    needed = "false" if config.trajectories else "true"
+    for name in ("pure_noise_at_start",) if config.trajectories else on_trajectories:
+        if getattr(config, name) != getattr(SunTrainConfig, name):
+            raise ConfigError(f"{name} only acts with trajectories = {needed}: leave it out, or change that.")
 
 
 def make_adapter(config: SunTrainConfig, unet: Any) -> SunAdapter:

@@ -250,6 +250,7 @@ def test_forge_rows_of_tiles(host: Any) -> None:
     assert rows_of({"cond_or_uncond": [0]}, 4, 2) == [0, 1, 0, 1]
     assert rows_of({"cond_or_uncond": [1, 0]}, 8, 2) == [off, off, 0, 1] * 2
     assert rows_of({}, 2, 2) == [0, 1]
+    assert rows_of({}, 2, 0) == []
     with pytest.raises(RuntimeError, match="another extension changed the batch"):
         rows_of({"cond_or_uncond": [0]}, 3, 2)
 
