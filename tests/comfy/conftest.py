@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +32,15 @@ def comfyui_folder() -> Path:
 def host(comfyui_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """ComfyUI in this process, on the CPU, with this pack loaded by ComfyUI's own loader: see start_comfyui."""
     return start_comfyui(comfyui_folder, tmp_path_factory.mktemp("comfyui-base"))
+
+
+@pytest.fixture(autouse=True)
+def no_tables(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What LTC-Accel measured in one test stays for no other."""
+    host = request.getfixturevalue("host") if "host" in request.fixturenames else None
+    yield
+    if host is not None:
+        shutil.rmtree(host.part("nodes.ltc").tables_folder(), ignore_errors=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- models

@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,13 +67,6 @@ def lora_in_place(host: SimpleNamespace, emoji_folder: Path) -> Iterator[None]:
     assert path.name == LORA_FILE
     yield
     path.unlink()
-
-
-@pytest.fixture(autouse=True)
-def no_tables(host: SimpleNamespace) -> Iterator[None]:
-    """LTC-Accel has measured nothing before, and nothing stays for other tests."""
-    yield
-    shutil.rmtree(host.part("nodes.ltc").tables_folder(), ignore_errors=True)
 
 
 @pytest.fixture
