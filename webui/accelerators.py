@@ -55,6 +55,14 @@ class AcceleratorRun:
     settings: AcceleratorSettings
     error: Exception | None = None
     """What is wrong with the settings: hosts swallow exceptions of scripts, so it is raised where they do not."""
+    guarded: bool = False
+    """Whether the host said that it samples."""
+
+    @property
+    def names(self) -> str:
+        """What is on, for messages."""
+        chosen = self.settings
+        return " and ".join(["LTC-Accel"] * chosen.ltc + ["feature inheritance"] * chosen.inherits)
 
     def sampling(self, p: Any, steps: int) -> list[AbstractContextManager[None]]:
         """What is to be around one sampling of `steps` steps by p.sampler; any order of entering will do."""

@@ -16,7 +16,7 @@ from .controls import CONTROLS, DENOISE_MODES, SAMPLINGS, TITLE, read_arguments
 from .run import SunRun, SunSettings, active, fit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +80,12 @@ class SunScript(scripts.Script):
             guard_sampling(p, run, accelerators, counter)
 
     def postprocess_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
-        run = run_of(p)
-        if run and not run.guarded and not (shared.state.interrupted or shared.state.skipped):
-            say_it_was_left_out(p, run)
+        if shared.state.interrupted or shared.state.skipped:
+            return
+        if (run := run_of(p)) and not run.guarded:
+            say_it_was_left_out(p, "SUN", run, infotext.WRITTEN)
+        if (accelerators := getattr(p, "sun_accelerators", None)) and not accelerators.guarded:
+            say_it_was_left_out(p, accelerators.names, accelerators, infotext.WRITTEN_BY_ACCELERATORS)
 
 
 def run_of(p: Any) -> SunRun | None:
@@ -137,13 +140,16 @@ def prepare(p: Any, run: SunRun) -> None:
     p.extra_generation_params.update(infotext.write(settings, path))
 
 
-def say_it_was_left_out(p: Any, run: SunRun) -> None:
-    """For hosts before A1111 1.10 and scripts with a sampling of their own, where nothing of SUN is called."""
+def say_it_was_left_out(p: Any, name: str, run: SunRun | AcceleratorRun, written: Iterable[str]) -> None:
+    """For hosts before A1111 1.10 and scripts with a sampling of their own, where nothing of ours is called.
+
+    What was `written` into the infotext goes.
+    """
     reason = run.error or "this host, or a script with a sampling of its own, never told SUN that it samples."
-    text = f"SUN took no part in this picture: {reason}"
+    text = f"{name} took no part in this picture: {reason}"
     log.error(text)
     p.comment(text)
-    for key in infotext.WRITTEN:
+    for key in written:
         p.extra_generation_params.pop(key, None)
 
 
@@ -153,8 +159,9 @@ def guard_sampling(p: Any, run: SunRun | None, accelerators: AcceleratorRun | No
     What is hung on the model and the sampler leaves with the `with` block, after an error or an interruption too.
     """
     own = p.sampler
-    if run is not None:
-        run.guarded = True
+    for state in (run, accelerators):
+        if state is not None:
+            state.guarded = True
     launch = getattr(own, "sun_launch", None) or own.launch_sampling  # a sampler may run several batches
     own.sun_launch = launch
 

@@ -42,8 +42,7 @@ def training_section(run: TrainingRun, command: str) -> str:
 
 def settings_of(config: Any, run: TrainingRun) -> dict[str, Any]:
     """Settings and progress of a run for a file that travels: folders of this machine by their last name alone."""
-    done = {"processes": run.accelerator.num_processes, "precision": run.precision}
-    return {**without_folders(config), **run.progress.state_dict(), **done}
+    return {**without_folders(config), **run.facts()}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> Path:

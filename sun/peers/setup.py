@@ -124,9 +124,7 @@ class Distillation:
         config, run = self.config, self.run
         settings = without_folders(config)
         base = "Emoji Diffusion" if config.model == "emoji" else settings["model"]
-        progress = {**run.progress.state_dict(), "processes": run.accelerator.num_processes,
-                    "precision": run.precision}  # fmt: skip
-        content = {"base_model": base, **facts, "settings": settings, "progress": progress}
+        content = {"base_model": base, **facts, "settings": settings, "progress": run.facts()}
         (run.folder / "training.json").write_text(json.dumps(content, indent=2) + "\n")
         rows = {"base model": base, **facts, "data": settings["data"], "guidance scale w": config.guidance_scale,
                 "steps": run.progress.step, "minutes": round(run.progress.seconds / 60, 1)}  # fmt: skip

@@ -230,6 +230,11 @@ class TrainingRun:
         """Means over the last 100 batches of this process; those in the log are over all processes."""
         return {k: sum(v) / len(v) for k, v in self._recent.items() if v}
 
+    def facts(self) -> dict[str, Any]:
+        """Progress, processes and precision, for logs and cards."""
+        done = {"processes": self.accelerator.num_processes, "precision": self.precision}
+        return {**self.progress.state_dict(), **done}
+
     def save(self) -> None:
         """Write a checkpoint and a line of ``log.jsonl``. Every process must call it."""
         self.progress.losses = self._losses_of_all() or self.progress.losses
@@ -246,7 +251,7 @@ class TrainingRun:
         if main:
             publish(self.folder)
             with open(self.folder / "log.jsonl", "a") as log:
-                row = {**self.progress.state_dict(), "lr": self.learning_rate(), "precision": self.precision}
+                row = {**self.facts(), "lr": self.learning_rate()}
                 log.write(json.dumps(row | ({"skipped": skipped} if skipped else {})) + "\n")
         self.accelerator.wait_for_everyone()
 

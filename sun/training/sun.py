@@ -258,9 +258,7 @@ def save_adapter(
     adapter.info.base_model = "Emoji Diffusion" if config.model == "emoji" else settings["model"]
     adapter.info.guidance_scale = config.guidance_scale
     adapter.info.stage_length = config.stage_length
-    processes = run.accelerator.num_processes
-    progress = {**run.progress.state_dict(), "processes": processes, "machine": describe_machine()}
-    settings["run"] = {**settings["run"], "precision": run.precision}
+    progress = {**run.facts(), "machine": describe_machine()}
     # What the adapter is; one to go on from brings its own.
     settings |= {"positive_branch": adapter.positive, "attention_normalization": adapter.info.normalized}
     adapter.info.training = {**settings, **progress, **({"from": earlier} if earlier else {})}

@@ -288,6 +288,9 @@ def test_a_host_that_never_says_that_it_samples_is_told_apart(
     assert "SUN adapter" not in result.infotexts[0]
     gone = family.run({"adapter": "gone.safetensors"}, prompt="a cat", seed=3)
     assert "gone.safetensors" in str(gone.comments)
+    accelerated = family.run({"ltc": True, "inherit": "balanced"}, prompt="a cat", seed=3)
+    assert "LTC-Accel and feature inheritance took no part in this picture" in str(accelerated.comments)
+    assert not {"LTC-Accel tau", "Feature inheritance"} & set(accelerated.p.extra_generation_params)
 
 
 def test_the_sampler_says_when_nothing_guides_it(family: Any) -> None:
