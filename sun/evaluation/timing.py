@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from .methods import MethodCall, parse_method
 from .sampler import Sampler
@@ -52,19 +53,19 @@ def time_methods(
     pipelines: dict[str, list[float]] = {m: [] for m in methods}
     calls = dict.fromkeys(methods, 0.0)
     with sampler.autocast(precision):
-        for method in methods:
+        for method in tqdm(methods, desc="seconds: warm-up", leave=False):
             sampler.pixels(sampler(f"{parse_method(method).family}-2", prompts, negatives, noise).latents)
-        for turn in range(rounds):
-            for method in (*methods[turn % len(methods) :], *methods[: turn % len(methods)]):
-                with sampler.prepared(method) as run:
-                    sampler.synchronize()
-                    began = time.perf_counter()
-                    sample = run(prompts, negatives, noise)
-                    sampler.pixels(sample.latents)
-                    sampler.synchronize()
-                    pipelines[method].append((time.perf_counter() - began) / len(noise))
-                    loops[method].append(sample.seconds)
-                    calls[method] = sample.unet_calls
+        turns = [(*methods[turn % len(methods) :], *methods[: turn % len(methods)]) for turn in range(rounds)]
+        for method in tqdm([method for turn in turns for method in turn], desc="seconds", leave=False):
+            with sampler.prepared(method) as run:
+                sampler.synchronize()
+                began = time.perf_counter()
+                sample = run(prompts, negatives, noise)
+                sampler.pixels(sample.latents)
+                sampler.synchronize()
+                pipelines[method].append((time.perf_counter() - began) / len(noise))
+                loops[method].append(sample.seconds)
+                calls[method] = sample.unet_calls
     return {m: Timing(tuple(loops[m]), tuple(pipelines[m]), calls[m]) for m in methods}
 
 
@@ -83,7 +84,7 @@ def time_unet_calls(
     seconds: dict[str, list[float]] = {family: [] for family in families}
     with sampler.autocast(precision):
         positive, negative = sampler.encode(prompts), sampler.encode(negatives)
-        for turn in range(rounds + 1):
+        for turn in tqdm(range(rounds + 1), desc="seconds of one step", leave=False):
             for family in families:
                 call = parse_method(f"{family}-1")
                 took = _one_call(sampler, call, lambda predict, x: predict(x, t, positive, negative), noise)
