@@ -30,7 +30,10 @@ def test_bench_writes_every_case_and_the_figures_on_top(sun: Run, tmp_path: Path
 
 
 def test_the_calls_it_times_are_those_it_says(sun: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A round of a 2-step run: 2 plain calls, 2 with SUN, whose K and V are made once, and one of two rows."""
+    """A round of a 2-step run: 2 plain calls, 2 with SUN, whose K and V are made once, and one of two rows.
+
+    An untimed plain call goes before, and in the next round the other kind is the first of the pairs.
+    """
     from sun import pipelines
     from sun.evaluation import overhead
 
@@ -50,11 +53,14 @@ def test_the_calls_it_times_are_those_it_says(sun: Run, tmp_path: Path, monkeypa
         return original(unet, args, kwargs)
 
     monkeypatch.setattr(pipelines, "_check_negative", seen)
-    sun("bench", "--emoji", "--size", 32, "--batch", "1", "--rounds", 1, "--steps", 2, "--device", "cpu")
-    warm_up = [(1, False), (1, True), (2, False)]
-    assert rows == [*warm_up, (1, False), (1, True), (1, True), (1, False), (2, False)]
-    assert len(made) == 2  # the warm-up's and the round's
-    assert timed == [2, 2, 1, 1, 1]  # the pairs, the guided call, text and decoder
+    sun("bench", "--emoji", "--size", 32, "--batch", "1", "--rounds", 2, "--steps", 2, "--device", "cpu")
+    plain, with_sun, guided = (1, False), (1, True), (2, False)
+    warm_up = [plain, with_sun, guided]
+    first = [plain, with_sun, with_sun, plain, guided]
+    second = [with_sun, plain, plain, with_sun, guided]
+    assert rows == [*warm_up, plain, *first, plain, *second]
+    assert len(made) == 3  # the warm-up's and the rounds'
+    assert timed == 2 * [2, 2, 1, 1, 1]  # the pairs, the guided call, text and decoder
 
 
 def test_figures_follow_from_the_seconds() -> None:
