@@ -72,7 +72,7 @@ class SunScript(scripts.Script):
                 run.schedules = negative.encode(p, run.settings)
 
     def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
-        run, accelerators, counter = run_of(p), getattr(p, "sun_accelerators", None), getattr(p, "sun_counter", None)
+        run, accelerators, counter = run_of(p), accelerators_of(p), getattr(p, "sun_counter", None)
         if run and getattr(p, "is_hr_pass", False):
             with kept_error(run):
                 run.schedules = negative.encode(p, run.settings, hires=True)
@@ -84,13 +84,18 @@ class SunScript(scripts.Script):
             return
         if (run := run_of(p)) and not run.guarded:
             say_it_was_left_out(p, "SUN", run, infotext.WRITTEN)
-        if (accelerators := getattr(p, "sun_accelerators", None)) and not accelerators.guarded:
+        if (accelerators := accelerators_of(p)) and not accelerators.guarded:
             say_it_was_left_out(p, accelerators.names, accelerators, infotext.WRITTEN_BY_ACCELERATORS)
 
 
 def run_of(p: Any) -> SunRun | None:
     """The SUN of a processing object; None where SUN is off."""
     return getattr(p, "sun_run", None)
+
+
+def accelerators_of(p: Any) -> AcceleratorRun | None:
+    """The accelerators of a processing object; None where all are off."""
+    return getattr(p, "sun_accelerators", None)
 
 
 def override(p: Any, **values: Any) -> None:

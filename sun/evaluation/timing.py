@@ -55,8 +55,8 @@ def time_methods(
     with sampler.autocast(precision):
         for method in tqdm(methods, desc="seconds: warm-up", leave=False):
             sampler.pixels(sampler(f"{parse_method(method).family}-2", prompts, negatives, noise).latents)
-        turns = [(*methods[turn % len(methods) :], *methods[: turn % len(methods)]) for turn in range(rounds)]
-        for method in tqdm([method for turn in turns for method in turn], desc="seconds", leave=False):
+        order = [methods[(turn + k) % len(methods)] for turn in range(rounds) for k in range(len(methods))]
+        for method in tqdm(order, desc="seconds", leave=False):
             with sampler.prepared(method) as run:
                 sampler.synchronize()
                 began = time.perf_counter()
