@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import lazy
+from .common import lazy
 
 if TYPE_CHECKING:
     from .adapter import SunAdapter, SunLayer
     from .files import SunFileError, SunInfo
     from .layers import AttentionLayer, layers_of_ldm, layers_of_unet
-    from .pipelines import attach, detach
+    from .pipelines.attach import attach, detach
     from .schedule import denoise_timesteps, trailing_timesteps
 
 __version__ = "0.1.0"
@@ -31,8 +31,8 @@ _HOME_OF = {
     "AttentionLayer": "layers",
     "layers_of_ldm": "layers",
     "layers_of_unet": "layers",
-    "attach": "pipelines",
-    "detach": "pipelines",
+    "attach": "pipelines.attach",
+    "detach": "pipelines.attach",
     "denoise_timesteps": "schedule",
     "trailing_timesteps": "schedule",
     "inheritance": "",  # the accelerators beside SUN

@@ -12,9 +12,9 @@ from torch import nn
 
 from . import files
 from .attention import Attend, attend, steer
+from .conditioning import AdapterTexts, Branch, LayerTexts
 from .files import Layout, SunFileError, SunInfo
 from .layers import guess_layers, layers_of_unet
-from .texts import AdapterTexts, Branch, LayerTexts
 
 Linear = Callable[..., nn.Module]
 

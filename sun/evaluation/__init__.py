@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .. import lazy
+from ..common import lazy
 from .config import EvaluateConfig, ModelSpec
 from .methods import METHODS, REFERENCE, parse_method, split_method
 from .sampler import CallCounter, Sample, Sampler

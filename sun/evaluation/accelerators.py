@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from .. import inheritance
-from ..config import ConfigError
+from ..common.settings import ConfigError
 from ..inheritance import PRESETS, InheritanceError, Plan
 from ..inheritance.plan import changed
 from ..ltc import LtcError, LtcSettings

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from ..config import ConfigError, apply
+from ..common.settings import ConfigError, apply
 
 PARTS = ("distances", "negatives", "time", "edits")
 _LEAST = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..config import ConfigError
+from ..common.settings import ConfigError
 from .cells import Tensors
 from .methods import REFERENCE, parse_method
 from .metrics import map_distance, mean_and_interval, psnr, ssim

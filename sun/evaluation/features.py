@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..config import ConfigError
-from ..images import to_images
-from ..recipe import fingerprint
+from ..common.settings import ConfigError
+from ..pictures.png import to_images
+from ..pictures.recipe import fingerprint
 from ..shipped import EMOJI_CONTRAST
 from .sampler import Sampler
 
@@ -90,12 +90,12 @@ def _spread(network: FeatureNetwork, pixels: Tensor) -> Tensor:
 
 def _load_contrast(folder: str) -> Any:
     try:
-        module = import_module("..emoji.contrast", __package__)
+        module = import_module("..lab.emoji.contrast", __package__)
     except ModuleNotFoundError as error:
         if error.name and not error.name.endswith("contrast"):
             raise
         raise ConfigError(
-            'features = "emoji" needs the module sun.emoji.contrast, which this installation lacks. '
+            'features = "emoji" needs the module sun.lab.emoji.contrast, which this installation lacks. '
             'Install the whole package again, or use features = "none".'
         ) from error
     if not folder and not EMOJI_CONTRAST.is_dir():

@@ -10,8 +10,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ..adapter import SunAdapter
-from ..config import ConfigError
-from ..recipe import Recipe, split_lora
+from ..common.settings import ConfigError
+from ..pictures.recipe import Recipe, split_lora
 from ..shipped import EMOJI_SUN, SINGLE_FILE_CONFIG
 from .cells import processes
 from .config import EvaluateConfig, ModelSpec, method_names
@@ -56,7 +56,7 @@ def load_sampler(config: EvaluateConfig, spec: ModelSpec | None = None) -> Sampl
 def _load_pipeline(spec: ModelSpec, device: torch.device) -> Any:
     if spec.model == "random":
         return random_stable_diffusion()
-    from ..generate import load
+    from ..pictures.draw import load
 
     loras = (spec.lora,) if spec.lora else ()
     pipe = load(Recipe(model=spec.model, loras=loras, adapter="none", dtype="float32", device=str(device))).pipe

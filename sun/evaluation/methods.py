@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ..adapter import SunAdapter
-from ..config import ConfigError
+from ..common.settings import ConfigError
+from ..conditioning import RunTexts
 from ..ltc import LtcSettings
-from ..pipelines import NEGATIVE, TEXTS, attach, detach, texts_for
-from ..schedulers import SCHEDULERS, make_scheduler
-from ..texts import RunTexts
+from ..pipelines.attach import NEGATIVE, TEXTS, attach, detach, texts_for
+from ..pipelines.schedulers import SCHEDULERS, make_scheduler
 from .accelerators import INHERIT_OPTIONS, LTC_OPTIONS, PRESET_NAMES, deepcache, inheriting, ltc_settings
 
 REFERENCE = "dpmpp-25"
@@ -182,21 +182,21 @@ def _adapter(assets: Assets, call: MethodCall) -> SunAdapter:
 
 
 def load_peer(module: str, call: MethodCall) -> Any:
-    """A module of ``sun.peers``. Raises ConfigError if this installation lacks it."""
+    """A module of ``sun.evaluation.peers``. Raises ConfigError if this installation lacks it."""
     try:
-        return import_module(f"...peers.{module}", __name__)
+        return import_module(f".peers.{module}", __package__)
     except ModuleNotFoundError as error:
         if error.name and ".peers" not in error.name:
             raise
         raise ConfigError(
-            f"{call.text} needs the module sun.peers.{module}, which this installation lacks. "
+            f"{call.text} needs the module sun.evaluation.peers.{module}, which this installation lacks. "
             "Install the whole package again, or leave the method out."
         ) from error
 
 
 @contextmanager
 def _training_free(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
-    """NASA or NAG: ``attach_NAME`` and ``detach_NAME`` of ``sun.peers.NAME``."""
+    """NASA or NAG: ``attach_NAME`` and ``detach_NAME`` of ``sun.evaluation.peers.NAME``."""
     name = call.method.name
     peer = load_peer(name, call)
     getattr(peer, f"attach_{name}")(assets.unet, **call.numbers())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import ConfigError
+from ..common.settings import ConfigError
 
 PSNR_CEILING = 100.0  # dB; equal pictures would be infinite, and no mean survives that
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..adapter import SunAdapter
-from ..pipelines import NEGATIVE, TEXTS, attach, detach, texts_for
-from ..training.benchmark import Models, device_name, synchronize
+from ..pipelines.attach import NEGATIVE, TEXTS, attach, detach, texts_for
+from ..training.cost.benchmark import Models, device_name, synchronize
 from ..training.sun import latent_scale
 
 REFERENCE_STEPS = 25

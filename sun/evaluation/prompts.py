@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..config import ConfigError, read_lines
+from ..common.settings import ConfigError, read_lines
 from .config import EvaluateConfig
 
 
@@ -21,15 +21,15 @@ class PromptSet:
 
 def build_prompts(config: EvaluateConfig) -> PromptSet:
     """Prompts with random negatives: from a file, or emoji scenes that training did not render."""
-    from ..training.negatives import NegativePrompts
+    from ..training.data.negatives import NegativePrompts
 
     rng = random.Random(config.seed)
     if config.prompts_file:
         positives, negatives = read_pairs(Path(config.prompts_file), config.prompts)
         source, scenes = NegativePrompts.load(config.negatives, "photo", 8, 0.0), []
     else:
-        from ..emoji.scenes import random_scene
-        from ..emoji.sources import load_metadata
+        from ..lab.emoji.scenes import random_scene
+        from ..lab.emoji.sources import load_metadata
 
         emojis = load_metadata()
         positives = [random_scene(emojis, rng).caption for _ in range(config.prompts)]

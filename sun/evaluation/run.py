@@ -9,9 +9,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..config import ConfigError
-from ..images import write_atomically
-from ..precision import resolve
+from ..common.devices import resolve
+from ..common.settings import ConfigError
+from ..pictures.png import write_atomically
 from .cells import CellStore, file_name, processes
 from .config import EvaluateConfig, ModelSpec, check, method_names, model_specs, portable
 from .features import load_features

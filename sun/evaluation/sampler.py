@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..adapter import SunAdapter
+from ..common.devices import AUTO, AUTOCAST, autocast
 from ..ltc import LtcKey, LtcRun, LtcTable
 from ..ltc.calibration import Opener, run_calibration
 from ..ltc.schedulers import Stepper
-from ..precision import AUTO, AUTOCAST, autocast
-from ..schedulers import make_scheduler
-from ..text import encode_texts
+from ..pipelines.schedulers import make_scheduler
+from ..pipelines.text import encode_texts
 from .methods import Assets, MethodCall, Prepared, parse_method, scheduler_of
 
 WEIGHTS = {"fp32": torch.float32, "bf16-weights": torch.bfloat16, "fp16-weights": torch.float16}
@@ -219,7 +219,7 @@ class Sampler:
 
     def decode(self, latents: Tensor) -> list[Any]:
         """RGB pictures of latents [B, 4, h, w]."""
-        from ..images import to_images
+        from ..pictures.png import to_images
 
         return to_images(self.pixels(latents))
 

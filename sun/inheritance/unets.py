@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from ..layering import put_on, take_off
+from ..pipelines.layered import put_on, take_off
 from .places import places_of
 from .plan import InheritanceError, Plan, parse_plan
 from .roles import roles_of

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .. import lazy
+from ..common import lazy
 from .errors import LtcError
 from .fingerprint import fingerprint
 from .interval import LtcSettings, interval, skipped_steps

@@ -18,7 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from ..layering import put_on, take_off
+from ..pipelines.layered import put_on, take_off
 from .calibration import run_calibration
 from .errors import LtcError
 from .fingerprint import fingerprint

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import ConfigError
+from ..common.settings import ConfigError
 from ..shipped import EMOJI_DIFFUSION
 
 

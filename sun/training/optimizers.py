@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ..config import ConfigError
+from ..common.settings import ConfigError
 
 if TYPE_CHECKING:
     from .run import RunConfig

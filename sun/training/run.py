@@ -20,9 +20,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..config import ConfigError
-from ..precision import AUTOCAST, resolve
-from ..processes import process_state
+from ..common.devices import AUTOCAST, resolve
+from ..common.processes import process_state
+from ..common.settings import ConfigError
 from .checkpoint import Stateful, discard, find_checkpoint, load_tracked, publish, save_tracked, start_checkpoint
 from .optimizers import OptimizerName, make_optimizer
 

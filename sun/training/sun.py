@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import SunAdapter
-from ..config import ConfigError, without_folders
+from ..common.settings import ConfigError, without_folders
 from ..files import SunInfo
-from ..pipelines import attach, detach
+from ..pipelines.attach import attach, detach
+from ..pipelines.text import encode_texts
 from ..shipped import EMOJI_SUN
-from ..text import encode_texts
 from .algorithm import NoiseSchedule, guided_noise
-from .data import build_source
+from .cost.speed import use_fast_attention
+from .data.negatives import NegativePrompts
+from .data.samples import is_emoji
+from .data.sources import build_source
 from .models import FrozenModels, load_frozen
-from .negatives import NegativePrompts
 from .run import RunConfig, TrainingRun, describe_machine, start_run
-from .samples import is_emoji
-from .speed import use_fast_attention
 from .targets import Prompts, make_objective
 
 
@@ -275,7 +275,7 @@ def sample_grid(config: SunTrainConfig, run: TrainingRun, pipe: Any) -> None:
     if not run.accelerator.is_main_process:
         return
     from ..evaluation import Sampler
-    from ..images import save_grid
+    from ..pictures.png import save_grid
 
     prompts, negatives = sample_prompts(config)
     sampler = Sampler(
@@ -292,7 +292,7 @@ def sample_grid(config: SunTrainConfig, run: TrainingRun, pipe: Any) -> None:
 
 def sample_prompts(config: SunTrainConfig) -> tuple[list[str], list[str]]:
     if config.model == "emoji" or is_emoji(config.data):
-        from ..emoji.base import SAMPLE_PROMPTS
+        from ..lab.emoji.base import SAMPLE_PROMPTS
 
         return list(SAMPLE_PROMPTS[:8]), ["", "", "white background", "", "small", "", "pink background, blurry", ""]
     return ["a photo of a cat", "a castle on a hill, oil painting", "portrait of an old man", "a bowl of fruit"], [

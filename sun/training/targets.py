@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .algorithm import NoiseSchedule, StageTargets, add_noise, pseudo_huber, stage_targets, state_gain
-from .data import Source
-from .negatives import NegativePrompts
+from .data.negatives import NegativePrompts
+from .data.sources import Source
 from .replay import Batch, ReplayBuffer
 from .run import TrainingRun
 from .trajectories import TrajectoryBank, run_teacher

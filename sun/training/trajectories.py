@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..pipelines.schedulers import make_scheduler
 from ..schedule import trailing_timesteps
-from ..schedulers import make_scheduler
 from .algorithm import NoiseSchedule, StageTargets, ddim_update, step_noise
 
 Guided = Callable[..., Tensor]

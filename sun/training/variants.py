@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config import ConfigError, apply, assign
+from ..common.settings import ConfigError, apply, assign
 from .sun import SunTrainConfig, check_settings, train_sun
 
 

@@ -21,9 +21,9 @@ from typer.testing import Result
 
 from sun import SunAdapter
 from sun.cli import app
-from sun.config import without_folders
+from sun.common.settings import without_folders
 from sun.files import SunInfo
-from sun.images import grid, read_png_text, save_png, write_atomically
+from sun.pictures.png import grid, read_png_text, save_png, write_atomically
 from sun.training.sun import SunTrainConfig
 
 Run = Callable[..., Result]
@@ -56,9 +56,9 @@ def test_compare_runs_in_half_precision(tiny: Run, tmp_path: Path) -> None:
 def test_sun_pictures_of_compare_are_those_of_generate(model_folder: Path, adapter_file: Path) -> None:
     from dataclasses import replace
 
-    from sun.compare import compare, psnr
-    from sun.generate import complete, generate, load
-    from sun.recipe import Recipe
+    from sun.pictures.compare import compare, psnr
+    from sun.pictures.draw import complete, generate, load
+    from sun.pictures.recipe import Recipe
 
     recipe = Recipe(seed=3, model=str(model_folder), adapter=str(adapter_file))
     loaded = load(recipe)
@@ -157,7 +157,7 @@ def test_train_emoji_runs_the_right_training(
     import importlib
 
     seen: list[Any] = []
-    target = importlib.import_module(f"sun.emoji.{module}")
+    target = importlib.import_module(f"sun.lab.emoji.{module}")
     monkeypatch.setattr(target, function, lambda config: seen.append(config) or tmp_path)
     sun("train-emoji", command, "--steps", 3, "--set", "lr=0.1")
     assert (seen[0].run.steps, seen[0].run.lr) == (3, 0.1)
@@ -274,7 +274,7 @@ def test_debug_keeps_the_traceback(sun: Run) -> None:
 def test_an_unexpected_error_is_told_with_exit_code_1(
     tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sun import generate as engine
+    from sun.pictures import draw as engine
 
     def broken(*_: object) -> None:
         raise ZeroDivisionError("boom")
@@ -389,8 +389,8 @@ def test_help_does_not_wait_for_torch() -> None:
 def test_demo_writes_pictures_and_prints_where(
     sun: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path, adapter_file: Path
 ) -> None:
-    from sun import generate as engine
-    from sun.compare import psnr
+    from sun.pictures import draw as engine
+    from sun.pictures.compare import psnr
 
     monkeypatch.setattr(engine, "EMOJI_DIFFUSION", model_folder)
     monkeypatch.setattr(engine, "EMOJI_SUN", adapter_file)
@@ -427,7 +427,7 @@ def test_an_adapter_of_the_negative_branch_alone_is_inspected(
 def test_the_settings_of_the_shipped_models_are_valid(name: str, module: str, kind: str) -> None:
     import importlib
 
-    from sun.config import apply, read_config
+    from sun.common.settings import apply, read_config
 
     path = Path(__file__).parents[2] / "configs" / f"{name}.toml"
     config = getattr(importlib.import_module(f"sun.{module}"), kind)()

@@ -15,8 +15,8 @@ from tiny import make_adapter
 from typer.testing import Result
 
 from sun.adapter import SunAdapter
-from sun.generate import changes_since, complete, generate, load, noise
-from sun.recipe import Recipe, RecipeError, parameters, read_recipe, split_lora
+from sun.pictures.draw import changes_since, complete, generate, load, noise
+from sun.pictures.recipe import Recipe, RecipeError, parameters, read_recipe, split_lora
 
 Run = Callable[..., Result]
 

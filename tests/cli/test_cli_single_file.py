@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
-from sun.generate import load_base
+from sun.pictures.draw import load_base
 from sun.shipped import SINGLE_FILE_CONFIG
 
 Run = Callable[..., Result]

@@ -33,7 +33,7 @@ def shake(module: torch.nn.Module, std: float = 0.02, seed: int = 2) -> None:
 
 def make_controlnet(model_folder: Path, path: Path) -> Path:
     """A Control-LoRA with random weights for a diffusers model."""
-    from sun.emoji.controlnet import build_controlnet, save_controlnet
+    from sun.lab.emoji.controlnet import build_controlnet, save_controlnet
 
     controlnet = build_controlnet(_unet(model_folder), 4)
     shake(controlnet)
@@ -42,8 +42,8 @@ def make_controlnet(model_folder: Path, path: Path) -> Path:
 
 def make_inpainting(model_folder: Path, path: Path) -> Path:
     """Random changes that make a 9-channel U-Net of a diffusers model's."""
-    from sun.emoji.inpainting import FIRST_LAYER, save_inpainting, widen
-    from sun.lowrank import add_low_rank
+    from sun.lab.emoji.inpainting import FIRST_LAYER, save_inpainting, widen
+    from sun.shipped.lowrank import add_low_rank
 
     unet = widen(_unet(model_folder))
     add_low_rank(unet, 4, leave=FIRST_LAYER)
@@ -55,7 +55,7 @@ def make_lora(model_folder: Path, folder: Path) -> Path:
     """A LoRA with random weights for a diffusers model, as `sun train-emoji lora` writes it."""
     from peft import LoraConfig
 
-    from sun.emoji.style import LORA_TARGETS, save_lora
+    from sun.lab.emoji.style import LORA_TARGETS, save_lora
 
     unet = _unet(model_folder)
     unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=LORA_TARGETS))

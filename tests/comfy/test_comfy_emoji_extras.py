@@ -19,8 +19,8 @@ def in_diffusers(kind: str, emoji_folder: Path, adapter_file: Path, **inputs: An
     import diffusers
 
     import sun
-    from sun.control_lora import controlnet_from_unet
-    from sun.emoji.inpainting import load_inpainting_unet
+    from sun.lab.emoji.inpainting import load_inpainting_unet
+    from sun.shipped.control_lora import controlnet_from_unet
 
     base = diffusers.StableDiffusionPipeline.from_pretrained(emoji_folder, torch_dtype=torch.float32)
     parts = dict(base.components)
@@ -69,7 +69,7 @@ def test_the_controlnet_draws_what_it_draws_in_diffusers(
 
 
 def test_any_picture_gives_its_edges(host: SimpleNamespace, run: SimpleNamespace, random_extras) -> None:
-    from sun.edges import find_edges
+    from sun.shipped.edges import find_edges
 
     picture, model = random_picture(), run.apply()
     lines = find_edges(picture.movedim(-1, 1)).movedim(1, -1).expand(-1, -1, -1, 3)

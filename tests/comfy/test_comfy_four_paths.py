@@ -30,7 +30,7 @@ def pipe(emoji_folder: Path) -> Any:
     from diffusers import StableDiffusionPipeline
 
     import sun
-    from sun.schedulers import make_scheduler
+    from sun.pipelines.schedulers import make_scheduler
     from sun.shipped import EMOJI_SUN
 
     pipe = StableDiffusionPipeline.from_pretrained(emoji_folder, safety_checker=None)

@@ -16,7 +16,7 @@ def test_a_style_lora_equals_diffusers(
     from diffusers import UNet2DConditionModel
     from peft import LoraConfig
 
-    from sun.emoji.style import LORA_TARGETS, save_lora
+    from sun.lab.emoji.style import LORA_TARGETS, save_lora
 
     torch.manual_seed(0)
     x, text, t = torch.randn(1, 4, 16, 16), torch.randn(1, 77, 128), torch.tensor([500])

@@ -55,9 +55,9 @@ def node_of(prompt: dict[str, Any], kind: str) -> dict[str, Any]:
 
 def test_the_shipped_workflow_makes_the_picture_sun_generate_makes(server: Server, host: Any, emoji: Any) -> None:
     """Nothing is handed over: from one seed both draw the same noise on the CPU and visit the same sigmas."""
-    from sun.generate import complete, generate, load, noise
-    from sun.recipe import Recipe
-    from sun.schedulers import make_scheduler
+    from sun.pictures.draw import complete, generate, load, noise
+    from sun.pictures.recipe import Recipe
+    from sun.pipelines.schedulers import make_scheduler
 
     prompt = to_prompt(workflow("sun_emoji_txt2img"), server.get("/object_info"))
     (picture,) = server.run(prompt)

@@ -35,7 +35,7 @@ def nothing_kept(host: SimpleNamespace) -> Iterator[None]:
         return adapter.texts(negatives, positive, **options)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(host.part("sun.texts").RunTexts, "__call__", compute)
+        patched.setattr(host.part("sun.conditioning").RunTexts, "__call__", compute)
         yield
 
 

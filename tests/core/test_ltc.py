@@ -25,7 +25,7 @@ from sun.ltc import LtcError, LtcKey, LtcRun, LtcSettings, LtcTable, Measurement
 from sun.ltc.keep import keep_measured, none_calm
 from sun.ltc.schedulers import Stepper, noise_levels, sampler_of
 from sun.ltc.transitions import Fit, angles
-from sun.schedulers import make_scheduler
+from sun.pipelines.schedulers import make_scheduler
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "trailing"}
 SCHEDULERS: dict[str, Any] = {

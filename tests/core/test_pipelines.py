@@ -17,7 +17,7 @@ from tiny import TEXT_WIDTH, make_adapter, make_unet
 
 import sun
 from sun import SunAdapter, SunFileError, trailing_timesteps
-from sun.schedulers import TrailingDDIMScheduler
+from sun.pipelines.schedulers import TrailingDDIMScheduler
 
 KINDS = {
     "text": "StableDiffusionPipeline",

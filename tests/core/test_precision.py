@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sun import precision
-from sun.precision import autocast, has_bf16, resolve
+from sun.common import devices as precision
+from sun.common.devices import autocast, has_bf16, resolve
 
 
 def test_the_cpu_is_asked_for_what_torchs_own_kernels_need() -> None:

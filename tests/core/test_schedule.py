@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from sun.pipelines.schedulers import make_scheduler
 from sun.schedule import alpha_sigma, ddim_step, denoise_timesteps, trailing_timesteps
-from sun.schedulers import make_scheduler
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 

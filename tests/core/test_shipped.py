@@ -77,9 +77,9 @@ def test_the_controlnet_steers_four_steps_of_sun():
     from PIL import Image
 
     import sun
-    from sun.control_lora import controlnet_from_unet
-    from sun.edges import edge_agreement
-    from sun.schedulers import make_scheduler
+    from sun.pipelines.schedulers import make_scheduler
+    from sun.shipped.control_lora import controlnet_from_unet
+    from sun.shipped.edges import edge_agreement
 
     base = StableDiffusionPipeline.from_pretrained(EMOJI_DIFFUSION, safety_checker=None)
     parts = {**base.components, "controlnet": controlnet_from_unet(base.unet, EMOJI_CONTROLNET)}

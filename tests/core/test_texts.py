@@ -11,10 +11,11 @@ import torch
 from tiny import TEXT_WIDTH, make_adapter, make_unet
 
 import sun
+import sun.pipelines.attach as attach_module
 from sun import SunAdapter
 from sun.adapter import SunLayer
-from sun.pipelines import texts_for
-from sun.texts import RunTexts
+from sun.conditioning import RunTexts
+from sun.pipelines.attach import texts_for
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def sun_pipe(pipe: Any) -> Any:
 
 
 def without_keeping(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sun.pipelines, "texts_for", lambda *_, **__: None)
+    monkeypatch.setattr(attach_module, "texts_for", lambda *_, **__: None)
 
 
 def test_a_pipeline_projects_once_a_run_and_forgets(sun_pipe, made, monkeypatch):

@@ -13,9 +13,9 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
-from sun.emoji import sources
-from sun.emoji.base import BaseConfig, build_text_encoder, build_tokenizer, sd15_scheduler
-from sun.emoji.sources import METADATA_PACKAGE, STYLES, Emoji
+from sun.lab.emoji import sources
+from sun.lab.emoji.base import BaseConfig, build_text_encoder, build_tokenizer, sd15_scheduler
+from sun.lab.emoji.sources import METADATA_PACKAGE, STYLES, Emoji
 from sun.training.run import RunConfig
 
 EMOJIS = [

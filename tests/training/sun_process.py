@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from sun.config import apply
+from sun.common.settings import apply
 from sun.training import run as run_module
 from sun.training import sun as sun_module
 

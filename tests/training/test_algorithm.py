@@ -21,7 +21,7 @@ from sun.training.algorithm import (
     substeps,
     teacher_rollout,
 )
-from sun.training.negatives import NegativePrompts
+from sun.training.data.negatives import NegativePrompts
 from sun.training.sun import SunTrainConfig
 from sun.training.targets import draw_timesteps, start_timesteps, sun_losses
 

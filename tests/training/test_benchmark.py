@@ -12,9 +12,9 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sun.config import apply, read_config
-from sun.training.benchmark import Models, measure
-from sun.training.estimate import estimate
+from sun.common.settings import apply, read_config
+from sun.training.cost.benchmark import Models, measure
+from sun.training.cost.estimate import estimate
 from sun.training.run import RunConfig
 from sun.training.sun import SunTrainConfig
 
@@ -56,8 +56,8 @@ def _any_precision() -> Iterator[None]:
 def test_the_command_measures_a_preset(tiny_model: Path, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    from sun.commands import benchmark
-    from sun.commands.app import app
+    from sun.cli import benchmark
+    from sun.cli.app import app
 
     assert benchmark
     small_pictures = ["--set", "resolution=128", "--set", "substeps=1", "--set", "run.batch_size=1"]

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sun.config import ConfigError, apply, read_config
-from sun.emoji.contrast import ContrastShape, EmojiContrast
-from sun.emoji.contrast_training import ContrastConfig, augment, contrastive_loss, fitting, train_contrast
-from sun.emoji.pairs import Pair, ScenePool, caption, full_caption, phrases
-from sun.emoji.scenes import Scene, random_scene
-from sun.emoji.ship import ship_folder
-from sun.emoji.sources import STYLES, load_metadata
+from sun.common.settings import ConfigError, apply, read_config
+from sun.lab.emoji.contrast import ContrastShape, EmojiContrast
+from sun.lab.emoji.contrast_training import ContrastConfig, augment, contrastive_loss, fitting, train_contrast
+from sun.lab.emoji.pairs import Pair, ScenePool, caption, full_caption, phrases
+from sun.lab.emoji.scenes import Scene, random_scene
+from sun.lab.emoji.ship import ship_folder
+from sun.lab.emoji.sources import STYLES, load_metadata
 
 from .conftest import EMOJIS, make_run
 

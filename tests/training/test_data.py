@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sun.config import ConfigError
-from sun.training.data import build_source, list_folder
-from sun.training.negatives import NegativePrompts
-from sun.training.samples import DataError, Lanes, Order, Skipped, crop
-from sun.training.shards import ShardSource, list_shards
+from sun.common.settings import ConfigError
+from sun.training.data.negatives import NegativePrompts
+from sun.training.data.samples import DataError, Lanes, Order, Skipped, crop
+from sun.training.data.shards import ShardSource, list_shards
+from sun.training.data.sources import build_source, list_folder
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from sun import SunAdapter
-from sun.config import ConfigError, apply, read_config
+from sun.common.settings import ConfigError, apply, read_config
 from sun.training import run as run_module
 from sun.training import sun as sun_module
 from sun.training.checkpoint import find_checkpoint, publish, start_checkpoint
@@ -158,7 +158,7 @@ def test_the_preset_for_a_small_card_trains(
 def test_a_run_computes_in_bf16_where_the_device_has_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, expected: str
 ) -> None:
-    monkeypatch.setattr("sun.precision.has_bf16", lambda _: fast)
+    monkeypatch.setattr("sun.common.devices.has_bf16", lambda _: fast)
     run = tiny_run(tmp_path / "run", precision="auto", steps=1)
     assert run.accelerator.mixed_precision == {"bf16": "bf16", "fp32": "no"}[expected]
     for _ in run.steps():
@@ -170,7 +170,7 @@ def test_a_run_computes_in_bf16_where_the_device_has_it(
 def test_half_precision_weights_need_arithmetic_of_their_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sun.precision.has_bf16", lambda _: False)
+    monkeypatch.setattr("sun.common.devices.has_bf16", lambda _: False)
     with pytest.raises(ConfigError, match="precision = bf16"):
         tiny_run(tmp_path / "run", precision="auto", frozen="bf16")
 

@@ -13,19 +13,13 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from sun.config import ConfigError
-from sun.emoji import scenes, sources
-from sun.emoji.base import (
-    SAMPLE_PROMPTS,
-    BaseConfig,
-    build_text_encoder,
-    build_tokenizer,
-    train_base,
-)
-from sun.emoji.scenes import BACKGROUNDS, Scene, caption_of, random_scene, render_scene
-from sun.emoji.ship import captioned_grid, ship_base
-from sun.emoji.text_pretraining import SceneReader, pretrain_text
-from sun.emoji.vae import VaeConfig, reconstruction_loss, to_tensor, train_vae
+from sun.common.settings import ConfigError
+from sun.lab.emoji import scenes, sources
+from sun.lab.emoji.base import SAMPLE_PROMPTS, BaseConfig, build_text_encoder, build_tokenizer, train_base
+from sun.lab.emoji.scenes import BACKGROUNDS, Scene, caption_of, random_scene, render_scene
+from sun.lab.emoji.ship import captioned_grid, ship_base
+from sun.lab.emoji.text_pretraining import SceneReader, pretrain_text
+from sun.lab.emoji.vae import VaeConfig, reconstruction_loss, to_tensor, train_vae
 
 from .conftest import COLOURS, EMOJIS, make_run
 

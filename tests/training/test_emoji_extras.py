@@ -15,12 +15,10 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from torch.nn.utils import parametrize
 
-from sun.config import apply, read_config
-from sun.control_lora import MARK, OWN_LAYERS, controlnet_from_unet, ldm_name, to_control_lora
-from sun.edges import edge_agreement, edge_picture, find_edges
-from sun.emoji.checks import control_figures, inpainting_figures, table
-from sun.emoji.controlnet import ControlNetConfig, build_controlnet, save_controlnet, train_controlnet
-from sun.emoji.inpainting import (
+from sun.common.settings import apply, read_config
+from sun.lab.emoji.checks import control_figures, inpainting_figures, table
+from sun.lab.emoji.controlnet import ControlNetConfig, build_controlnet, save_controlnet, train_controlnet
+from sun.lab.emoji.inpainting import (
     FIRST_LAYER,
     InpaintingConfig,
     draw_mask,
@@ -31,9 +29,11 @@ from sun.emoji.inpainting import (
     train_inpainting,
     widen,
 )
-from sun.emoji.scenes import Scene, render_scene, subject_mask
-from sun.lowrank import add_low_rank, changes_of, merge
+from sun.lab.emoji.scenes import Scene, render_scene, subject_mask
 from sun.shipped import EMOJI_CONTROLNET, EMOJI_INPAINTING
+from sun.shipped.control_lora import MARK, OWN_LAYERS, controlnet_from_unet, ldm_name, to_control_lora
+from sun.shipped.edges import edge_agreement, edge_picture, find_edges
+from sun.shipped.lowrank import add_low_rank, changes_of, merge
 
 from .conftest import EMOJIS, make_run
 
@@ -241,8 +241,8 @@ def test_a_controlnet_trains_and_loads_with_its_card(packages: Path, tiny_model:
 def test_generate_takes_the_shipped_controlnet_by_name(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sun import generate
-    from sun.recipe import Recipe, RecipeError
+    from sun.pictures import draw as generate
+    from sun.pictures.recipe import Recipe, RecipeError
 
     trained = build_controlnet(load(tiny_model).unet, 4)
     shake(trained)

@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import sun
-from sun.config import ConfigError
+from sun.common.settings import ConfigError
 from sun.evaluation import Sampler, parse_method
 from sun.evaluation.accelerators import plan_of
 from sun.evaluation.model import asset_fingerprint

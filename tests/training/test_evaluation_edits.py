@@ -9,11 +9,11 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 
 import sun
-from sun.config import ConfigError
+from sun.common.settings import ConfigError
 from sun.evaluation import EvaluateConfig, Sampler, report
 from sun.evaluation.edits import centre_mask, parse_edit
 from sun.evaluation.sampler import Edit
-from sun.schedulers import make_scheduler
+from sun.pipelines.schedulers import make_scheduler
 
 PROMPTS, NEGATIVES = ["polar bear", "red apple"], ["snake", ""]
 

@@ -16,7 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 import sun
-from sun.config import ConfigError
+from sun.common.settings import ConfigError
 from sun.evaluation import EvaluateConfig, Sampler, build_prompts, parse_method
 from sun.evaluation.features import load_features
 from sun.evaluation.metrics import (
@@ -32,7 +32,7 @@ from sun.evaluation.metrics import (
 from sun.evaluation.negative import compare_change
 from sun.evaluation.sampler import picture_generators
 from sun.evaluation.timing import Timing, time_methods, time_unet_calls
-from sun.training.negatives import NegativePrompts
+from sun.training.data.negatives import NegativePrompts
 
 PROMPTS, NEGATIVES = ["polar bear", "red apple"], ["snake", ""]
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import sun
-from sun.config import ConfigError, apply, read_config
+from sun.common.settings import ConfigError, apply, read_config
 from sun.evaluation import EvaluateConfig, Sampler, report
 from sun.evaluation import run as run_module
 from sun.evaluation.cells import CellStore
@@ -65,7 +65,7 @@ def config(tiny_model: Path, tmp_path: Path) -> EvaluateConfig:
 def test_a_report_is_complete_and_goes_on_where_it_stopped(
     config: EvaluateConfig, eye: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sun.precision.has_bf16", lambda _: False)
+    monkeypatch.setattr("sun.common.devices.has_bf16", lambda _: False)
     config.precision = "auto"
     figures = report(config)
     folder = Path(config.output)

@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 
 import sun
 from sun.cli import app
-from sun.config import ConfigError, apply, read_config
-from sun.emoji.base import sd15_scheduler
-from sun.peers import lcm_lora
-from sun.peers.guided_distillation import GuidedDistillConfig, train_guided_distillation
-from sun.peers.lcm_lora import (
+from sun.common.settings import ConfigError, apply, read_config
+from sun.lab.emoji.base import sd15_scheduler
+from sun.lab.peers import lcm_lora
+from sun.lab.peers.guided_distillation import GuidedDistillConfig, train_guided_distillation
+from sun.lab.peers.lcm_lora import (
     TARGETS,
     LcmLoraConfig,
     LoraStudent,
@@ -34,8 +34,8 @@ from sun.peers.lcm_lora import (
     parameters_per_rank,
     train_lcm_lora,
 )
-from sun.peers.setup import Batch
-from sun.schedulers import make_scheduler
+from sun.lab.peers.setup import Batch
+from sun.pipelines.schedulers import make_scheduler
 from sun.training.algorithm import NoiseSchedule, pseudo_huber
 from sun.training.run import RunConfig, TrainingRun
 

@@ -11,10 +11,10 @@ import torch
 from tiny import TEXT_WIDTH, make_adapter, make_unet
 from torch import Tensor
 
+from sun.evaluation.peers.nag import attach_nag, detach_nag, normalized_guidance
+from sun.evaluation.peers.nasa import attach_nasa, detach_nasa, steer_away
 from sun.layers import layers_of_unet
-from sun.peers.nag import attach_nag, detach_nag, normalized_guidance
-from sun.peers.nasa import attach_nasa, detach_nasa, steer_away
-from sun.pipelines import attach
+from sun.pipelines.attach import attach
 
 METHODS = [pytest.param(attach_nasa, detach_nasa, id="nasa"), pytest.param(attach_nag, detach_nag, id="nag")]
 Attach, Detach = Callable[..., None], Callable[[Any], None]

@@ -12,9 +12,9 @@ from peft import LoraConfig
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from sun.config import ConfigError, apply, read_config
-from sun.emoji.sources import STYLES
-from sun.emoji.style import (
+from sun.common.settings import ConfigError, apply, read_config
+from sun.lab.emoji.sources import STYLES
+from sun.lab.emoji.style import (
     LORA_TARGETS,
     LORA_WEIGHTS,
     LoraStyleConfig,

@@ -12,8 +12,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import sun
-from sun.pipelines import attach
-from sun.training.data import list_folder
+from sun.pipelines.attach import attach
+from sun.training.data.sources import list_folder
 from sun.training.run import RunConfig
 from sun.training.sun import Student, SunTrainConfig, make_adapter, train_sun
 

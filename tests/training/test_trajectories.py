@@ -13,9 +13,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 import sun
-from sun.config import ConfigError, apply, read_config
-from sun.emoji.base import sd15_scheduler
-from sun.emoji.ship import ship_adapter
+from sun.common.settings import ConfigError, apply, read_config
+from sun.lab.emoji.base import sd15_scheduler
+from sun.lab.emoji.ship import ship_adapter
 from sun.training.algorithm import NoiseSchedule, ddim_update
 from sun.training.models import FrozenModels
 from sun.training.run import RunConfig, TrainingRun

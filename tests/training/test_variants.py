@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from sun.adapter import SunAdapter
 from sun.cli import app
-from sun.config import ConfigError, read_config
+from sun.common.settings import ConfigError, read_config
 from sun.evaluation.methods import parse_method
 from sun.training.variants import variant_configs
 

@@ -1,0 +1,14 @@
+"""The command line: ``sun`` or ``python -m sun``. Commands are thin; heavy imports wait until one runs."""
+
+from __future__ import annotations
+
+# Importing a module registers its commands; --help lists them in this order.
+from . import pictures, adapters, calibration, evaluation, training, benchmark  # isort: skip
+from .app import app
+
+__all__ = ["adapters", "app", "benchmark", "calibration", "evaluation", "main", "pictures", "training"]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,103 @@
+"""``sun calibrate``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..pictures.recipe import Recipe
+from .app import app
+from .options import Adapter, ConfigDir, Device, Dtype, Json, Lora, Model, Precision, Size, parse_size
+from .show import out, spinner, write_json
+
+
+class Sampler(StrEnum):
+    """Samplers of sun.pipelines.schedulers that LTC-Accel works with."""
+
+    dpmpp_2m = "dpmpp_2m"
+    ddim = "ddim"
+    euler = "euler"
+
+
+@app.command(
+    epilog="""Examples:
+
+sun calibrate --steps 30 --out tables
+
+sun calibrate "a castle" "two cats" --negative blurry --model sd15-folder --steps 25 --guidance 7.5 --out tables
+
+sun calibrate --adapter emoji --scheduler ddim --steps 8 --last 0 --out tables"""
+)
+def calibrate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts to measure on; the shipped model has its own.")
+    ] = None,
+    negative: Annotated[str, typer.Option(help="Negative prompt of them all.")] = "",
+    target: Annotated[Path, typer.Option("--out", help="Folder for the table.")] = Path("ltc-tables"),
+    steps: Annotated[int, typer.Option(help="Steps of the runs to accelerate.", min=4, max=1000)] = 25,
+    scheduler: Annotated[Sampler, typer.Option(help="Sampler of the runs to accelerate.")] = Sampler.dpmpp_2m,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Guidance scale of these runs, if they state one. (7.5; SUN's own)", min=0.0),
+    ] = None,
+    tau: Annotated[
+        float, typer.Option(help="Skip where transitions turn by less than this (radians); 0: by position.", min=0.0)
+    ] = 0.1,
+    every: Annotated[int, typer.Option(help="Skip one step of this many there.", min=2)] = 2,
+    last: Annotated[int, typer.Option(help="Steps at the end that are never skipped.", min=0)] = 2,
+    terms: Annotated[int, typer.Option(help="Transitions a skip is made of.", min=1, max=2)] = 1,
+    bias: Annotated[bool, typer.Option("--bias", help="Also look for one factor on all coefficients.")] = False,
+    batch: Annotated[int, typer.Option(help="Pictures at a time.", min=1)] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture.", min=0)] = 0,
+    size: Size = "",
+    model: Model = "emoji",
+    config: ConfigDir = "",
+    adapter: Adapter = "none",
+    lora: Lora = None,
+    dtype: Precision = Dtype.auto,
+    device: Device = "auto",
+    figures: Json = None,
+) -> None:
+    """Measure a table for LTC-Accel: which steps of a sampler may be skipped, and with which coefficients."""
+    width, height = parse_size(size)
+    recipe = Recipe(
+        seed=seed, width=width, height=height, steps=steps, model=model, config=config, adapter=adapter,
+        loras=tuple(lora or ()), dtype=dtype.value, device=device,
+    )  # fmt: skip
+    pairs = [(prompt, negative) for prompt in prompts or ()]
+    if not pairs and model != "emoji":
+        raise typer.BadParameter('give prompts this model knows, as in: sun calibrate "a castle" "two cats"')
+    with spinner("loading") as status:
+        from .. import ltc
+        from ..pictures import draw as generate
+        from ..pipelines.attach import attach
+        from ..pipelines.schedulers import make_scheduler
+
+        if not pairs:
+            from ..evaluation.config import EvaluateConfig
+            from ..evaluation.prompts import calibration_pairs
+
+            pairs = calibration_pairs(EvaluateConfig())
+        loaded = generate.load(recipe)
+        recipe = generate.complete(recipe, loaded)
+        pipe = loaded.pipe
+        if loaded.adapter is not None:
+            attach(pipe, loaded.adapter)
+        pipe.scheduler = make_scheduler(scheduler.value, pipe.scheduler.config)
+        settings = ltc.LtcSettings(tau=tau, every=every, last=last, terms=terms)
+        ltc.attach(pipe, settings=settings, folder=target)
+        table = ltc.calibrate(
+            pipe, [p for p, _ in pairs], [n for _, n in pairs], batch=batch, seed=seed, find_bias=bias,
+            progress=status, num_inference_steps=steps, width=recipe.width, height=recipe.height,
+            **({} if guidance is None else {"guidance_scale": guidance}),
+        )  # fmt: skip
+    path = target / table.key.file_name(settings)
+    skipped = ", ".join(
+        f"{i} (c {', '.join(f'{c:.3f}' for c in factors)})" for i, factors in table.coefficients.items()
+    )
+    out.print(f"{table.calls} of {steps} steps call the model; skipped are {skipped}", soft_wrap=True)
+    out.print(f"table: {path}", soft_wrap=True)
+    write_json(figures, {"table": str(path), "calls": table.calls, **table.to_json()})

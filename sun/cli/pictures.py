@@ -1,0 +1,268 @@
+"""``sun generate``, ``sun compare``, ``sun demo``."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import fields, replace
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from ..pictures.png import save_png
+from ..pictures.recipe import Recipe, read_recipe
+from .app import app
+from .options import (
+    Adapter,
+    ConfigDir,
+    DenoiseMode,
+    Device,
+    Dtype,
+    Json,
+    Lora,
+    Model,
+    Precision,
+    Scheduler,
+    Seed,
+    Size,
+    Strength,
+    parse_size,
+)
+from .show import err, figures_table, out, progress_bar, spinner, write_json
+
+
+@app.command(
+    epilog="""Examples:
+
+sun generate "large polar bear, yellow background" --seed 7 --out bear.png
+
+sun generate "cat face next to fish" --negative "gray background" --batch 4
+
+sun generate "a castle" --model dreamshaper.safetensors --adapter sun_adapter.safetensors --lora ink.safetensors:0.8
+
+sun generate "snake, purple background" --init bear.png --strength 0.75
+
+sun generate --from bear.png --out same-bear.png"""
+)
+def generate(
+    ctx: typer.Context,
+    prompt: Annotated[str, typer.Argument(help="What to draw.", show_default=False)] = "",
+    negative: Annotated[str, typer.Option(help="What to keep out of the picture.")] = "",
+    target: Annotated[
+        Path | None,
+        typer.Option("--out", help="PNG to write; a batch becomes NAME-0.png, NAME-1.png, ... (default: sun-SEED.png)"),
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(help="Steps, one U-Net call each; 4 is what SUN is trained for.", min=1, max=1000)
+    ] = 4,
+    seed: Seed = None,
+    batch: Annotated[int, typer.Option(help="Number of pictures.", min=1)] = 1,
+    size: Size = "",
+    scheduler: Annotated[Scheduler, typer.Option(help="ddim is what SUN is trained for.")] = Scheduler.ddim,
+    sun_strength: Strength = 1.0,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Guidance scale: with --adapter none (7.5), or an adapter that takes it (its own).", min=0.0),
+    ] = None,
+    init: Annotated[str, typer.Option(help="Picture to start from.", metavar="IMAGE")] = "",
+    strength: Annotated[
+        float | None,
+        typer.Option(help="How much of --init to repaint, 0 to 1. (default: 0.5; 1 with --mask)", min=0.0, max=1.0),
+    ] = None,
+    mask: Annotated[str, typer.Option(help="White where --init is to be repainted.", metavar="IMAGE")] = "",
+    denoise_mode: Annotated[
+        DenoiseMode, typer.Option(help="trained drops the first steps (fewer calls); respaced keeps the number.")
+    ] = DenoiseMode.trained,
+    control: Annotated[str, typer.Option(help="Control picture for --controlnet.", metavar="IMAGE")] = "",
+    control_scale: Annotated[float, typer.Option(help="How strongly the ControlNet steers.")] = 1.0,
+    controlnet: Annotated[
+        str,
+        typer.Option(
+            help="ControlNet: a diffusers folder or a Control-LoRA file. (emoji: the shipped one)", metavar="PATH"
+        ),
+    ] = "",
+    model: Model = "emoji",
+    config: ConfigDir = "",
+    adapter: Adapter = "emoji",
+    lora: Lora = None,
+    dtype: Precision = Dtype.auto,
+    device: Device = "auto",
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Take all settings from a PNG made by sun; other options change them.")
+    ] = None,
+    figures: Json = None,
+) -> None:
+    """Make pictures from a prompt. The PNG carries everything needed to make it again."""
+    recipe, content = _recipe(ctx, source)
+    if source is None and not prompt:
+        raise typer.BadParameter('give a prompt, as in: sun generate "a red apple"', ctx=ctx)
+    numbered(target or Path("sun.png"), 1)  # a wrong name should not cost a run
+    engine = _engine()
+
+    for change in engine.changes_since(recipe, content) if content else []:
+        err.print(f"[yellow]note:[/yellow] {escape(change)}; the picture may differ")
+    recipe = engine.complete(recipe)
+    with spinner("loading"):
+        loaded = engine.load(recipe)
+        recipe = engine.complete(recipe, loaded)
+    with progress_bar("drawing") as on_step:
+        drawn = engine.generate(loaded, recipe, on_step)
+    target = target or Path(f"sun-{recipe.seed + (recipe.index or 0)}.png")
+    paths = numbered(target, len(drawn.images))
+    for image, path, text in zip(drawn.images, paths, engine.png_texts(recipe), strict=True):
+        save_png(image, path, text)
+    each = " a picture" if recipe.batch > 1 else ""
+    out.print(
+        f"{drawn.unet_calls:g} U-Net calls{each}, {drawn.seconds:.2f} s, seed {recipe.seed + (recipe.index or 0)}"
+    )
+    for path in paths:
+        out.print(str(path), soft_wrap=True)
+    write_json(
+        figures,
+        {
+            "unet_calls": drawn.unet_calls,
+            "seconds": drawn.seconds,
+            "seed": recipe.seed,
+            "pictures": [str(p) for p in paths],
+        },
+    )
+
+
+@app.command(
+    epilog="""Examples:
+
+sun compare "large polar bear, yellow background" "ghost, orange background" --out beside.png
+
+sun compare "a castle" --negative blurry --model model-folder --adapter adapter.safetensors --also ddim-4"""
+)
+def compare(
+    prompts: Annotated[list[str], typer.Argument(help="One picture a prompt.")],
+    negative: Annotated[str, typer.Option(help="What to keep out of the pictures.")] = "",
+    target: Annotated[Path, typer.Option("--out", help="PNG to write: a row a method.")] = Path("compare.png"),
+    steps: Annotated[int, typer.Option(help="SUN's steps.", min=1, max=1000)] = 4,
+    also: Annotated[
+        list[str] | None, typer.Option(help="Another method: ddim-4, dpmpp-8, unipc-4, euler-4, cond-25, sun-8.")
+    ] = None,
+    seed: Seed = 0,
+    size: Size = "",
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale w of the reference. (default: the adapter's own)", min=1.0)
+    ] = None,
+    sun_strength: Strength = 1.0,
+    model: Model = "emoji",
+    config: ConfigDir = "",
+    adapter: Adapter = "emoji",
+    lora: Lora = None,
+    dtype: Precision = Dtype.auto,
+    device: Device = "auto",
+    figures: Json = None,
+) -> None:
+    """Put SUN beside the model's own 25-step pictures: same noise, same prompts, calls counted, distances measured."""
+    engine = _engine()
+    from ..pictures.compare import compare as run
+    from ..pictures.compare import picture
+
+    methods = [f"sun-{steps}", *(also or [])]
+    _check_methods(methods)
+    numbered(target, 1)
+    width, height = parse_size(size)
+    recipe = Recipe(
+        seed=seed or 0, width=width, height=height, sun_strength=sun_strength, model=model, config=config,
+        adapter=adapter, loras=tuple(lora or ()), dtype=dtype.value, device=device,
+    )  # fmt: skip
+    with spinner("loading") as status:
+        loaded = engine.load(recipe)
+        recipe = engine.complete(recipe, loaded)
+        pairs = [(prompt, negative) for prompt in prompts]
+        rows = run(loaded, recipe, pairs, methods, guidance, lambda method: status(f"running {method}"))
+    save_png(picture(rows, pairs), target)
+    out.print(figures_table({row.method: row.figures() for row in rows}, f"{len(pairs)} pictures, reference first"))
+    out.print(str(target), soft_wrap=True)
+    write_json(
+        figures,
+        {
+            "reference": rows[0].method,
+            "methods": {row.method: row.figures() for row in rows},
+            "seed": recipe.seed,
+            "picture": str(target),
+        },
+    )
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("demo"),
+    figures: Json = None,
+) -> None:
+    """Four-step pictures of the shipped model beside its 25-step reference."""
+    _engine()
+    from ..pictures.demo import run
+
+    with spinner("loading") as status:
+        done = run(folder, lambda method: status(f"running {method}"))
+    out.print(
+        figures_table(
+            {row.method: row.figures() for row in done.rows},
+            f"{len(done.pictures)} pictures on {done.device}, reference first",
+        )
+    )
+    first, sun = done.rows[0], done.rows[1]
+    calls = f"{sun.unet_calls:g} U-Net calls instead of {first.unet_calls:g}"
+    # One run of each, after one another: what else the machine did then is in it. What is saved at most are the calls.
+    took = f"{sun.seconds:.2f} s instead of {first.seconds:.2f} s"
+    out.print(f"SUN made each picture with {calls}, {took} (one run; sun bench --emoji takes several)", soft_wrap=True)
+    out.print(f"side by side: {done.grid}", soft_wrap=True)
+    out.print(f"single pictures: {folder}/{done.pictures[0].name} ... {done.pictures[-1].name}", soft_wrap=True)
+    write_json(figures, {"methods": {row.method: row.figures() for row in done.rows}})
+
+
+def _engine() -> Any:
+    """The module that draws, imported now; diffusers' own progress bars would disturb ours."""
+    from diffusers.utils import logging
+
+    from ..pictures import draw as generate
+
+    logging.disable_progress_bar()
+    return generate
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """``x.png`` for one picture, ``x-0.png``, ``x-1.png``, ... for several. Raises BadParameter unless PNG."""
+    if path.suffix.lower() != ".png":
+        raise typer.BadParameter(f"{path} should end in .png, the format that keeps the settings", param_hint="--out")
+    return [path] if count == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
+
+
+def _recipe(ctx: typer.Context, source: Path | None) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe of the options: all of them, or on top of a PNG's those that were given."""
+    base, content = read_recipe(source) if source else (Recipe(), {})
+    known = {f.name for f in fields(Recipe)}
+    given: dict[str, Any] = {}
+    for name, value in ctx.params.items():
+        explicit = getattr(ctx.get_parameter_source(name), "name", "") in ("COMMANDLINE", "ENVIRONMENT")
+        if not source or explicit:
+            given[name] = value.value if isinstance(value, Enum) else value
+    if "size" in given:
+        given["width"], given["height"] = parse_size(given["size"])
+    if "lora" in given:
+        given["loras"] = tuple(given["lora"] or ())
+    if source and {"seed", "batch"} & given.keys():
+        given["index"] = None
+    if given.get("seed", 0) is None:
+        given["seed"] = random.SystemRandom().randrange(2**32)
+    return replace(base, **{k: v for k, v in given.items() if k in known}), content
+
+
+def _check_methods(methods: list[str]) -> None:
+    for method in methods:
+        name, _, steps = method.rpartition("-")
+        if (
+            name not in ("sun", "ddim", "dpmpp", "unipc", "euler", "cond")
+            or not steps.isdigit()
+            or not 1 <= int(steps) <= 1000
+        ):
+            raise typer.BadParameter(
+                f"{method!r} is no method; write for example ddim-4, dpmpp-8 or cond-25", param_hint="--also"
+            )

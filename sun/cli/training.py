@@ -1,0 +1,185 @@
+"""``sun train``, ``sun train-emoji``, ``sun train-peer``: every trainer has the same options and a few of its own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..common.settings import configured, read_config
+from .app import app, emoji_app
+from .options import ConfigFile, Settings
+from .show import out
+
+peer_app = typer.Typer(no_args_is_help=True, help="Train the methods SUN is measured against.")
+app.add_typer(peer_app, name="train-peer")
+
+RUN_OPTIONS = {
+    "output": Annotated[str | None, typer.Option(help="Folder of the run: checkpoints, samples, result.")],
+    "steps": Annotated[int | None, typer.Option(help="Length in steps.", min=1)],
+    "minutes": Annotated[float | None, typer.Option(help="Length in minutes, if that ends it sooner.", min=0.0)],
+    "batch_size": Annotated[int | None, typer.Option(help="Pictures a step and process.", min=1)],
+    "lr": Annotated[float | None, typer.Option(help="Learning rate.")],
+    "resume": Annotated[
+        bool | None, typer.Option("--resume/--no-resume", help="Go on from the run's last checkpoint.")
+    ],
+}
+MODEL = Annotated[str | None, typer.Option(help="Diffusers folder to start from. (emoji: the shipped one)")]
+DATA = Annotated[str | None, typer.Option(help="Folder of pictures and captions, webdataset shards, or emoji:STYLE.")]
+STYLE = Annotated[str | None, typer.Option(help="openmoji, fluent, google, blob, streamline or twemoji.")]
+
+
+def add_trainer(
+    group: typer.Typer, name: str, help: str, trains: str, module: str, config: str, function: str, *,
+    options: Mapping[str, Any] | None = None, product: str = "", examples: tuple[str, ...] = (),
+) -> None:  # fmt: skip
+    """Register a command that reads ``module.config`` (of this package) from its options and calls ``module.function``.
+
+    ``options`` name settings of the configuration; ``trains`` and ``product`` say what lies where, at the end.
+    The module is imported when the command runs: ``--help`` should not wait for torch.
+    """
+    kinds = {**(options or {}), "config": ConfigFile, **RUN_OPTIONS, "settings": Settings}
+
+    def command(**given: Any) -> None:
+        trainer = import_module(f"..{module}", __package__)
+        run = {key: given[key] for key in RUN_OPTIONS}
+        chosen = {key: given[key] for key in options or {}}
+        wanted = configured(getattr(trainer, config)(), given["config"], chosen, run, given["settings"])
+        out.print(f"{trains}: {getattr(trainer, function)(wanted) / product}", soft_wrap=True)
+
+    command.__doc__ = help
+    command.__annotations__ = kinds
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=k) for key, k in kinds.items()]
+    )
+    title = "Examples" if len(examples) > 1 else "Example"
+    group.command(name, epilog=f"{title}:\n\n" + "\n\n".join(examples) if examples else None)(command)
+
+
+add_trainer(
+    app, "train", "Train a SUN adapter for a frozen Stable Diffusion 1.x model (Algorithm 1 of the paper).",
+    "adapter", "training.sun", "SunTrainConfig", "train_sun", options={"model": MODEL, "data": DATA},
+    examples=(
+        "sun train --output runs/sun --minutes 30",
+        "sun train --model sd15-folder --data pictures/ --batch-size 8 --set guidance_scale=7.5",
+        "accelerate launch -m sun train --config sun.toml",
+    ),
+)  # fmt: skip
+add_trainer(
+    emoji_app, "vae", "Train its autoencoder (TAESD layout).",
+    "autoencoder", "lab.emoji.vae", "VaeConfig", "train_vae",
+)  # fmt: skip
+add_trainer(
+    emoji_app, "base", "Train its text encoder and U-Net on a trained autoencoder.",
+    "model", "lab.emoji.base", "BaseConfig", "train_base",
+)  # fmt: skip
+add_trainer(
+    emoji_app, "contrast", "Train the image-text model that evaluation judges its pictures by.",
+    "image-text model", "lab.emoji.contrast_training", "ContrastConfig", "train_contrast",
+)  # fmt: skip
+add_trainer(
+    emoji_app, "style", "Fine-tune its whole U-Net on another style of emoji.",
+    "model", "lab.emoji.style", "StyleConfig", "train_style", options={"style": STYLE, "model": MODEL},
+    examples=("sun train-emoji style --style fluent --config configs/emoji-style.toml",),
+)  # fmt: skip
+add_trainer(
+    emoji_app, "lora", "Train a LoRA of another style of emoji, for diffusers, ComfyUI and A1111.",
+    "LoRA", "lab.emoji.style", "LoraStyleConfig", "train_lora", options={"style": STYLE, "model": MODEL},
+    examples=("sun train-emoji lora --style google --config configs/emoji-lora.toml",),
+)  # fmt: skip
+add_trainer(
+    emoji_app, "controlnet", "Train a small ControlNet that draws along the edges of another picture.",
+    "ControlNet", "lab.emoji.controlnet", "ControlNetConfig", "train_controlnet",
+    options={"style": STYLE, "model": MODEL},
+    examples=("torchrun --nproc_per_node 2 -m sun train-emoji controlnet --config configs/emoji-controlnet.toml",),
+)  # fmt: skip
+add_trainer(
+    emoji_app, "inpainting", "Train its 9-channel inpainting U-Net.",
+    "inpainting model", "lab.emoji.inpainting", "InpaintingConfig", "train_inpainting",
+    options={"style": STYLE, "model": MODEL},
+    examples=("torchrun --nproc_per_node 2 -m sun train-emoji inpainting --config configs/emoji-inpainting.toml",),
+)  # fmt: skip
+add_trainer(
+    peer_app, "lcm-lora", "Train an LCM-LoRA: latent consistency distillation; it takes no negative prompt.",
+    "LoRA", "lab.peers.lcm_lora", "LcmLoraConfig", "train_lcm_lora", options={"model": MODEL, "data": DATA},
+    product="pytorch_lora_weights.safetensors",
+    examples=(
+        "sun train-peer lcm-lora --config configs/peers-lcm-lora.toml --model my-model --data emoji:fluent",
+    ),
+)  # fmt: skip
+add_trainer(
+    peer_app, "guided-distill", "Train the full U-Net on SUN's stage targets; to be done again for every model.",
+    "U-Net", "lab.peers.guided_distillation", "GuidedDistillConfig", "train_guided_distillation",
+    options={"model": MODEL, "data": DATA}, product="unet",
+    examples=(
+        "sun train-peer guided-distill --config configs/peers-guided-distill.toml --model my-model --data emoji:fluent",
+    ),
+)  # fmt: skip
+
+
+@app.command(
+    "train-variants",
+    epilog="""Example:
+
+sun train-variants --config configs/ablations-emoji.toml --minutes 6""",
+)
+def train_variants_command(
+    config: Annotated[Path, typer.Option(help="TOML or JSON file: settings, and tables variants.NAME with changes.")],
+    only: Annotated[str, typer.Option(help="Names of the variants wanted, separated by commas. (default: all)")] = "",
+    minutes: Annotated[float | None, typer.Option(help="Length of each run in minutes.", min=0.0)] = None,
+    settings: Settings = None,
+) -> None:
+    """Train several SUN adapters that differ in a few settings, one after the other; goes on where it stopped."""
+    from ..training.variants import train_variants, variant_configs
+
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    configs = variant_configs(read_config(config), names, str(config), settings or [])
+    for variant in configs.values():
+        if minutes is not None:
+            variant.run.minutes = minutes
+    for name, adapter in train_variants(configs):
+        out.print(f"{name}: {adapter}", soft_wrap=True)
+
+
+@emoji_app.command("ship")
+def train_emoji_ship(
+    base: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji base` run.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="Folder of its `train-emoji vae` run, for the card.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Folder of a finished `sun train` run.")] = None,
+    contrast: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji contrast` run.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji lora` run.")] = None,
+    controlnet: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji controlnet` run.")] = None,
+    inpainting: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji inpainting` run.")] = None,
+    guidance: Annotated[float, typer.Option(help="Guidance scale of the card's pictures.")] = 4.0,
+    notes: Annotated[Path | None, typer.Option(help="Markdown to put at the end of the card.")] = None,
+) -> None:
+    """Write finished runs into the package, as fp16 with a model card."""
+    from ..lab.emoji.ship import ship_adapter, ship_base, ship_folder
+    from ..shipped import (
+        EMOJI_CONTRAST,
+        EMOJI_CONTROLNET,
+        EMOJI_DIFFUSION,
+        EMOJI_INPAINTING,
+        EMOJI_SUN,
+        MODELS_DIR,
+    )
+
+    text = notes.read_text() if notes else ""
+    if base:
+        out.print(f"model: {ship_base(base, EMOJI_DIFFUSION, guidance, text, vae)}", soft_wrap=True)
+    if adapter:
+        out.print(f"adapter: {ship_adapter(adapter, EMOJI_SUN, text)}", soft_wrap=True)
+    if contrast:
+        out.print(f"image-text model: {ship_folder(contrast / 'contrast', EMOJI_CONTRAST, text)}", soft_wrap=True)
+    if lora:
+        out.print(f"LoRA: {ship_folder(lora / 'lora', MODELS_DIR / lora.name, text)}", soft_wrap=True)
+    if controlnet:
+        folder = ship_folder(controlnet / "controlnet", EMOJI_CONTROLNET.parent, text)
+        out.print(f"ControlNet: {folder}", soft_wrap=True)
+    if inpainting:
+        folder = ship_folder(inpainting / "inpainting", EMOJI_INPAINTING.parent, text)
+        out.print(f"inpainting model: {folder}", soft_wrap=True)

@@ -1,1 +1,0 @@
-"""The commands of ``sun``, one module a subject; they import the heavy parts when they run."""

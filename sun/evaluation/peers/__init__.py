@@ -1,0 +1,1 @@
+"""The methods without training that SUN is measured against."""

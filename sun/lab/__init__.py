@@ -1,0 +1,1 @@
+"""How the shipped models and the reports were made. Nothing else imports this."""

@@ -1,0 +1,205 @@
+"""A small edge ControlNet for Emoji Diffusion, trained on rendered scenes and the edges of their pictures.
+
+It ships as a Control-LoRA: the layers only a ControlNet has, and a change of low rank to the U-Net's own encoder. A
+whole copy of that encoder is 9.3 MB in fp16 and would not leave room for the other models of the repository; of rank 16
+the file is 2.9 MB, and ComfyUI's own loader reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...pictures.png import save_png, to_images
+from ...shipped import EMOJI_CONTROLNET
+from ...shipped.control_lora import OWN_LAYERS, controlnet_from_unet, to_control_lora
+from ...shipped.edges import find_edges
+from ...shipped.lowrank import add_low_rank, changes_of
+from ...training.cost.speed import use_fast_attention
+from ...training.run import RunConfig, TrainingRun, start_run
+from .base import Batch, Losses, SceneConfig, denoising_loss, train_on_scenes
+from .cards import data_section, licence_of, settings_of, training_section, write_json
+from .checks import REFERENCE_STEPS, SUN_STEPS, Scenes, adapter_for, control_figures, draw, draw_scenes, sheet, table
+from .latents import encode_pictures, scenes_in_style
+from .scenes import posed, render_scene
+from .sources import load_metadata
+from .style import load_start, name_of, styles_of
+from .vae import to_tensor
+
+COMMAND = "sun train-emoji controlnet --config configs/emoji-controlnet.toml"
+
+
+@dataclass
+class ControlNetConfig(SceneConfig):
+    """``rank`` of the change to the encoder; ``check_scenes`` are drawn at the end for the card's figures."""
+
+    run: RunConfig = field(
+        default_factory=lambda: RunConfig(
+            output="runs/emoji-controlnet", steps=1000, batch_size=32, lr=1e-3, lr_schedule="cosine", warmup_steps=50,
+            weight_decay=0.01, betas=(0.9, 0.99), ema_decay=0.99,
+        )
+    )  # fmt: skip
+    stages: tuple[tuple[int, float], ...] = ()
+    scenes: int = 2500
+    # Without a caption only the edges say what is there: that is how a ControlNet learns to read them.
+    empty_captions: float = 0.5
+    sample_guidance: float = 4.0
+    model: str = "emoji"
+    rank: int = 16
+    check_scenes: int = 24
+
+
+def build_controlnet(unet: Any, rank: int) -> Any:
+    """A ControlNetModel of ``unet`` with low-rank changes on its encoder and its own layers to be trained whole."""
+    controlnet = ControlNetModel.from_unet(unet)
+    add_low_rank(controlnet, rank, leave=OWN_LAYERS)
+    return controlnet
+
+
+class PosedScenes:
+    """The scenes of a stage turned and stretched: latents [N, 4, h, w] and edges, white on black [N, 1, H, W].
+
+    As they are rendered the base knows an emoji's shape by heart, and edges would tell it nothing.
+    """
+
+    def __init__(self, config: ControlNetConfig, vae: Any, size: int) -> None:
+        seed = config.run.seed
+        self.scenes, pictures = scenes_in_style(load_metadata(config.emojis), config.style, config.scenes, seed)
+        drawn = [
+            posed(render_scene(scene, pictures, size), scene, random.Random(f"{seed}/{i}"))
+            for i, scene in enumerate(self.scenes)
+        ]
+        identity = hashlib.sha256(b"".join(picture.tobytes() for picture in drawn)).hexdigest()
+        self.latents = encode_pictures(vae, f"posed-{config.style}-{size}", identity, len(drawn), drawn.__getitem__)
+        self.edges = torch.cat([as_control(to_tensor([picture]))[:, :1] > 0.5 for picture in drawn])
+
+    def control(self, numbers: list[int]) -> Tensor:
+        """[B, 3, H, W] in 0..1."""
+        return self.edges[numbers].float().expand(-1, 3, -1, -1)
+
+
+def train_controlnet(config: ControlNetConfig) -> Path:
+    """Train, and write ``<output>/controlnet`` (weights, card, pictures); returns that folder."""
+    pipe = load_start(config, config.model)
+    torch.manual_seed(config.run.seed)
+    controlnet = build_controlnet(pipe.unet, config.rank)
+    run = start_run(config, {"controlnet": controlnet.train()})
+    use_fast_attention(controlnet, run.accelerator.device)
+    pipe.vae.to(run.accelerator.device)
+    with run.accelerator.main_process_first():  # the others then read what it wrote
+        shown = {size: PosedScenes(config, pipe.vae, size) for size, _ in config.stages}
+    folder = run.folder / "controlnet"
+
+    def loss_of(batch: Batch) -> Losses:
+        edges = shown[batch.size].control(batch.numbers).to(run.accelerator.device)
+
+        def predict(x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+            down, mid = run.modules["controlnet"](x_t, t, context, controlnet_cond=edges, return_dict=False)
+            return pipe.unet(
+                x_t, t, context, down_block_additional_residuals=down, mid_block_additional_residual=mid
+            ).sample
+
+        return denoising_loss(config, run, pipe, batch, predict)
+
+    def save(size: int) -> None:
+        with run.averaged():
+            if run.accelerator.is_main_process:
+                save_controlnet(run.unwrapped("controlnet"), folder / EMOJI_CONTROLNET.name, name_of(config.model))
+        run.say(f"step {run.progress.step}: {run.average_losses()}")
+
+    train_on_scenes(config, run, pipe, save, loss_of, lambda size: (shown[size].scenes, shown[size].latents))
+    if run.accelerator.is_main_process:
+        finish(config, run, pipe, folder)
+    return folder
+
+
+def as_control(pixels: Tensor) -> Tensor:
+    """The control pictures [B, 3, h, w] in 0..1 of pictures [B, 3, h, w] in -1..1."""
+    return find_edges(pixels / 2 + 0.5).expand(-1, 3, -1, -1)
+
+
+def save_controlnet(controlnet: Any, file: Path, base: str) -> Path:
+    """Write the trained weights as a Control-LoRA in fp16; returns the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(to_control_lora(changes_of(controlnet)), file, metadata={"format": "pt", "base_model": base})
+    return file
+
+
+def finish(config: ControlNetConfig, run: TrainingRun, pipe: Any, folder: Path) -> None:
+    """Draw with the file that was written, and write pictures, figures, settings and card beside it."""
+    file = folder / EMOJI_CONTROLNET.name
+    checked = draw_scenes(config.style, config.emojis, config.check_scenes, config.stages[-1][0], pose=True)
+    rows = draw_controlled(config, run, pipe, file, checked)
+    figures = control_figures(rows, checked.pixels)
+    control = as_control(checked.pixels)
+    save_png(sheet({"scene": checked.pixels, "control": control * 2 - 1, **rows}, 6), folder / "samples.png")
+    for i, image in enumerate(to_images(control[:2] * 2 - 1)):
+        save_png(image, folder / f"edges-{i}.png")
+    write_json(folder / "settings.json", {**settings_of(config, run), "edge_agreement": figures})
+    (folder / "README.md").write_text(controlnet_card(config, run, file, figures))
+
+
+def draw_controlled(
+    config: ControlNetConfig, run: TrainingRun, pipe: Any, file: Path, checked: Scenes
+) -> dict[str, Tensor]:
+    """The check's pictures [N, 3, h, w] by method: the base alone, with the ControlNet and, where there is one for
+    this base, with SUN."""
+    controlnet = controlnet_from_unet(pipe.unet, file)
+    use_fast_attention(controlnet, run.accelerator.device)
+    steered = StableDiffusionControlNetPipeline(
+        **{**pipe.components, "controlnet": controlnet}, requires_safety_checker=False
+    )
+    size, control = config.stages[-1][0], as_control(checked.pixels)
+    with run.accelerator.autocast():
+        rows = {
+            f"without it, {REFERENCE_STEPS} steps": draw(
+                pipe, checked.captions, config.sample_guidance, width=size, height=size
+            ),
+            f"with it, {REFERENCE_STEPS} steps": draw(
+                steered, checked.captions, config.sample_guidance, image=control
+            ),
+        }  # fmt: skip
+        if adapter := adapter_for(config.model):
+            rows[f"with it and SUN, {SUN_STEPS} steps"] = draw(steered, checked.captions, 1.0, adapter, image=control)
+    return rows
+
+
+def controlnet_card(config: ControlNetConfig, run: TrainingRun, file: Path, figures: dict[str, float]) -> str:
+    """The model card, Markdown."""
+    parameters = sum(p.numel() for p in run.parameters) / 1e6
+    return f"""---
+license: {licence_of(styles_of(config))}
+tags: [controlnet, control-lora]
+---
+
+# Edge ControlNet for {name_of(config.model)}
+
+Draws a prompt along given edges (white on black). A Control-LoRA of rank {config.rank}: {parameters:.2f} M parameters,
+{file.stat().st_size / 1e6:.2f} MB; the rest of its encoder is the base model's own.
+
+![scene, control, and what each method drew](samples.png)
+
+- ComfyUI: the node Load Emoji ControlNet, with Apply ControlNet; it finds the edges of any picture by itself. The file
+  also works in the stock node Load ControlNet Model, from `models/controlnet`.
+- Command line: `sun generate "cloud with rain, orange background" --controlnet emoji --control
+  sun/models/emoji-controlnet/edges-0.png`; Python:
+  `sun.shipped.control_lora.controlnet_from_unet(pipe.unet, file)` gives diffusers' `ControlNetModel`.
+- The control is made by `sun.shipped.edges.find_edges` (tensors) or `edge_picture` (PIL): Canny's detector on colours,
+  smoothed by 1 pixel, thresholds 0.05 and 0.12.
+
+## Figures
+
+Agreement of the edges of {config.check_scenes} drawn pictures with the control, F1 within 2 pixels (1 is best). The
+scenes are turned and stretched in ways their captions do not tell:
+
+{table(figures, "edge agreement", "{:.3f}".format)}
+{data_section(styles_of(config))}
+{training_section(run, COMMAND)}"""

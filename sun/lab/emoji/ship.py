@@ -1,0 +1,200 @@
+"""Turn finished training runs into what the package ships: fp16 safetensors and a model card with its figures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from ...adapter import SunAdapter
+from ...pictures.png import grid, save_png
+from ...training.run import RunConfig, describe_machine
+from .base import SAMPLE_PROMPTS, sample_images
+from .cards import data_section
+from .sources import METADATA_PACKAGE, STYLES
+
+
+def captioned_grid(images: list[Image.Image], captions: list[str], columns: int) -> Image.Image:
+    """Pictures with their prompts above, in rows of ``columns``."""
+    rows = [
+        grid(images[i : i + columns], columns, column_labels=captions[i : i + columns])
+        for i in range(0, len(images), columns)
+    ]
+    page = Image.new("RGB", (rows[0].width, sum(r.height for r in rows)), "white")
+    y = 0
+    for row in rows:
+        page.paste(row, (0, y))
+        y += row.height
+    return page
+
+
+def _edit_json(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    edit(settings)
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def make_portable(model: Path) -> None:
+    """Rid the configurations of a saved diffusers folder of what only holds on this machine, or warns elsewhere."""
+    # AutoencoderTiny writes a setting into its own configuration that it warns about when reading it back.
+    if json.loads((model / "vae" / "config.json").read_text())["_class_name"] == "AutoencoderTiny":
+        _edit_json(model / "vae" / "config.json", lambda settings: settings.pop("block_out_channels", None))
+    for config in model.rglob("*.json"):  # where the run was on this machine is nobody's business
+        if config.parent.name != "tokenizer":
+            _edit_json(config, lambda settings: settings.pop("_name_or_path", None))
+    # transformers loads in the dtype named here and diffusers in fp32: name the same one.
+    _edit_json(model / "text_encoder" / "config.json", lambda settings: settings.update(dtype="float32"))
+    # A tokenizer that was used remembers how its last texts were padded and cut.
+    _edit_json(model / "tokenizer" / "tokenizer.json", lambda settings: settings.update(truncation=None, padding=None))
+
+
+def _history(run: Path) -> dict[str, Any]:
+    lines = (run / "log.jsonl").read_text().splitlines()
+    return json.loads(lines[-1])
+
+
+def ship_base(
+    run_folder: str | Path,
+    destination: str | Path,
+    guidance_scale: float,
+    notes: str = "",
+    vae_run: str | Path | None = None,
+) -> Path:
+    """Write the model of ``run_folder`` as fp16 into ``destination`` with its card and its grid of 24 prompts."""
+    run, out = Path(run_folder), Path(destination)
+    pipe = StableDiffusionPipeline.from_pretrained(run / "model", torch_dtype=torch.float16, safety_checker=None)
+    if out.exists():
+        shutil.rmtree(out)
+    pipe.save_pretrained(out, safe_serialization=True)
+    make_portable(out)
+    # What lands in the file is fp16: the grid is made from these very weights.
+    pipe = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32, safety_checker=None)
+    images = sample_images(pipe, guidance_scale)
+    save_png(captioned_grid(images, list(SAMPLE_PROMPTS), 6), out / "samples.png")
+    counts = {
+        name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("unet", "text_encoder", "vae")
+    }
+    size = sum(f.stat().st_size for f in out.rglob("*.safetensors"))
+    style, done = STYLES["twemoji"], _history(run)
+    vae_done = _history(Path(vae_run)) if vae_run else None
+    card = (
+        f"""---
+license: cc-by-4.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# Emoji Diffusion
+
+A small Stable Diffusion 1.x: the same parts, topology and noise schedule (4 stages, 2 layers each, 16 cross-attention
+layers, epsilon prediction), narrow enough to be trained on two CPU cores. {pipe.unet.config.sample_size * 8} x {pipe.unet.config.sample_size * 8} pixels.
+It exists so that this project can train, test and show SUN on a real diffusion model that fits in a repository.
+
+![24 prompts, 25 steps of DPM-Solver++ with CFG {guidance_scale:g}](samples.png)
+
+| part | parameters |
+|---|---|
+| U-Net, widths {tuple(pipe.unet.config.block_out_channels)}, {pipe.unet.config.attention_head_dim} heads | {counts["unet"] / 1e6:.2f} M |
+| CLIP text encoder, width {pipe.text_encoder.config.hidden_size}, {pipe.text_encoder.config.num_hidden_layers} layers, own BPE vocabulary of {len(pipe.tokenizer)} | {counts["text_encoder"] / 1e6:.2f} M |
+| AutoencoderTiny (TAESD layout), scaling factor {pipe.vae.config.scaling_factor:g} | {counts["vae"] / 1e6:.2f} M |
+| all weights, fp16 | {size / 1e6:.1f} MB |
+
+## Data and licences
+
+- Pictures: `{style.package}` (npm). {style.attribution}. {style.licence}.
+- Names and categories: `{METADATA_PACKAGE}` (npm), MIT.
+- Captions are written by `sun/lab/emoji/scenes.py`: the emoji's names and a random part of size, place, background colour,
+  mirroring and category; one scene in five shows two emoji. The emoji are the about 120
+  `everyday` ones of `sun/lab/emoji/vocabulary.json`.
+
+The weights are derived from the pictures and carry their licence, CC-BY 4.0.
+
+## Training
+
+    sun train-emoji vae --config configs/emoji-vae.toml
+    sun train-emoji base --config configs/emoji-base.toml
+
+| | steps | minutes | loss at the end |
+|---|---|---|---|
+"""
+        + "".join(
+            f"| {what} | {d['step']} | {d['seconds'] / 60:.0f} | {', '.join(f'{k} {v:.4f}' for k, v in d['losses'].items())} |\n"
+            for what, d in (("autoencoder", vae_done), ("text encoder and U-Net", done))
+            if d
+        )
+        + f"""
+Seed {RunConfig().seed}, {done.get("precision", "bf16")}, EMA, on: {describe_machine()}.
+
+{notes}
+"""
+    )
+    (out / "README.md").write_text(card)
+    return out
+
+
+def ship_adapter(run_folder: str | Path, destination: str | Path, notes: str = "") -> Path:
+    """Copy the adapter of a SUN run into the package and write its card from the header's figures."""
+    source, target = Path(run_folder) / "adapter.safetensors", Path(destination)
+    shutil.copyfile(source, target)
+    adapter = SunAdapter.load(target)
+    info, training = adapter.info, adapter.info.training
+    runs = [training]
+    while earlier := runs[0].get("from"):
+        runs.insert(0, earlier)
+    tuned = {name.removeprefix("emoji-") for run in runs for name in run.get("fine_tunes", ())}
+    styles = ("twemoji", *(style for style in STYLES if style in tuned))
+    told = ("run", "losses", "step", "seconds", "processes", "machine", "from")
+    settings = {name: value for name, value in training.items() if name not in told}
+    target.with_suffix(".md").write_text(
+        f"""# SUN adapter for {info.base_model}
+
+{target.stat().st_size / 1e6:.2f} MB, fp16, branches: {info.branches}, guidance scale {adapter.guidance_in_words()}.
+
+{data_section(styles)}
+## Training
+
+{"".join(map(_run_lines, runs))}Losses at the end: {", ".join(f"{k} {v:.4f}" for k, v in training["losses"].items())}.
+
+| setting of the last run | value |
+|---|---|
+"""
+        + "".join(f"| {name} | {value} |\n" for name, value in settings.items())
+        + f"| lr | {training['run']['lr']} ({training['run']['lr_schedule']}) |\n\n{notes}\n"
+    )
+    return target
+
+
+def _run_lines(training: Mapping[str, Any]) -> str:
+    """Markdown: the command of one run of ``sun train`` and what became of it."""
+    run, processes = training["run"], training.get("processes", 1)
+    launcher = f"torchrun --nproc_per_node {processes} -m " if processes > 1 else ""
+    kind = "-several" if training.get("fine_tunes") else "-guided" if any(training.get("guidance_range", ())) else ""
+    machine = f", on {training['machine']}" if "machine" in training else ""
+    return (
+        f"    {launcher}sun train --config configs/emoji-sun{kind}.toml --minutes {run['minutes']:g} "
+        f"--batch-size {run['batch_size']}\n\n"
+        f"{training['step']} steps of batch {processes} x {run['batch_size']}, {training['seconds'] / 60:.0f} minutes, "
+        f"seed {run['seed']}{machine}.\n\n"
+    )
+
+
+def ship_folder(source: str | Path, destination: str | Path, notes: str = "") -> Path:
+    """Copy a folder that a run wrote ready to be shipped (weights and card) and add ``notes`` to its card.
+
+    Raises FileNotFoundError when there is no card: the run is not finished.
+    """
+    source, out = Path(source), Path(destination)
+    if not (source / "README.md").exists():
+        raise FileNotFoundError(f"{source} has no README.md: give the folder of a run that has ended.")
+    if out.exists():
+        shutil.rmtree(out)
+    shutil.copytree(source, out)
+    if notes:
+        (out / "README.md").write_text(f"{(source / 'README.md').read_text()}\n{notes}\n")
+    return out

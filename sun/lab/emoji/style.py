@@ -1,0 +1,184 @@
+"""Emoji Diffusion in other styles: full fine-tunes of its U-Net, and LoRAs.
+
+They are what users of Stable Diffusion have: models that a SUN adapter trained on the base never saw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_kohya
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from ...common.settings import ConfigError, last_name
+from ...training.models import load_frozen
+from ...training.run import RunConfig, TrainingRun, start_run
+from .base import SceneConfig, save_base, save_samples, train_on_scenes
+from .cards import data_section, licence_of, settings_of, training_section, write_json
+from .ship import make_portable
+from .sources import STYLES
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # the name load_lora_weights looks for in a folder
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+@dataclass
+class StyleConfig(SceneConfig):
+    """A full fine-tune of ``model``. Without ``stages`` it trains at the model's own size.
+
+    The text encoder is frozen unless ``train_text_encoder``, so that prompts keep their meaning, and text states
+    their place, for an adapter that was trained on the base.
+    """
+
+    run: RunConfig = field(
+        default_factory=lambda: RunConfig(
+            output="", steps=2000, batch_size=32, lr=3e-4, lr_schedule="cosine", warmup_steps=50, weight_decay=0.01,
+            betas=(0.9, 0.99), ema_decay=0.995,
+        )
+    )  # fmt: skip
+    style: str = "openmoji"
+    stages: tuple[tuple[int, float], ...] = ()
+    sample_guidance: float = 4.0
+    model: str = "emoji"
+    train_text_encoder: bool = False
+
+
+@dataclass
+class LoraStyleConfig(SceneConfig):
+    """A LoRA (Hu et al. 2021, arXiv 2106.09685) of ``rank`` on the U-Net's attention layers, alpha = rank."""
+
+    run: RunConfig = field(
+        default_factory=lambda: RunConfig(
+            output="", steps=1500, batch_size=32, lr=1e-3, lr_schedule="cosine", warmup_steps=50, weight_decay=0.01,
+            betas=(0.9, 0.99), ema_decay=0.99,
+        )
+    )  # fmt: skip
+    style: str = "openmoji"
+    stages: tuple[tuple[int, float], ...] = ()
+    sample_guidance: float = 4.0
+    model: str = "emoji"
+    rank: int = 16
+
+
+def train_style(config: StyleConfig) -> Path:
+    """Train, and write ``<output>/model`` (a StableDiffusionPipeline folder with a card); returns that folder."""
+    pipe = load_start(config, config.model)
+    config.run.output = config.run.output or f"runs/emoji-{config.style}"
+    modules: dict[str, torch.nn.Module] = {"unet": pipe.unet.requires_grad_(True).train()}
+    if config.train_text_encoder:
+        modules["text_encoder"] = pipe.text_encoder.requires_grad_(True).train()
+    run = start_run(config, modules)
+
+    def save(size: int) -> None:
+        folder = save_base(config, run, pipe, size)
+        if run.accelerator.is_main_process:
+            make_portable(folder)
+
+    train_on_scenes(config, run, pipe, save)
+    folder = run.folder / "model"
+    if run.accelerator.is_main_process:
+        write_json(run.folder / "settings.json", settings_of(config, run))
+        (folder / "README.md").write_text(style_card(config, run))
+    return folder
+
+
+def train_lora(config: LoraStyleConfig) -> Path:
+    """Train, and write ``<output>/lora`` (the weights, a card); returns that folder."""
+    pipe = load_start(config, config.model)
+    config.run.output = config.run.output or f"runs/emoji-lora-{config.style}"
+    torch.manual_seed(config.run.seed)
+    pipe.unet.add_adapter(
+        LoraConfig(r=config.rank, lora_alpha=config.rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
+    )
+    for name, parameter in pipe.unet.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    run = start_run(config, {"unet": pipe.unet.train()})
+
+    def save(size: int) -> None:
+        with run.averaged():
+            if run.accelerator.is_main_process:
+                save_lora(pipe.unet, run.folder / "lora", {"base_model": name_of(config.model), "style": config.style})
+                save_samples(config, run, pipe, size)
+        run.say(f"step {run.progress.step}: {run.average_losses()}")
+
+    train_on_scenes(config, run, pipe, save)
+    folder = run.folder / "lora"
+    if run.accelerator.is_main_process:
+        write_json(folder / "settings.json", settings_of(config, run))
+        (folder / "README.md").write_text(lora_card(config, run, folder))
+    return folder
+
+
+def save_lora(unet: Any, folder: Path, metadata: dict[str, str] | None = None) -> Path:
+    """Write the peft LoRA of a diffusers U-Net as fp16; returns the file.
+
+    The keys are kohya's (``lora_unet_…``, with alpha): diffusers' ``load_lora_weights``, ComfyUI and A1111 all read
+    these, while ComfyUI leaves out peft's own keys of a Stable Diffusion 1.x U-Net without an error.
+    """
+    layers = {f"unet.{name}": weight for name, weight in get_peft_model_state_dict(unet).items()}
+    weights = convert_state_dict_to_kohya(layers)
+    folder.mkdir(parents=True, exist_ok=True)
+    half = {k: (v.half() if v.is_floating_point() else v.float()).cpu().contiguous() for k, v in weights.items()}
+    save_file(half, folder / LORA_WEIGHTS, metadata={"format": "pt", **(metadata or {})})
+    return folder / LORA_WEIGHTS
+
+
+def style_card(config: StyleConfig, run: TrainingRun) -> str:
+    """The model card, Markdown."""
+    trained = "U-Net and text encoder" if config.train_text_encoder else "U-Net"
+    return f"""---
+license: {licence_of(styles_of(config))}
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# {name_of(config.model)}, fine-tuned on {config.style}
+
+All weights of the {trained} trained on {config.scenes} scenes in this style; the other parts are the base
+model's.
+
+{data_section(styles_of(config))}
+{training_section(run, f"sun train-emoji style --style {config.style} --config configs/emoji-style.toml")}"""
+
+
+def lora_card(config: LoraStyleConfig, run: TrainingRun, folder: Path) -> str:
+    """The model card, Markdown."""
+    parameters = sum(p.numel() for p in run.parameters) / 1e6
+    megabytes = (folder / LORA_WEIGHTS).stat().st_size / 1e6
+    return f"""---
+license: {licence_of(styles_of(config))}
+library_name: diffusers
+tags: [lora]
+---
+
+# LoRA of {name_of(config.model)}: {config.style}
+
+Rank {config.rank} on the U-Net's attention layers, alpha = rank; {parameters:.2f} M parameters, {megabytes:.2f} MB.
+Load it with `pipe.load_lora_weights(folder)`, `sun generate --lora {LORA_WEIGHTS}` or ComfyUI's node Load LoRA.
+
+{data_section(styles_of(config))}
+{training_section(run, f"sun train-emoji lora --style {config.style} --config configs/emoji-lora.toml")}"""
+
+
+def load_start(config: SceneConfig, model: str) -> StableDiffusionPipeline:
+    """The frozen pipeline to start from; fills in ``config.stages``. Raises ConfigError."""
+    if config.style not in STYLES:
+        raise ConfigError(f"style takes {', '.join(STYLES)}, not {config.style!r}.")
+    pipe = load_frozen(model)
+    config.stages = config.stages or ((pipe.unet.config.sample_size * 8, 1.0),)
+    return pipe
+
+
+def styles_of(config: SceneConfig) -> tuple[str, ...]:
+    """The styles whose pictures are in the weights: the base's and the new one."""
+    return tuple(dict.fromkeys(("twemoji", config.style)))
+
+
+def name_of(model: str) -> str:
+    return "Emoji Diffusion" if model == "emoji" else last_name(model)

@@ -1,0 +1,1 @@
+"""Trainers of the methods SUN is measured against."""

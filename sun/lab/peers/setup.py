@@ -1,0 +1,134 @@
+"""What the trainers of the peers share: the frozen model, pictures with captions, pictures to look at, a card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...common.settings import ConfigError, without_folders
+from ...pictures.png import save_grid, to_images
+from ...pipelines.text import encode_texts
+from ...training.algorithm import NoiseSchedule
+from ...training.cost.speed import use_fast_attention
+from ...training.data.sources import Source, build_source
+from ...training.run import DTYPES, RunConfig, TrainingRun
+from ...training.sun import SunTrainConfig, latent_scale, sample_prompts
+
+
+class PeerConfig(Protocol):
+    """The settings every peer has."""
+
+    run: RunConfig
+    model: str
+    data: str
+    cache: str
+    workers: int
+    resolution: int
+    guidance_scale: float
+    empty_captions: float
+
+
+@dataclass
+class Batch:
+    """Latents [B, 4, h, w] in model units, text states of their captions and of the empty prompt [B, L, D]."""
+
+    x0: Tensor
+    positive: Tensor
+    empty: Tensor
+
+
+class Distillation:
+    """A frozen model and its data, on the device of a run. What is random comes from the run's own generators."""
+
+    def __init__(self, config: PeerConfig, pipe: Any, run: TrainingRun) -> None:
+        if run.sharded:
+            raise ConfigError(
+                "FSDP needs equal U-Net calls on all processes, which this training does not make. Launch with DDP."
+            )
+        self.config, self.pipe, self.run = config, pipe, run
+        self.device = run.accelerator.device
+        pipe.vae.to(self.device)
+        run.place(pipe.text_encoder)
+        pipe.unet.to(self.device)
+        use_fast_attention(pipe.unet, self.device)
+        for parameter in pipe.unet.parameters():
+            if not parameter.requires_grad:  # a LoRA on it stays in float32
+                parameter.data = parameter.data.to(DTYPES[config.run.frozen])
+        self.schedule = NoiseSchedule(pipe.scheduler.alphas_cumprod).to(self.device)
+        scale = latent_scale(pipe.vae)
+        resolution = config.resolution or pipe.unet.config.sample_size * scale
+        self.latent_size = resolution // scale
+        self.source: Source = run.track(
+            "data",
+            build_source(
+                config.data, pipe.vae, resolution, run.rng, self.device,
+                seed=config.run.seed, workers=config.workers, cache=config.cache, encode=self.encode,
+            ),
+        )  # fmt: skip
+        self._sampled = run.progress.seconds
+
+    @property
+    def total(self) -> int:
+        """T, the number of timesteps of the noise schedule."""
+        return self.schedule.num_train_timesteps
+
+    @torch.no_grad()
+    def encode(self, texts: list[str]) -> Tensor:
+        """Text states [B, L, D]."""
+        return encode_texts(self.pipe.tokenizer, self.pipe.text_encoder, texts)
+
+    @torch.no_grad()
+    def batch(self) -> Batch:
+        """New pictures; a share ``empty_captions`` of them without its caption."""
+        x0, captions = self.source(self.config.run.batch_size)
+        captions = ["" if self.run.rng.random() < self.config.empty_captions else c for c in captions]
+        positive = self.source.encoder(self.encode)(captions)
+        return Batch(x0, positive, self.encode([""]).expand_as(positive))
+
+    def time_to_sample(self) -> bool:
+        """Whether ``sample_minutes`` have passed since the last time this was true."""
+        due = self.run.progress.seconds - self._sampled > 60 * self.config.run.sample_minutes
+        if due:
+            self._sampled = self.run.progress.seconds
+        return due
+
+    @torch.no_grad()
+    def sample_grid(self, unet: Any, scheduler: Any, steps: int = 4) -> None:
+        """``steps`` steps of the averaged weights without guidance, as a PNG in the run's folder ``samples``.
+
+        ``unet`` (x, t, text states) predicts noise. Seeds torch, which the run does anew at every step.
+        """
+        if not self.run.accelerator.is_main_process:
+            return
+        prompts, _ = sample_prompts(SunTrainConfig(model=self.config.model, data=self.config.data))
+        positive = self.encode(prompts)
+        torch.manual_seed(0)
+        with self.run.averaged(), self.run.accelerator.autocast():
+            x = torch.randn(len(prompts), self.pipe.unet.config.in_channels, self.latent_size, self.latent_size)
+            x = x.to(self.device)
+            scheduler.set_timesteps(steps, device=self.device)
+            for t in scheduler.timesteps:
+                predicted = unet(x, t.expand(len(x)), positive).float()
+                x = scheduler.step(predicted, t, x, return_dict=False)[0]
+            pixels = self.pipe.vae.decode(x / self.pipe.vae.config.scaling_factor).sample
+        path = self.run.folder / "samples" / f"{self.run.progress.step:06d}.png"
+        save_grid(to_images(pixels), len(prompts), path)
+        self.run.say(f"step {self.run.progress.step}: {self.run.average_losses()}")
+
+    def write_card(self, title: str, usage: str, facts: dict[str, Any]) -> None:
+        """Write ``README.md`` and ``training.json`` beside the weights: what they are and how they were made."""
+        config, run = self.config, self.run
+        settings = without_folders(config)
+        base = "Emoji Diffusion" if config.model == "emoji" else settings["model"]
+        content = {"base_model": base, **facts, "settings": settings, "progress": run.facts()}
+        (run.folder / "training.json").write_text(json.dumps(content, indent=2) + "\n")
+        rows = {"base model": base, **facts, "data": settings["data"], "guidance scale w": config.guidance_scale,
+                "steps": run.progress.step, "minutes": round(run.progress.seconds / 60, 1)}  # fmt: skip
+        table = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in rows.items())
+        (run.folder / "README.md").write_text(
+            f"# {title}\n\n| | |\n|---|---|\n{table}\n\n{usage}\n\nAll settings are in `training.json`.\n"
+        )

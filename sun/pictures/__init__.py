@@ -1,0 +1,1 @@
+"""Pictures: recipes, drawing them, PNG files and grids, comparisons."""

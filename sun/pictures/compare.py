@@ -1,0 +1,113 @@
+"""SUN beside the model's own reference, 25-step DPM-Solver++ with classifier-free guidance, from the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..evaluation import REFERENCE, Sampler
+from .draw import Loaded, noise
+from .png import grid
+from .recipe import Recipe, RecipeError
+
+
+@dataclass
+class Row:
+    """One method on all prompts. Distances are to the reference, means over pictures; None for the reference itself."""
+
+    method: str
+    images: list[Image.Image]
+    unet_calls: float
+    seconds: float
+    paired_mse: float | None = None
+    psnr: float | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """What ``--json`` writes of a row."""
+        shown = {
+            "unet_calls": self.unet_calls,
+            "seconds": self.seconds,
+            "paired_mse": self.paired_mse,
+            "psnr": self.psnr,
+        }
+        return {key: value for key, value in shown.items() if value is not None}
+
+
+def compare(
+    loaded: Loaded,
+    recipe: Recipe,
+    pairs: Sequence[tuple[str, str]],
+    methods: Sequence[str],
+    guidance: float | None = None,
+    on_method: Callable[[str], None] | None = None,
+    offsets: Sequence[int] | None = None,
+) -> list[Row]:
+    """Run the reference and ``methods`` (``sun-4``, ``ddim-4``, ...) on (prompt, negative) pairs of one model.
+
+    Pair ``i`` starts from the noise of ``recipe.seed + offsets[i]`` (without offsets: ``+ i``) in every method.
+    ``guidance``: the reference's w; None: the adapter's own. The reference's row comes first. Raises RecipeError, and
+    ValueError for an unknown method.
+    """
+    if loaded.adapter is None:
+        raise RecipeError("comparing needs an adapter. Give --adapter FILE.")
+    pipe, adapter = loaded.pipe, loaded.adapter.to(loaded.pipe.device, loaded.pipe.unet.dtype)
+    sampler = Sampler(
+        pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler,
+        adapter=adapter, w=guidance or adapter.info.guidance_scale or 8.0,
+    )  # fmt: skip
+    prompts, negatives = [p for p, _ in pairs], [n for _, n in pairs]
+    offsets = list(range(len(pairs)) if offsets is None else offsets)
+    start = noise(replace(recipe, batch=max(offsets) + 1), loaded)[offsets].to(pipe.device)
+    half = pipe.unet.dtype != torch.float32
+    with torch.autocast(pipe.device.type, pipe.unet.dtype) if half else nullcontext():
+        for kind in ("cond-1", "sun-1"):  # the first calls pay for allocation and kernel choice
+            sampler(kind, prompts, negatives, start, recipe.sun_strength)
+        rows: list[Row] = []
+        reference: torch.Tensor | None = None
+        for method in dict.fromkeys((REFERENCE, *methods)):
+            if on_method:
+                on_method(method)
+            sample = sampler(method, prompts, negatives, start, recipe.sun_strength)
+            row = Row(method, sampler.decode(sample.latents), sample.unet_calls, sample.seconds)
+            if reference is not None:
+                row.paired_mse = float((sample.latents - reference).square().mean())
+                row.psnr = sum(map(psnr, row.images, rows[0].images)) / len(row.images)
+            else:
+                reference = sample.latents
+            rows.append(row)
+    return rows
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    """Peak signal-to-noise ratio of two RGB pictures, in dB; 100 for equal ones."""
+    x, y = (torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).double() for i in (a, b))
+    error = float((x - y).square().mean())
+    return 100.0 if error == 0 else 10 * float(torch.log10(torch.tensor(255.0**2 / error)))
+
+
+def picture(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> Image.Image:
+    """All rows as one labelled grid; small pictures are enlarged so that the labels can be read."""
+    captions = [f"{prompt} (without: {negative})" if negative else prompt for prompt, negative in pairs]
+    side = rows[0].images[0].width
+    return grid(
+        [image for row in rows for image in row.images],
+        columns=len(pairs),
+        row_labels=[title(row) for row in rows],
+        column_labels=captions,
+        scale=max(1, round(192 / side)),
+        gap=8,
+    )
+
+
+def title(row: Row) -> str:
+    """A row's label: what ran, with how many U-Net calls, and how long it took a picture."""
+    name, _, steps = row.method.rpartition("-")
+    words = {"sun": "SUN", "dpmpp": "DPM-Solver++ with CFG", "ddim": "DDIM with CFG", "unipc": "UniPC with CFG",
+             "euler": "Euler with CFG", "cond": "DPM-Solver++ without guidance"}  # fmt: skip
+    kind = "reference: " if row.paired_mse is None else ""
+    return f"{kind}{words.get(name, name)}, {steps} steps, {row.unet_calls:g} U-Net calls, {row.seconds:.2f} s"

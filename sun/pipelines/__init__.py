@@ -1,0 +1,1 @@
+"""SUN in diffusers."""

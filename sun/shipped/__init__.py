@@ -1,0 +1,13 @@
+"""Where the models that come with the package are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+MODELS_DIR = Path(__file__).resolve().parents[1] / "models"
+EMOJI_DIFFUSION = MODELS_DIR / "emoji-diffusion"
+EMOJI_SUN = MODELS_DIR / "emoji-sun.safetensors"
+EMOJI_CONTRAST = MODELS_DIR / "emoji-contrast"
+EMOJI_CONTROLNET = MODELS_DIR / "emoji-controlnet" / "emoji-edges.safetensors"
+EMOJI_INPAINTING = MODELS_DIR / "emoji-inpainting" / "emoji-inpainting.safetensors"
+SINGLE_FILE_CONFIG = MODELS_DIR / "stable-diffusion-v1"

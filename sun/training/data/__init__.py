@@ -1,0 +1,1 @@
+"""Pictures, captions and negative prompts to train on."""

@@ -1,0 +1,161 @@
+"""A folder's pictures encoded once: latents, and the captions' text states if asked for, on disk.
+
+``$SUN_CACHE/training/KEY/000000.safetensors`` holds 256 pictures: ``latents`` [n, 4, h, w], ``text`` [n, L, D], both
+fp16, and ``index`` [n], their numbers in the folder's list. The key is made of everything they depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...lab.emoji.sources import cache_dir
+from .samples import UNREADABLE, DataError, Encode, Lanes, Order, Skipped, crop, encode_pixels, to_tensor
+
+CHUNK = 256
+_BATCH = 8
+
+
+class CachedFolder:
+    """A :class:`~.data.Source` over latents on disk; the autoencoder takes no part in training.
+
+    The mean of the autoencoder's posterior is kept, where :class:`~.data.FolderSource` draws from it anew each time
+    (its deviation is far below the noise that training adds).
+    """
+
+    def __init__(
+        self, pairs: list[tuple[Path, str]], vae: Any, resolution: int, device: torch.device, seed: int, lanes: Lanes,
+        skipped: Skipped, encode: Encode | None = None,
+    ):  # fmt: skip
+        self.pairs, self.device, self.lanes, self.skipped = pairs, device, lanes, skipped
+        # The first process's key for all: two devices may round the text encoder's probe differently.
+        key = broadcast_object_list([cache_key(pairs, vae, resolution, encode)])[0]
+        self.folder = cache_dir() / "training" / key
+        build_cache(self.folder, pairs, vae, resolution, device, encode)
+        self.files = [safe_open(self.folder / _name(i), "pt") for i in range(_chunks(pairs))]
+        self.places = [
+            (chunk, row, index)
+            for chunk, file in enumerate(self.files)
+            for row, index in enumerate(file.get_tensor("index").tolist())
+        ]
+        if not self.places:
+            raise DataError(f"none of the {len(pairs)} pictures can be read; the first is {pairs[0][0]}.")
+        if len(self.places) < len(pairs):
+            readable = {index for *_, index in self.places}
+            first = next(path for i, (path, _) in enumerate(pairs) if i not in readable)
+            skipped.add("unreadable pictures", str(first), len(pairs) - len(self.places))
+        self.text = {pairs[index][1]: (chunk, row) for chunk, row, index in self.places} if encode else {}
+        self.order = Order(len(self.places), seed)
+        self.calls = 0
+
+    def __call__(self, count: int) -> tuple[Tensor, list[str]]:
+        first = self.lanes.batch_number(self.calls) * count
+        self.calls += 1
+        picked = [self.places[self.order[first + i]] for i in range(count)]
+        latents = torch.cat([self._row("latents", chunk, row) for chunk, row, _ in picked])
+        return latents.to(self.device), [self.pairs[index][1] for *_, index in picked]
+
+    def _row(self, name: str, chunk: int, row: int) -> Tensor:
+        tensor: Tensor = self.files[chunk].get_slice(name)[row : row + 1]
+        return tensor.float()  # the CPU's bf16 autocast cannot join fp16 tensors
+
+    def encoder(self, encode: Encode) -> Encode:
+        """Takes the states of the folder's captions from disk and encodes the other texts (the negatives)."""
+        if not self.text:
+            return encode
+
+        def states(texts: list[str]) -> Tensor:
+            others = [t for t in texts if t not in self.text]
+            encoded = iter(encode(others).float().split(1)) if others else iter(())
+            kept = {t: self._row("text", *self.text[t]).to(self.device) for t in texts if t in self.text}
+            return torch.cat([kept[t] if t in kept else next(encoded) for t in texts])
+
+        return states
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.calls = state["calls"]
+
+
+def cache_key(pairs: list[tuple[Path, str]], vae: Any, resolution: int, encode: Encode | None) -> str:
+    """Name of the cache of these pictures (by name, size and time), this autoencoder and this text encoder."""
+    made_from = hashlib.sha256(f"2 {resolution}".encode())
+    for path, caption in pairs:
+        status = path.stat()
+        made_from.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        if encode is not None:
+            made_from.update(caption.encode())
+    hash_weights(made_from, vae.encoder)
+    if encode is not None:  # a probe instead of its weights: the function hides them
+        made_from.update(encode(["a photograph of a cat, blurry"]).detach().half().cpu().numpy().tobytes())
+    return made_from.hexdigest()[:24]
+
+
+def hash_weights(made_from: Any, module: Any) -> None:
+    """Add the weights of ``module`` to a hash, in fp16: a model that ships in half precision is the same model."""
+    for weight in module.state_dict().values():
+        made_from.update(weight.detach().half().cpu().numpy().tobytes())
+
+
+@torch.no_grad()
+def build_cache(
+    folder: Path, pairs: list[tuple[Path, str]], vae: Any, resolution: int, device: torch.device, encode: Encode | None
+) -> None:
+    """Write the chunks that are missing, divided among the processes. Goes on where an earlier call was stopped."""
+    state = PartialState()
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = [i for i in range(_chunks(pairs)) if i % state.num_processes == state.process_index]
+    todo = [i for i in todo if not (folder / _name(i)).exists()]
+    for chunk in tqdm(todo, desc=f"encode {len(pairs)} pictures", disable=not (todo and state.is_main_process)):
+        tensors = _encode_chunk(
+            chunk * CHUNK, pairs[chunk * CHUNK : (chunk + 1) * CHUNK], vae, resolution, device, encode
+        )
+        unfinished = folder / f"{_name(chunk)}.part{state.process_index}"
+        save_file(tensors, unfinished)
+        unfinished.rename(folder / _name(chunk))
+    state.wait_for_everyone()
+
+
+def _encode_chunk(
+    start: int, pairs: list[tuple[Path, str]], vae: Any, resolution: int, device: torch.device, encode: Encode | None
+) -> dict[str, Tensor]:
+    latents, texts, index = [torch.empty(0)], [torch.empty(0)], []
+    for begin in range(0, len(pairs), _BATCH):
+        pictures, captions = [], []
+        for number, (path, caption) in enumerate(pairs[begin : begin + _BATCH], start + begin):
+            try:
+                with Image.open(path) as image:
+                    pictures.append(to_tensor(crop(image, resolution)))
+            except UNREADABLE:
+                continue  # left out of `index`; the reader counts and names it
+            captions.append(caption)
+            index.append(number)
+        if pictures:
+            latents.append(encode_pixels(vae, torch.stack(pictures).to(device), sample=False).cpu())
+            if encode is not None:
+                texts.append(encode(captions).float().cpu())
+    tensors = {"index": torch.tensor(index, dtype=torch.int64)}
+    for name, parts in (("latents", latents), ("text", texts)):
+        if len(parts) > 1:
+            tensors[name] = torch.cat(parts[1:]).half().contiguous()
+    return tensors
+
+
+def _chunks(pairs: list[tuple[Path, str]]) -> int:
+    return -(-len(pairs) // CHUNK)
+
+
+def _name(chunk: int) -> str:
+    return f"{chunk:06d}.safetensors"
