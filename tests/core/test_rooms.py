@@ -1,0 +1,159 @@
+"""The rooms of the house: who may import whom, type imports included. CONTRIBUTING.md says why."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HOSTS = ("nodes", "webui", "scripts")
+METHOD = {"common"}
+CORE = {"common", "flat", "shipped"}
+MODELS = CORE | {"ltc", "inheritance", "pipelines", "ltc.pipelines", "inheritance.pipelines"}
+IN_HOSTS = CORE | {"ltc", "inheritance"}
+MAY_IMPORT = {
+    "common": set(),
+    "shipped": {"common"},
+    "flat": {"common"},
+    "face": MODELS,  # sun/__init__.py, lazily
+    "ltc": METHOD,
+    "inheritance": METHOD,
+    "ltc.pipelines": MODELS,
+    "inheritance.pipelines": MODELS,
+    "pipelines": CORE,
+    "pictures": MODELS | {"face"},
+    "training": MODELS | {"pictures"},
+    "evaluation": MODELS | {"pictures", "face"},
+    "lab": MODELS | {"pictures", "training", "evaluation", "face"},
+    "cli": MODELS | {"pictures", "training", "evaluation", "face"},
+    "nodes": IN_HOSTS | {"face"},
+    "webui": IN_HOSTS | {"face"},
+    "scripts": {"webui"},
+}
+EXCEPTIONS: set[tuple[str, str]] = {
+    ("sun.cli.training", "sun.lab.emoji.ship"),
+    ("sun.evaluation.overhead", "sun.training.cost.benchmark"),
+    ("sun.evaluation.overhead", "sun.training.sun"),
+    ("sun.evaluation.prompts", "sun.lab.emoji.scenes"),
+    ("sun.evaluation.prompts", "sun.lab.emoji.sources"),
+    ("sun.evaluation.prompts", "sun.training.data.negatives"),
+    ("sun.facts", "sun.pictures.recipe"),
+    ("sun.inheritance.unets", "sun.pipelines.layered"),
+    ("sun.ltc", "sun.ltc.pipelines"),
+    ("sun.pictures.compare", "sun.evaluation"),
+    ("sun.pictures.draw", "sun.evaluation"),
+    ("sun.training.data.cache", "sun.lab.emoji.sources"),
+    ("sun.training.data.sources", "sun.lab.emoji.base"),
+    ("sun.training.data.sources", "sun.lab.emoji.scenes"),
+    ("sun.training.data.sources", "sun.lab.emoji.sources"),
+    ("sun.training.sun", "sun.evaluation"),
+    ("sun.training.sun", "sun.lab.emoji.base"),
+}
+IN_CIRCLES: set[str] = {
+    "sun.adapter",
+    "sun.conditioning",
+    "sun.evaluation.accelerators",
+    "sun.evaluation.config",
+    "sun.evaluation.edits",
+    "sun.evaluation.methods",
+    "sun.evaluation.model",
+    "sun.evaluation.pictures",
+    "sun.evaluation.prompts",
+    "sun.training.optimizers",
+    "sun.training.run",
+    "sun.training.sun",
+    "sun.training.targets",
+    "webui.accelerators",
+    "webui.infotext",
+    "webui.ltc",
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package and of the hosts' folders by its dotted name."""
+    files = [f for top in ("sun", *HOSTS) for f in sorted((ROOT / top).rglob("*.py"))]
+    return {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in files}
+
+
+MODULES = modules()
+
+
+def room_of(module: str) -> str:
+    """``flat`` for ``sun/*.py``, else the folder; the diffusers side of a method is a room of its own."""
+    parts = module.split(".")
+    if parts[0] in HOSTS:
+        return parts[0]
+    if len(parts) == 1:
+        return "face"
+    folder = MODULES[".".join(parts[:2])].name == "__init__.py"
+    if not folder:
+        return "cli" if parts[1] == "__main__" else "flat"
+    if parts[1] in ("ltc", "inheritance") and parts[2:3] == ["pipelines"]:
+        return f"{parts[1]}.pipelines"
+    return parts[1]
+
+
+def imports_of(module: str) -> Iterator[str]:
+    """Modules of this repository that ``module`` names in an import, wherever in the file it stands."""
+    file = MODULES[module]
+    package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            home = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                named = f"{home}.{alias.name}" if f"{home}.{alias.name}" in MODULES else home
+                if named in MODULES and named != module:
+                    yield named
+
+
+@pytest.mark.parametrize("room", sorted(MAY_IMPORT))
+def test_a_room_imports_only_the_rooms_below_it(room: str) -> None:
+    wrong = {
+        (module, target)
+        for module in MODULES
+        if room_of(module) == room
+        for target in imports_of(module)
+        if room_of(target) not in {room, *MAY_IMPORT[room]}
+    }
+    assert wrong - EXCEPTIONS == set()
+
+
+def test_every_exception_is_still_needed() -> None:
+    found = {(module, target) for module in MODULES for target in imports_of(module)}
+    assert EXCEPTIONS <= found
+
+
+def reached_from(module: str, graph: dict[str, set[str]]) -> set[str]:
+    seen: set[str] = set()
+    todo = [module]
+    while todo:
+        fresh = graph.get(todo.pop(), set()) - seen
+        seen |= fresh
+        todo += fresh
+    return seen
+
+
+def test_no_circles() -> None:
+    """No module needs itself, directly or through others, not even for its types."""
+    graph = {m: set(imports_of(m)) for m in MODULES if MODULES[m].name != "__init__.py"}
+    assert {m for m in graph if m in reached_from(m, graph)} - IN_CIRCLES == set()
+
+
+def test_hosts_import_the_parts_that_run_in_them() -> None:
+    """No file that .comfyignore leaves out of the registry's archive is imported, directly or not, by a node."""
+    ignored = [line.strip("/") for line in (ROOT / ".comfyignore").read_text().splitlines() if line and line[0] != "#"]
+    seen, todo = set(), [m for m in MODULES if m.startswith("nodes")]
+    while todo:
+        module = todo.pop()
+        if module not in seen:
+            seen.add(module)
+            todo += [t for t in imports_of(module) if room_of(t) != "face"]
+    assert seen
+    missing = {m for m in seen if any(str(MODULES[m].relative_to(ROOT)).startswith(f"{i}/") for i in ignored)}
+    assert missing == set()
