@@ -5,7 +5,7 @@
 PYTHON ?= python3
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint chromium clean
+.PHONY: help demo test test-all lint chromium clean
 
 DEMO := .venv-demo
 TEST := .venv-test
@@ -20,7 +20,7 @@ export DO_NOT_TRACK := 1
 export PYTHONUTF8 := 1
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 # constraints.txt pins versions that need it; pip's own message would not say so.
 CHECK_PYTHON = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -61,8 +61,14 @@ chromium:
 			chromium chromium-driver >/dev/null; } || echo "Chromium could not be installed; the browser tests skip."; \
 	fi
 
+# Two processes, a file to each at a time: servers and browsers that the tests of a file share stay in one of them.
+PYTEST = $(TEST)/bin/python -m pytest -c tests/pytest.ini -n 2 --dist loadfile tests
+
 test: lint chromium ## linter, types and every test
-	$(TEST)/bin/python -m pytest -c tests/pytest.ini tests
+	$(PYTEST)
+
+test-all: lint chromium ## the same with ten times the random inputs, and memory over 200 runs
+	SUN_FUZZ_EXAMPLES=2000 SUN_MEMORY_RUNS=200 $(PYTEST)
 
 clean: ## remove the environments, caches and demo pictures
 	rm -rf $(DEMO) $(TEST) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache

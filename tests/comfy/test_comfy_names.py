@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ PARTS = st.sampled_from(
     ["..", ".", "", "~", "/", "\\", "C:", "C:\\", "\0", "%2e%2e", "secret.safetensors", "inside.safetensors", "sun",
      "models", "//", "file:", "folder", "\u2024\u2024", "a" * 300]
 )  # fmt: skip
+EXAMPLES = int(os.environ.get("SUN_FUZZ_EXAMPLES", "400"))
 NAMES = st.one_of(
     st.lists(PARTS, max_size=6).map("/".join),
     st.lists(PARTS, max_size=6).map("\\".join),
@@ -34,7 +36,9 @@ def secret(host: SimpleNamespace, adapter_file: Path) -> Path:
     inside.unlink()
 
 
-@settings(max_examples=1500, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=EXAMPLES, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 @given(NAMES)
 def test_no_name_opens_a_file_elsewhere(host: SimpleNamespace, secret: Path, name: str) -> None:
     folders, loader = host.part("nodes.folders"), host.nodes["SUN_LoadAdapter"]

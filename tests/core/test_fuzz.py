@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import struct
 from collections import Counter
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 
 from sun import SunAdapter, SunFileError, SunInfo, files
 
-EXAMPLES = 800  # of each test that mutates
+EXAMPLES = int(os.environ.get("SUN_FUZZ_EXAMPLES", "200"))  # of each test that mutates; `make test-all` takes 2000
 LONGEST = 800  # characters of a message, without the path
 
 fuzz = settings(

@@ -126,7 +126,7 @@ def test_a_room_imports_only_the_rooms_below_it(room: str) -> None:
 
 def test_every_exception_is_still_needed() -> None:
     found = {(module, target) for module in MODULES for target in imports_of(module)}
-    assert EXCEPTIONS <= found
+    assert found >= EXCEPTIONS
 
 
 def reached_from(module: str, graph: dict[str, set[str]]) -> set[str]:

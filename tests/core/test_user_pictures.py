@@ -25,6 +25,7 @@ from sun.user_pictures import (
     upright,
 )
 
+EXAMPLES = int(os.environ.get("SUN_FUZZ_EXAMPLES", "200"))
 RAMP = np.linspace(0, 1, 64)[None].repeat(48, 0)
 
 
@@ -277,7 +278,7 @@ def test_a_truncated_picture_is_refused():
             read_picture(data[: len(data) // 2])
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_damaged_pictures_are_read_or_refused_in_a_sentence(data: st.DataObject):
     kind = data.draw(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]))
