@@ -25,7 +25,7 @@ class EmojiGraph(Graph):
     """Steps that the emoji workflows have in common."""
 
     def model(self, note: str, variant: str = "base") -> tuple[Added, Added]:
-        """Loaders and Apply SUN in a column of their own, with the note; (loader, apply)."""
+        """The first group: the note, loaders and Apply SUN; (loader, apply)."""
         with self.group("Model with SUN"):
             loader = self.add("SUN_LoadEmojiDiffusion", variant=variant)
             adapter = self.add("SUN_LoadAdapter", adapter_name=SHIPPED)
@@ -48,8 +48,7 @@ class EmojiGraph(Graph):
         )[0]
 
     def picture(self, samples: Ref, vae: Ref, save: bool = True) -> Ref:
-        """VAE Decode and the picture, beside the sampler: with previews on, that one grows downwards."""
-        self.column()
+        """VAE Decode and the picture."""
         image = self.add("VAEDecode", samples=samples, vae=vae)[0]
         if save:
             self.add("SaveImage", images=image, filename_prefix=self.name.replace("sun_", "SUN_", 1))
@@ -61,7 +60,6 @@ class EmojiGraph(Graph):
         """A group that makes the input picture; (picture, negative prompt)."""
         with self.group("Input picture (or put Load Image in its place)"):
             positive, negative, latent = self.inputs(loader["clip"], text)
-            self.column()
             samples = self.sampler(applied[0], positive, negative, latent, seed)
             image = self.picture(samples, loader["vae"], save=False)
         return image, negative
@@ -121,7 +119,6 @@ def image_to_image(g: EmojiGraph) -> None:
     with g.group("Painted over"):
         latent = g.add("VAEEncode", pixels=image, vae=loader["vae"])[0]
         positive = g.prompt(loader["clip"], "large polar bear, pink background")
-        g.column()
         g.picture(g.sampler(applied[0], positive, negative, latent, denoise=0.75), loader["vae"])
 
 
@@ -133,13 +130,12 @@ def inpaint_mask(g: EmojiGraph) -> None:
         "`sun_emoji_inpaint_model` does the same with an inpainting model, which sees the rest of the picture."
     )
     image, negative = g.first_picture(loader, applied, "soccer ball, white background")
-    with g.group("What to paint"):
+    with g.group("What to paint: white in the mask", below=True):
         mask = g.right_half()
+    with g.group("Painted under the mask"):
         latent = g.add("VAEEncode", pixels=image, vae=loader["vae"])[0]
         latent = g.add("SetLatentNoiseMask", samples=latent, mask=mask)[0]
-    with g.group("Painted under the mask"):
         positive = g.prompt(loader["clip"], "soccer ball, red background")
-        g.column()
         g.picture(g.sampler(applied[0], positive, negative, latent, seed=8), loader["vae"])
 
 
@@ -151,7 +147,7 @@ def inpaint_model(g: EmojiGraph) -> None:
         "With `noise_mask` off the model alone decides what stays."
     )
     image, negative = g.first_picture(loader, applied, "soccer ball, white background")
-    with g.group("Inpainting model with SUN"):
+    with g.group("Inpainting model with SUN, and the mask", below=True):
         painter = g.add("SUN_LoadEmojiDiffusion", "Load Emoji Diffusion (inpainting)", variant="inpainting")
         adapter = g.add("SUN_LoadAdapter", adapter_name=SHIPPED)
         painting = g.add("SUN_Apply", model=painter["model"], adapter=adapter[0])
@@ -161,7 +157,6 @@ def inpaint_model(g: EmojiGraph) -> None:
         given = g.add(
             "InpaintModelConditioning", positive=positive, negative=negative, vae=loader["vae"], pixels=image, mask=mask
         )
-        g.column()
         g.picture(g.sampler(painting[0], given[0], given[1], given[2], seed=8), loader["vae"])
 
 
@@ -180,7 +175,6 @@ def controlnet(g: EmojiGraph) -> None:
             "ControlNetApplyAdvanced", positive=positive, negative=negative, control_net=control, image=image
         )
         latent = g.add("EmptyLatentImage", width=128, height=128, batch_size=1)[0]
-        g.column()
         g.picture(g.sampler(applied[0], steered[0], steered[1], latent, seed=8), loader["vae"])
 
 
@@ -213,7 +207,7 @@ def regions(g: EmojiGraph) -> None:
     with g.group("Left: an area"):
         left = g.prompt(loader["clip"], "smiling face with sunglasses, purple background", title="Left")
         left = g.add("ConditioningSetArea", conditioning=left, width=128, height=128, x=0, y=0, strength=1.0)[0]
-    with g.group("Right: a mask"):
+    with g.group("Right: a mask", below=True):
         right = g.prompt(loader["clip"], "soccer ball, pink background", title="Right")
         mask = g.right_half(256, 128)
         right = g.add("ConditioningSetMask", conditioning=right, mask=mask, strength=1.0)[0]
@@ -221,7 +215,6 @@ def regions(g: EmojiGraph) -> None:
         positive = g.add("ConditioningCombine", conditioning_1=left, conditioning_2=right)[0]
         negative = g.prompt(loader["clip"], "blurry", negative=True)
         latent = g.add("EmptyLatentImage", width=256, height=128, batch_size=1)[0]
-        g.column()
         g.picture(g.sampler(applied[0], positive, negative, latent), loader["vae"])
 
 
@@ -259,7 +252,6 @@ def custom_sampler(g: EmojiGraph) -> None:
         guider = g.add("SUN_Guider", model=applied[0], positive=positive, negative=negative)[0]
         sampler = g.add("KSamplerSelect", sampler_name="euler")[0]
         sigmas = g.add("SUN_Scheduler", model=applied[0], steps=4, denoise=1.0)[0]
-        g.column()
         samples = g.add(
             "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent
         )[0]
@@ -274,7 +266,6 @@ def upscale(g: EmojiGraph) -> None:
     )
     with g.group("First pass, 128 x 128"):
         positive, negative, latent = g.inputs(loader["clip"], "large soccer ball, pink background")
-        g.column()
         samples = g.sampler(applied[0], positive, negative, latent)
         g.picture(samples, loader["vae"], save=False)
     with g.group("Second pass, 160 x 160"):
@@ -295,7 +286,6 @@ def without_adapter(g: EmojiGraph, note: str, *nodes: str) -> None:
         g.note(note)
     with g.group("25 steps with CFG"):
         positive, negative, latent = g.inputs(loader["clip"], "owl, pink background")
-        g.column()
         samples = g.add(
             "KSampler", model=model, positive=positive, negative=negative, latent_image=latent, seed=7, steps=25,
             cfg=4.0, sampler_name="dpmpp_2m", scheduler="simple", denoise=1.0,
@@ -327,7 +317,6 @@ def together(g: EmojiGraph) -> None:
     with g.group("Model with SUN and both accelerators"):
         loader = g.add("SUN_LoadEmojiDiffusion")
         adapter = g.add("SUN_LoadAdapter", adapter_name=SHIPPED)
-        g.column()
         applied = g.add("SUN_Apply", model=loader["model"], adapter=adapter[0])
         inheriting = g.add("SUN_ApplyFeatureInheritance", model=applied[0], preset="fine")
         model = g.add("SUN_ApplyLtcAccel", model=inheriting[0], tau=0.0)[0]
@@ -338,7 +327,6 @@ def together(g: EmojiGraph) -> None:
         )
     with g.group("Sample"):
         positive, negative, latent = g.inputs(loader["clip"], "owl, pink background")
-        g.column()
         g.picture(g.sampler(model, positive, negative, latent, steps=8), loader["vae"])
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -181,6 +183,48 @@ def test_a_workflow_is_laid_out_without_overlaps(name: str) -> None:
     for box in boxes:
         inside = [g for g in groups if g[0] <= box[0] and g[1] <= box[1] and box[2] <= g[2] and box[3] <= g[3]]
         assert len(inside) == 1
+
+
+def wire(workflow: dict[str, Any], link: list[Any]) -> list[tuple[float, float]]:
+    """Points along a link as ComfyUI's page draws it: Bezier curves from one reroute to the next."""
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    reroutes = {reroute["id"]: reroute for reroute in workflow["extra"].get("reroutes", [])}
+    number, source, slot, target, place, _ = link
+    (x, y), width = nodes[source]["pos"], nodes[source]["size"][0]
+    ends = [(x + width, y + 20 * (slot + 0.7))]
+    last = next((e["parentId"] for e in workflow["extra"].get("linkExtensions", []) if e["id"] == number), None)
+    between: list[tuple[float, float]] = []
+    while last is not None:
+        assert number in reroutes[last]["linkIds"]
+        between.insert(0, tuple(reroutes[last]["pos"]))
+        last = reroutes[last].get("parentId")
+    ends += between
+    (x, y) = nodes[target]["pos"]
+    ends.append((x, y + 20 * (place + 0.7)))
+    angles = [math.atan2(b[1] - a[1], b[0] - a[0]) for a, b in itertools.pairwise(ends)]
+    # At a reroute a wire goes half way between where it comes from and where it goes to; at nodes straight out and in.
+    ways = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(angles)), 0.0]
+    points = []
+    for (a, b), start, end in zip(itertools.pairwise(ends), ways[:-1], ways[1:], strict=True):
+        pull = min(0.25 * math.dist(a, b), 80.0 if between else math.inf)
+        one = a[0] + pull * math.cos(start), a[1] + pull * math.sin(start)
+        two = b[0] - pull * math.cos(end), b[1] - pull * math.sin(end)
+        for t in np.linspace(0, 1, 41):
+            parts = ((1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3)
+            points.append(tuple(sum(w * p[i] for w, p in zip(parts, (a, one, two, b), strict=True)) for i in (0, 1)))
+    return points
+
+
+@pytest.mark.parametrize("name", sorted(GRAPHS))
+def test_wires_run_left_to_right_and_behind_no_node(name: str) -> None:
+    workflow = saved(name)
+    boxes = [(n["id"], n["pos"][0] + 2, n["pos"][1] - 30, n["pos"][0] + n["size"][0] - 2, n["pos"][1] + n["size"][1])
+             for n in workflow["nodes"]]  # fmt: skip
+    for link in workflow["links"]:
+        points = wire(workflow, link)
+        assert all(a[0] <= b[0] + 1e-6 for a, b in itertools.pairwise(points)), f"link {link} runs backwards"
+        hidden = {n for n, left, top, right, bottom in boxes for x, y in points if left < x < right and top < y < bottom}
+        assert not hidden, f"link {link} runs behind nodes {hidden}"
 
 
 def test_long_prompts_are_long_on_both_sides(known: dict[str, Any], execute) -> None:
