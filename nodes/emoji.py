@@ -26,8 +26,8 @@ import folder_paths
 import torch
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
 
-from ..sun.edges import find_edges as edges_of
-from ..sun.lowrank import merge
+from ..sun.shipped.edges import find_edges as edges_of
+from ..sun.shipped.lowrank import merge
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 

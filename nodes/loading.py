@@ -11,8 +11,8 @@ import comfy.model_patcher
 import comfy.ops
 
 from ..sun.adapter import SunAdapter
+from ..sun.facts import describe_adapter
 from ..sun.files import SunFileError
-from ..sun.inspection import describe_adapter
 from ..sun.layers import AttentionLayer, layers_of_ldm
 
 

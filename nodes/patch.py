@@ -31,8 +31,7 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 
 from ..sun.adapter import SunAdapter
-from ..sun.text import match_rows
-from ..sun.texts import AdapterTexts
+from ..sun.conditioning import AdapterTexts, match_rows
 from . import checks
 from .loading import LoadedAdapter, check_base, load_adapter
 from .run import WHOLE_RUN, Interval, NegativeEntry, RunReport, SunRun, SunSettings

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..sun.conditioning import RunTexts
 from ..sun.layers import AttentionLayer
-from ..sun.texts import RunTexts
 
 WHOLE_RUN = (0.0, 1.0)
 

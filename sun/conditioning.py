@@ -129,3 +129,20 @@ def _modules(adapter: SunAdapter, layers: bool = True) -> Iterator[nn.Module]:
         if layers:
             yield layer
         yield from (projection for projection in layer._modules.values() if projection is not None)
+
+
+def match_rows(text: torch.Tensor, rows: int) -> torch.Tensor:
+    """Text states [B, L, D] with one row for each of ``rows``: a host's batch may hold every image several times.
+
+    Rows repeat as a whole, image 0, 1, ..., 0, 1, ... Raises ValueError if ``rows`` is no multiple of B.
+    """
+    if text.shape[0] == rows:
+        return text
+    if text.shape[0] == 1:
+        return text.expand(rows, -1, -1)
+    if rows % text.shape[0] == 0:
+        return text.repeat(rows // text.shape[0], 1, 1)
+    raise ValueError(
+        f"SUN: something changed the batch to {rows} rows, and the negative prompt has {text.shape[0]}, which does not "
+        "divide it. Use a batch size of 1 with it."
+    )

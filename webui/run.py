@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..sun.attention import Attend, attend
+from ..sun.conditioning import match_rows
 from ..sun.files import SunFileError
 from ..sun.layers import AttentionLayer, layers_of_ldm
-from ..sun.text import match_rows
 from . import store
 
 if TYPE_CHECKING:

@@ -223,7 +223,9 @@ def test_wires_run_left_to_right_and_behind_no_node(name: str) -> None:
     for link in workflow["links"]:
         points = wire(workflow, link)
         assert all(a[0] <= b[0] + 1e-6 for a, b in itertools.pairwise(points)), f"link {link} runs backwards"
-        hidden = {n for n, left, top, right, bottom in boxes for x, y in points if left < x < right and top < y < bottom}
+        hidden = {
+            n for n, left, top, right, bottom in boxes for x, y in points if left < x < right and top < y < bottom
+        }
         assert not hidden, f"link {link} runs behind nodes {hidden}"
 
 

@@ -127,7 +127,9 @@ class Layout:
         ]
         climbing = sum(abs(a - b) for _, a, b in ends)
         crossings = sum(
-            (one[1] - two[1]) * (one[2] - two[2]) < 0 for one, two in itertools.combinations(ends, 2) if one[0] == two[0]
+            (one[1] - two[1]) * (one[2] - two[2]) < 0
+            for one, two in itertools.combinations(ends, 2)
+            if one[0] == two[0]
         )
         return climbing + CROSSING * crossings
 
