@@ -36,11 +36,13 @@ from torch import nn
 
 from ..adapter import SunAdapter, SunLayer
 from ..attention import attend
+from ..common.notes import note
 from ..conditioning import AdapterTexts, RunTexts
 from ..files import DTYPES
 from ..layers import layers_of_unet
+from ..prediction import check_prediction
 from .layered import put_on, take_off
-from .schedulers import make_scheduler
+from .schedulers import make_scheduler, prediction_of
 
 NEGATIVE = "sun_negative"
 GUIDANCE = "sun_guidance"
@@ -88,8 +90,10 @@ def attach(
     before or after. ``save_pretrained`` writes the pipeline without SUN. IP-Adapter and other custom attention
     processors are not supported and refused.
 
+    A model that predicts v is told of by a warning: adapters are trained on models that predict the noise.
+
     Raises SunFileError if the file is unusable or made for another base model, TypeError or ValueError if the target
-    is not a Stable Diffusion 1.x pipeline or U-Net.
+    is not a Stable Diffusion 1.x pipeline or U-Net, or predicts what cannot be sampled.
     """
     pipe, unet = _pipeline_and_unet(target)
     if not isinstance(adapter, SunAdapter):
@@ -101,6 +105,8 @@ def attach(
     for name, attention in modules.items():
         _check_attention(name, attention)
     scheduler = None if pipe is None else _trailing_ddim(pipe, final_sigma_zero)
+    if scheduler is not None and (said := check_prediction(*prediction_of(scheduler.config))):
+        note(said)
 
     # nothing can fail from here on: what was attached before makes way
     shared = getattr(unet, "_sun", None)

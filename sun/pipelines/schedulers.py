@@ -14,6 +14,7 @@ from diffusers import (
 )
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
+from ..prediction import check_prediction, clean_latents
 from ..schedule import alpha_sigma, ddim_step
 
 SCHEDULERS = ("ddim", "dpmpp_2m", "unipc", "euler")
@@ -29,7 +30,7 @@ class TrailingDDIMScheduler(DDIMScheduler):
     def step(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, return_dict: bool = True
     ) -> DDIMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """Take ``sample`` [B, C, H, W] at ``timestep`` one step on. Raises ValueError for an odd prediction type."""
+        """Take ``sample`` [B, C, H, W] at ``timestep`` one step on. Raises PredictionError for odd predictions."""
         t = int(timestep)
         later = [s for s in self.timesteps.tolist() if s < t]
         a_t, s_t = (v.to(sample.device) for v in alpha_sigma(self.alphas_cumprod, t))
@@ -37,15 +38,19 @@ class TrailingDDIMScheduler(DDIMScheduler):
             a_s, s_s = (v.to(sample.device) for v in alpha_sigma(self.alphas_cumprod, later[0]))
         else:
             a_s, s_s = self.final_alpha_cumprod.sqrt(), (1 - self.final_alpha_cumprod).sqrt()
-        if self.config.prediction_type == "epsilon":
-            eps = model_output
-        elif self.config.prediction_type == "v_prediction":
-            eps = a_t * model_output + s_t * sample
-        else:
-            raise ValueError(f"prediction type {self.config.prediction_type!r} is not supported")
-        clean = (sample - s_t * eps) / a_t
-        previous = ddim_step(sample, eps, a_t, s_t, a_s, s_s).to(sample.dtype)
+        kind = self.config.prediction_type
+        clean, eps = clean_latents(kind, model_output, sample, a_t, s_t)
+        # Eq. 9 as it stands divides by a_t, which is 0 at zero terminal SNR
+        exact = kind == "epsilon"
+        previous = ddim_step(sample, eps, a_t, s_t, a_s, s_s) if exact else a_s * clean + s_s * eps
+        previous = previous.to(sample.dtype)
         return DDIMSchedulerOutput(previous, clean) if return_dict else (previous, clean)
+
+
+def prediction_of(config: Mapping[str, Any]) -> tuple[str, float]:
+    """What a model with this scheduler config predicts, and alphas_cumprod of its noisiest timestep."""
+    schedule = DDIMScheduler.from_config(config)
+    return str(config.get("prediction_type", "epsilon")), float(schedule.alphas_cumprod[-1])
 
 
 # Of a model's own scheduler: they would choose other timesteps, or change the predictions.
@@ -59,8 +64,10 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     """Scheduler ``name`` (one of ``SCHEDULERS``) on the noise schedule of ``config``, trailing, ending at sigma 0.
 
     ``ddim`` is what SUN was trained for; ``dpmpp_2m`` is DPM-Solver++ of second order; ``euler`` works on the same
-    sigmas as samplers of that name elsewhere. Raises ValueError for another name.
+    sigmas as samplers of that name elsewhere. Raises ValueError for another name, PredictionError (one too) for a
+    model that predicts what cannot be sampled.
     """
+    check_prediction(*prediction_of(config), adapter=False)
     common: dict[str, Any] = {"timestep_spacing": "trailing", **dict.fromkeys(_OWN_SCHEDULES, False)}
     if name == "ddim":
         return TrailingDDIMScheduler.from_config(config, **common, set_alpha_to_one=True, clip_sample=False)
