@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -203,20 +203,6 @@ class SunAdapter(nn.Module):
         return cls._from_tensors(files.read(path), device, dtype, linear)
 
     @classmethod
-    def from_state_dict(
-        cls,
-        state_dict: Mapping[str, torch.Tensor],
-        metadata: Mapping[str, str] | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        *,
-        linear: Linear = nn.Linear,
-        where: str = "The state dict",
-    ) -> SunAdapter:
-        """Build an adapter from tensors in either layout's keys, for hosts that read files themselves."""
-        return cls._from_tensors(files.parse(state_dict, metadata, where), device, dtype, linear)
-
-    @classmethod
     def _from_tensors(
         cls,
         content: files.AdapterTensors,
@@ -287,10 +273,14 @@ class SunAdapter(nn.Module):
         """
         if dtype is not None and dtype not in files.DTYPES:
             raise SunFileError(f"{path}: adapters are saved as float32, float16 or bfloat16, not {dtype}.")
+        files.write(self.tensors(dtype), path, layout)
+
+    def tensors(self, dtype: torch.dtype | None = None) -> files.AdapterTensors:
+        """Its content as a file has it; ``dtype=None`` keeps each tensor's."""
         layers = tuple(
             {part: layer.state_dict()[part].to(dtype=dtype) for part in self._parts()} for layer in self.layers
         )
-        files.write(files.AdapterTensors(self.names, layers, self.info), path, layout)
+        return files.AdapterTensors(self.names, layers, self.info)
 
     def texts(
         self,
@@ -387,8 +377,7 @@ class SunAdapter(nn.Module):
     @property
     def guidance_range(self) -> tuple[float, float] | None:
         """From where to where it was trained to take the guidance scale, where its file says so."""
-        low, high = self.info.training.get("guidance_range") or (0.0, 0.0)
-        return (low, high) if self.guided and low else None
+        return files.guidance_range(self.info.training) if self.guided else None
 
     def check_base(self, channels: Sequence[int], text_width: int, where: str) -> None:
         """Raise SunFileError, naming both sides, unless the adapter fits a U-Net with these attn2 layers.

@@ -3,6 +3,8 @@
 ``sun`` layout: "{layer name}.{part}" with readable layer names and metadata in the safetensors header.
 ``official`` layout: the keys of the authors' release, "{index}.{part}", index 1, 3, 5 and so on.
 Both hold the same tensors, so converting loses nothing; our metadata travels in the header of either.
+
+:func:`header_of` and :func:`peek` read a file's header alone, never its weights.
 """
 
 from __future__ import annotations
@@ -11,17 +13,18 @@ import json
 import math
 import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from .common.atomic import write_atomically
+from .common.reading import ReadError, open_regular, parse_json, printable
 from .layers import guess_layers
 
 Layout = Literal["sun", "official"]
@@ -46,6 +49,11 @@ GUIDANCE_PARTS = {
     "alpha_neg_w": "alpha_neg_w", "beta_neg_w": "beta_neg_w", "alpha_pos_w": "alpha_pos_w", "beta_pos_w": "beta_pos_w",
 }  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_PICKLE = 2**30
+"""Bytes of a pickled adapter. It cannot be looked at without loading it, and the largest adapters have 160 MB."""
+SAFE_PICKLES = (2, 6)
+"""The first torch whose ``weights_only`` holds: before it a pickle could get around it (CVE-2025-32434)."""
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.", "sun_adapter.", "adapter.")
 FOREIGN_TEXT_WIDTHS = {1024: "Stable Diffusion 2.x", 1280: "SDXL's second text encoder", 2048: "SDXL"}
 
 
@@ -101,69 +109,94 @@ class AdapterTensors:
         return self.layers[0]["to_k_neg.weight"].shape[1]
 
 
+class Header(NamedTuple):
+    """What a safetensors file says of itself: its tensors without their values (on torch's meta device)."""
+
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+
+
 def read(path: str | os.PathLike[str]) -> AdapterTensors:
     """Read and check an adapter file of either layout; safetensors, or a pickle holding nothing but tensors.
 
-    Raises SunFileError for anything that is not a complete, finite SUN adapter.
+    Whether a safetensors file is an adapter at all is decided by its header, so nothing of a foreign checkpoint is
+    loaded. Raises SunFileError for anything that is not a complete, finite SUN adapter.
     """
     path = Path(path)
-    state_dict, metadata = _read_tensors(path)
-    content = parse(state_dict, metadata, str(path))
-    return replace(content, info=replace(content.info, path=path))
+    if _kind(path) == "pickle":
+        return _parsed(_read_pickle(path), {}, path)
+    header = header_of(path)
+    _parsed(header.tensors, header.metadata, path, header_only=True)
+    return _parsed(_values(path, header), header.metadata, path)
+
+
+def peek(path: str | os.PathLike[str]) -> AdapterTensors:
+    """As :func:`read`, from the header alone: tensors without values (on torch's meta device), which may be damaged.
+
+    A pickle has no header and is read. Raises SunFileError.
+    """
+    path = Path(path)
+    if _kind(path) == "pickle":
+        return _parsed(_read_pickle(path), {}, path)
+    header = header_of(path)
+    return _parsed(header.tensors, header.metadata, path, header_only=True)
+
+
+def header_of(path: str | os.PathLike[str]) -> Header:
+    """The header of any safetensors file. Raises SunFileError for other files and damaged ones."""
+    path = Path(path)
+    if _kind(path) == "pickle":
+        raise SunFileError(
+            f"{_name(path)} is a pickle, not a safetensors file. Pickles can run code; convert it first."
+        )
+    try:
+        with safe_open(str(path), framework="pt") as content:
+            slices = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {
+                key: torch.empty(part.get_shape(), dtype=_STORED.get(part.get_dtype(), torch.uint8), device="meta")
+                for key, part in slices.items()
+            }
+            return Header(tensors, content.metadata() or {})
+    except Exception as error:  # a damaged header makes it raise anything
+        raise _damaged(path, error) from error
 
 
 def parse(
-    state_dict: Mapping[str, Any], metadata: Mapping[str, str] | None = None, where: str = "The state dict"
+    state_dict: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+    where: str = "The state dict",
+    *,
+    header_only: bool = False,
 ) -> AdapterTensors:
-    """Check a state dict of either layout and put it in order. ``where`` names it in errors (SunFileError)."""
+    """Check a state dict of either layout and put it in order. ``where`` names it in errors (SunFileError).
+
+    header_only: the tensors are those of a :class:`Header`, so their values cannot be checked.
+    """
     info = _info_from_metadata(metadata or {}, where)
+    state_dict = _unwrapped(state_dict)
     official = any(re.match(r"\d+\.", key) for key in state_dict if isinstance(key, str))
     parts = NEGATIVE_PARTS | POSITIVE_PARTS | ({} if official else GUIDANCE_PARTS)
-    ours_of = {theirs: ours for ours, theirs in parts.items()} if official else {ours: ours for ours in parts}
-    suffixes = sorted(ours_of, key=len, reverse=True)
-
-    grouped: dict[str, dict[str, torch.Tensor]] = {}
-    extra: list[str] = []
-    for key, value in state_dict.items():
-        suffix = next((s for s in suffixes if isinstance(key, str) and key.endswith(f".{s}")), None)
-        layer = key.removesuffix(f".{suffix}") if suffix else ""
-        if suffix is None or not _is_layer(layer, official):
-            extra.append(str(key))
-        elif not isinstance(value, torch.Tensor):
-            raise SunFileError(f"{where}: {key} is a {type(value).__name__}, not a tensor. Get the file again.")
-        elif not _is_plain(value):
-            raise SunFileError(
-                f"{where}: {key} is a sparse, quantized or otherwise unusual tensor. Save it as a plain one."
-            )
-        else:
-            grouped.setdefault(layer, {})[ours_of[suffix]] = value
-    if not grouped:
-        raise SunFileError(
-            f"{where} is not a SUN adapter: it has none of the keys of one, such as '1.to_k_neg.weight' "
-            f"(found: {_some(extra) or 'nothing'}). Choose a SUN adapter file."
-        )
-    if extra:
-        raise SunFileError(
-            f"{where} has {_keys(extra)} that cannot belong to a SUN adapter: {_some(extra)}. "
-            "Choose a SUN adapter file, or remove them."
-        )
+    label = parts if official else {ours: ours for ours in parts}
+    grouped = _by_layer(state_dict, {stored: ours for ours, stored in label.items()}, official, where, header_only)
 
     names = sorted(grouped, key=int if official else _layer_order)
     found = {part for group in grouped.values() for part in group}
     wanted = layer_parts(bool(found & set(POSITIVE_PARTS)), bool(found & set(GUIDANCE_PARTS)))
-    expected = [str(2 * i + 1) for i in range(max(len(names), (int(names[-1]) + 1) // 2))] if official else names
-    label = parts if official else {ours: ours for ours in parts}
+    expected = _expected_names(names, official)
     missing = [f"{n}.{label[part]}" for n in expected[:1000] for part in wanted if part not in grouped.get(n, {})]
     if missing:
         raise SunFileError(f"{where} is incomplete: {_keys(missing)} missing: {_some(missing)}. Get it again.")
-    if official and names != expected:
+    if names != expected:
+        like = "1, 3, 5, ..." if official else "layers.0, layers.1, ..."
         raise SunFileError(
-            f"{where} numbers its layers {_some(names)}; a SUN adapter has 1, 3, 5, ... Choose a SUN adapter file."
+            f"{where} numbers its layers {_some(names)}; a SUN adapter has {like} Choose a SUN adapter file."
         )
 
     layers = tuple({part: grouped[name][part] for part in wanted} for name in names)
-    _check_tensors(names, layers, label, where)
+    _check_tensors(names, layers, label, where, header_only)
     _check_declared(metadata or {}, layers, where)
+    if "alpha_neg_w" in layers[0] and info.guidance_scale == 0:
+        raise SunFileError(f"{where}: header entry w = '0', from which no other guidance scale can be counted.")
     if official:
         guessed = guess_layers([layer["to_k_neg.weight"].shape[0] for layer in layers])
         names = [la.name for la in guessed] if guessed else [f"layers.{i}" for i in range(len(layers))]
@@ -203,16 +236,7 @@ def write(content: AdapterTensors, path: str | os.PathLike[str], layout: Layout 
                 raise SunFileError(f"{path} was not written: {key} holds NaN or infinity. Did the training diverge?")
             tensors[key] = value.detach().cpu().contiguous().clone()  # safetensors refuses shared memory
     metadata = _metadata(content)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it readable by the owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, lambda handle: handle.write(save(tensors, metadata)))
 
 
 def text_width_name(width: int) -> str:
@@ -224,57 +248,141 @@ def text_width_name(width: int) -> str:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def _read_tensors(path: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
-    if path.is_dir():
-        raise SunFileError(f"{path} is a folder. Give the adapter file inside it.")
-    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-        raise SunFileError(f"{path} is not a regular file. Give the adapter file itself.")
+_STORED = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+def _parsed(
+    tensors: Mapping[str, Any], metadata: Mapping[str, str], path: Path, header_only: bool = False
+) -> AdapterTensors:
+    content = parse(tensors, metadata, _name(path), header_only=header_only)
+    return replace(content, info=replace(content.info, path=path))
+
+
+def _kind(path: Path) -> Literal["safetensors", "pickle"]:
+    """What a regular file is by its first bytes. Raises SunFileError for what is neither."""
+    name = _name(path)
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(64)
+    except ReadError as error:
+        raise SunFileError(str(error)) from error
     except FileNotFoundError:
-        raise SunFileError(f"{path} does not exist. Check the path.") from None
+        raise SunFileError(f"{name} does not exist. Check the path.") from None
     except OSError as error:
-        raise SunFileError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise SunFileError(f"{name} cannot be read: {error.strerror or error}.") from error
     if not head:
-        raise SunFileError(f"{path} is empty. Get it again.")
+        raise SunFileError(f"{name} is empty. Get it again.")
     if head.startswith(b"version https://git-lfs"):
-        raise SunFileError(f"{path} is a Git LFS pointer, not the file itself. Run `git lfs pull`.")
+        raise SunFileError(f"{name} is a Git LFS pointer, not the file itself. Run `git lfs pull`.")
     if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")) and head[8:9] != b"{":
-        return _read_pickle(path), {}
-    header = int.from_bytes(head[:8], "little")
-    if head[8:9] != b"{" or header > 100_000_000:
-        raise SunFileError(f"{path} is not a safetensors file. Choose a SUN adapter (.safetensors).")
+        return "pickle"
+    if head[8:9] != b"{" or int.from_bytes(head[:8], "little") > 100_000_000:
+        raise SunFileError(f"{name} is not a safetensors file. Choose a SUN adapter (.safetensors).")
+    return "safetensors"
+
+
+def _values(path: Path, header: Header) -> dict[str, torch.Tensor]:
+    """The tensors of a file whose header was found right."""
     try:
         with safe_open(str(path), framework="pt") as tensors:
             # clone: what safetensors returns is mapped from the file, which may be replaced later
-            keys = tensors.keys()
-            return {key: tensors.get_tensor(key).clone() for key in keys}, tensors.metadata() or {}
-    except Exception as error:  # a damaged header makes it raise anything
-        truncated = size < 8 + header or "incomplete" in str(error).lower()
-        state, reason = ("truncated", "") if truncated else ("damaged", f": {_short(str(error))}")
-        raise SunFileError(
-            f"{path} is a {state} safetensors file ({size:,} bytes{reason}). Download or copy it again."
-        ) from error
+            return {key: tensors.get_tensor(key).clone() for key in header.tensors}
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> SunFileError:
+    size = path.stat().st_size if path.is_file() else 0
+    with open_regular(path) as file:
+        header = int.from_bytes(file.read(8), "little")
+    truncated = size < 8 + header or "incomplete" in str(error).lower()
+    state, reason = ("truncated", "") if truncated else ("damaged", f": {_short(str(error))}")
+    return SunFileError(
+        f"{_name(path)} is a {state} safetensors file ({size:,} bytes{reason}). Download or copy it again."
+    )
 
 
 def _read_pickle(path: Path) -> Mapping[str, Any]:
+    name = _name(path)
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if version < SAFE_PICKLES:
+        raise SunFileError(
+            f"{name} is a pickle, and before torch 2.6 (this is {torch.__version__}) no pickle is safe to load. "
+            "Ask for a .safetensors file, or update torch."
+        )
     try:
-        with path.open("rb") as file:  # given a path, torch.load judges by the name
+        with open_regular(path, MAX_PICKLE) as file:  # given a path, torch.load judges by the name
             if _is_compressed(file):
                 raise ValueError("torch does not compress; this would unpack to any size")
             content = torch.load(file, map_location="cpu", weights_only=True)
+    except ReadError as error:
+        raise SunFileError(f"{error} It is no SUN adapter, then.") from error
     except Exception as error:  # the unpickler raises anything on hostile or damaged input
         raise SunFileError(
-            f"{path} is a pickle that holds more than tensors or is damaged, and was not loaded, because pickles can "
+            f"{name} is a pickle that holds more than tensors or is damaged, and was not loaded, because pickles can "
             "run code. Ask for a .safetensors file, or convert it where you trust it."
         ) from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):
-        raise SunFileError(f"{path} holds a {type(content).__name__}, not named tensors. Choose a SUN adapter file.")
+        raise SunFileError(f"{name} holds a {type(content).__name__}, not named tensors. Choose a SUN adapter file.")
     return content
+
+
+def _unwrapped(state_dict: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """``state_dict`` without what torch's wrappers (DataParallel, compile) put before every name."""
+    while state_dict and (
+        wrapper := next((w for w in _WRAPPERS if all(isinstance(k, str) and k.startswith(w) for k in state_dict)), None)
+    ):
+        state_dict = {key.removeprefix(wrapper): value for key, value in state_dict.items()}
+    return state_dict
+
+
+def _by_layer(
+    state_dict: Mapping[Any, Any], ours_of: Mapping[str, str], official: bool, where: str, header_only: bool
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Layer name -> {our name of a part: tensor}. ``ours_of``: our name of each part by the file's."""
+    suffixes = sorted(ours_of, key=len, reverse=True)
+    grouped: dict[str, dict[str, torch.Tensor]] = {}
+    extra: list[str] = []
+    for key, value in state_dict.items():
+        suffix = next((s for s in suffixes if isinstance(key, str) and key.endswith(f".{s}")), None)
+        layer = key.removesuffix(f".{suffix}") if suffix else ""
+        if suffix is None or not _is_layer(layer, official):
+            extra.append(str(key))
+        elif not isinstance(value, torch.Tensor):
+            raise SunFileError(f"{where}: {key} is a {type(value).__name__}, not a tensor. Get the file again.")
+        elif not header_only and not _is_plain(value):
+            raise SunFileError(
+                f"{where}: {key} is a sparse, quantized or otherwise unusual tensor. Save it as a plain one."
+            )
+        else:
+            grouped.setdefault(layer, {})[ours_of[suffix]] = value
+    if not grouped:
+        raise SunFileError(
+            f"{where} is not a SUN adapter: it has none of the keys of one, such as '1.to_k_neg.weight' "
+            f"(found: {_some(extra) or 'nothing'}). Choose a SUN adapter file."
+        )
+    if extra:
+        raise SunFileError(
+            f"{where} has {_keys(extra)} that cannot belong to a SUN adapter: {_some(extra)}. "
+            "Choose a SUN adapter file, or remove them."
+        )
+    return grouped
+
+
+def _expected_names(names: Sequence[str], official: bool) -> list[str]:
+    """The names that the layers of a complete file have, given those that were found, in order."""
+    if official:
+        return [str(2 * i + 1) for i in range(max(len(names), (int(names[-1]) + 1) // 2))]
+    if all(re.fullmatch(r"layers\.\d{1,6}", name) for name in names):
+        last = max(int(name.removeprefix("layers.")) for name in names)
+        return [f"layers.{i}" for i in range(max(len(names), min(last + 1, 1000)))]
+    return list(names)
 
 
 def _is_compressed(file: BinaryIO) -> bool:
@@ -295,18 +403,25 @@ def _is_plain(value: torch.Tensor) -> bool:
 
 
 def _is_layer(name: str, official: bool) -> bool:
-    pattern = r"0|[1-9]\d{0,5}" if official else r"[A-Za-z_]\w*(\.\w+)*"
+    pattern = r"0|[1-9]\d{0,5}" if official else r"layers\.\d{1,6}|(down_blocks|up_blocks|mid_block)(\.\w+)+"
     return len(name) <= 200 and re.fullmatch(pattern, name, flags=re.ASCII) is not None
 
 
 def _layer_order(name: str) -> tuple[Any, ...]:
-    """Sort key of a layer name in the order of ``index``: down, up, middle, each by its numbers."""
+    """Sort key of a layer name in the order of ``index``: down, up, middle, each by its numbers.
+
+    A name that begins otherwise is no layer's (:func:`_is_layer`): it would land in another layer's place.
+    """
     kind = {"down_blocks": 0, "up_blocks": 1, "mid_block": 2}.get(name.split(".")[0], 3)
     return kind, [int(n[:9]) for n in re.findall(r"\d+", name)], name
 
 
 def _check_tensors(
-    names: Sequence[str], layers: Sequence[Mapping[str, torch.Tensor]], label: Mapping[str, str], where: str
+    names: Sequence[str],
+    layers: Sequence[Mapping[str, torch.Tensor]],
+    label: Mapping[str, str],
+    where: str,
+    header_only: bool,
 ) -> None:
     first = layers[0]["to_k_neg.weight"]
     for name, layer in zip(names, layers, strict=True):
@@ -325,7 +440,7 @@ def _check_tensors(
                     f"{where}: {key} is stored as {str(value.dtype).removeprefix('torch.')}; a SUN adapter is float32, "
                     "float16 or bfloat16. Convert it to one of them."
                 )
-            if not torch.isfinite(value).all():
+            if not header_only and not torch.isfinite(value).all():
                 raise SunFileError(f"{where}: {key} holds NaN or infinity. The file is damaged; get it again.")
 
 
@@ -359,30 +474,51 @@ def _info_from_metadata(metadata: Mapping[str, str], where: str) -> SunInfo:
     if stated != FORMAT:
         notes["format"] = stated  # other tools' mark, "pt"
 
-    def number(key: str) -> float | None:
+    def number(key: str, least: float, most: float) -> float | None:
+        if key not in metadata:
+            return None
         try:
-            value = float(metadata[key]) if key in metadata else None
+            value = float(metadata[key])
         except ValueError:
             value = math.nan
-        if value is not None and not 0 <= value < math.inf:
-            raise SunFileError(f"{where}: header entry {key} = {_short(metadata[key])} is not a number from 0 up.")
+        if not least <= value <= most:
+            raise SunFileError(
+                f"{where}: header entry {key} = {_short(metadata[key])} is not a number from {least:g} to {most:g}."
+            )
         return value
 
     try:
-        training = json.loads(metadata.get("training", "{}"))
-    except (ValueError, RecursionError):
+        training = parse_json(metadata.get("training", "{}"), "training")
+    except ReadError:
         training = None
     if not isinstance(training, dict):
         raise SunFileError(f"{where}: header entry 'training' is not a JSON object. Get the file again.")
+    guidance_range(training, where)
     if metadata.get("normalized", "true") not in ("true", "false"):
         raise SunFileError(f"{where}: header entry normalized = {_short(metadata['normalized'])} is not true or false.")
     return SunInfo(
-        base_model=metadata.get("base_model", ""),
-        guidance_scale=number("w"),
-        stage_length=number("stage_length"),
+        base_model=_clip(printable(metadata.get("base_model", "")), 200),
+        guidance_scale=number("w", 0, 1000),
+        stage_length=number("stage_length", 0.001, 1),  # a step is at least one of the 1000 timesteps
         normalized=metadata.get("normalized") != "false",
         training=training,
         notes=notes,
+    )
+
+
+def guidance_range(training: Mapping[str, Any], where: str = "The adapter") -> tuple[float, float] | None:
+    """From where to where an adapter was trained to take the guidance scale. Raises SunFileError naming ``where``."""
+    stated = training.get("guidance_range")
+    if stated is None or stated == [] or stated in ([0, 0], (0, 0)):  # trained for one scale
+        return None
+    if isinstance(stated, (list, tuple)) and len(stated) == 2:
+        low, high = stated
+        plain = all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in stated)
+        if plain and 0 < low <= high <= 1000:
+            return float(low), float(high)
+    raise SunFileError(
+        f"{where}: guidance_range = {_clip(printable(repr(stated)))} in header entry 'training' is not two numbers "
+        "above 0. Get the file again."
     )
 
 
@@ -403,8 +539,17 @@ def _metadata(content: AdapterTensors) -> dict[str, str]:
     if not info.normalized:
         metadata["normalized"] = "false"
     if info.training:
-        metadata["training"] = json.dumps(info.training, sort_keys=True, default=str)
+        metadata["training"] = json.dumps(_finite(info.training), sort_keys=True, default=str)
     return metadata
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with NaN and infinity as texts, because JSON has no numbers for them."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _some(keys: Sequence[str], limit: int = 3) -> str:
@@ -423,7 +568,5 @@ def _short(text: str, limit: int = 80) -> str:
     return repr(_clip(text, limit))
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _name(path: Path) -> str:
+    return printable(str(path))

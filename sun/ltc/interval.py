@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,13 @@ class LtcSettings:
     terms: int = 1
 
     def __post_init__(self) -> None:
-        if self.tau < 0 or self.every < 2 or not 0 <= self.first <= 1 or self.last < 0 or self.terms not in (1, 2):
+        if (
+            not 0 <= self.tau < math.inf
+            or self.every < 2
+            or not 0 <= self.first <= 1
+            or self.last < 0
+            or self.terms not in (1, 2)
+        ):
             raise LtcError(
                 "LTC-Accel takes tau of 0 or more (radians), every of 2 or more, first between 0 and 1, last of 0 or "
                 f"more and 1 or 2 terms, not {self}."

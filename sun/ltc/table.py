@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..common.atomic import write_json
+from ..common.identity import digest_of
+from ..common.reading import ReadError, printable, read_json
 from .errors import LtcError
 from .interval import LtcSettings
 
 FORMAT = "sun-ltc-1"
+MAX_STEPS = 1000
+MAX_TABLE = 2**20
+"""Bytes of a table's file; one of 1000 steps has 60,000."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,17 @@ class LtcKey:
     @property
     def schedule(self) -> str:
         """A short name of the noise levels. Three digits: hosts compute the same schedule with rounding errors."""
-        return _digest([f"{sigma:.3g}" for sigma in self.sigmas])
+        return digest_of([f"{sigma:.3g}" for sigma in self.sigmas], 12)
+
+    def parts(self) -> list[Any]:
+        """What tells keys apart: all of it, to the digits that hosts agree on."""
+        return [self.model, self.sampler, self.schedule, self.steps, f"{self.w:.4g}"]
 
     def file_name(self, settings: LtcSettings) -> str:
-        """``dpmpp_2m-25-0123456789ab.json``."""
-        own = _digest([self.model, self.sampler, self.schedule, self.steps, f"{self.w:.4g}", asdict(settings)])
-        return f"{self.sampler}-{self.steps}-{own}.json"
+        """``dpmpp_2m-25-0123456789ab.json``: a plain name whatever the sampler is called, in no folder of its own."""
+        own = digest_of([*self.parts(), asdict(settings)], 12)
+        sampler = re.sub(r"[^A-Za-z0-9_+-]+", "-", self.sampler)[:60].strip("-") or "sampler"
+        return f"{sampler}-{self.steps}-{own}.json"
 
 
 @dataclass(frozen=True)
@@ -89,34 +99,100 @@ class LtcTable:
     @classmethod
     def from_json(cls, content: Any, where: str = "The table") -> LtcTable:
         """Raises LtcError that names ``where`` unless this is a complete table."""
+        where = printable(where)
         try:
             if content["format"] != FORMAT:
                 raise LtcError(
-                    f"{where} has format {content['format']!r}; this version reads {FORMAT}. Calibrate again."
+                    f"{where} has format {_shown(content['format'])}; this version reads {FORMAT}. Calibrate again."
                 )
-            key = LtcKey(
-                content["model"], content["sampler"], tuple(map(float, content["sigmas"])), float(content["w"])
-            )
-            settings = LtcSettings(**content["settings"])
-            found = {int(i): tuple(map(float, factors)) for i, factors in content["coefficients"].items()}
-            turns = tuple(map(float, content["angles"]))
-            table = cls(key, settings, found, turns, float(content["bias"]), int(content["pictures"]),
-                        bool(content["error_aware"]), dict(content.get("notes", {})))  # fmt: skip
-        except LtcError:
-            raise
+            table = _table(content)
+        except LtcError as error:
+            raise error if str(error).startswith(where) else LtcError(f"{where}: {error}") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise LtcError(
-                f"{where} is not a table of LTC-Accel ({error!r}). Delete it and calibrate again."
+                f"{where} is not a table of LTC-Accel ({_shown(error)}). Delete it and calibrate again."
             ) from error
         table._check(where)
         return table
 
     def _check(self, where: str) -> None:
-        numbers = [*self.turns, self.bias, *(c for factors in self.coefficients.values() for c in factors)]
-        steps_fit = all(self.settings.terms <= i < self.key.steps for i in self.coefficients)
-        terms_fit = all(len(factors) == self.settings.terms for factors in self.coefficients.values())
-        if not (steps_fit and terms_fit and all(map(math.isfinite, numbers))):
-            raise LtcError(f"{where} does not fit its own {self.key.steps} steps. Delete it and calibrate again.")
+        steps, terms = self.key.steps, self.settings.terms
+        steps_fit = 1 <= steps <= MAX_STEPS and all(terms <= i < steps for i in self.coefficients)
+        terms_fit = all(len(factors) == terms for factors in self.coefficients.values())
+        if not (steps_fit and terms_fit and len(self.turns) in (0, steps - 1)):
+            raise LtcError(f"{where} does not fit its own {steps} steps. Delete it and calibrate again.")
+
+
+def _table(content: Mapping[str, Any]) -> LtcTable:
+    """The table in JSON that may be anything. Raises KeyError, TypeError, ValueError, AttributeError, LtcError."""
+    key = LtcKey(_text(content["model"]), _text(content["sampler"]), _numbers(content["sigmas"]), _number(content["w"]))
+    coefficients = {}
+    for step, factors in content["coefficients"].items():
+        if not re.fullmatch(r"[0-9]{1,4}", step):
+            raise ValueError(f"{step!r} is no step")
+        coefficients[int(step)] = _numbers(factors)
+    notes = {_text(name, 200): _text(note, 2000) for name, note in content.get("notes", {}).items()}
+    return LtcTable(
+        key,
+        _settings(content["settings"]),
+        coefficients,
+        _numbers(content["angles"]),
+        _number(content["bias"]),
+        _whole(content["pictures"]),
+        _true_or_false(content["error_aware"]),
+        notes,
+    )
+
+
+def _settings(content: Mapping[str, Any]) -> LtcSettings:
+    readers: dict[str, Callable[[Any], float]] = {
+        "tau": _number,
+        "every": _whole,
+        "first": _number,
+        "last": _whole,
+        "terms": _whole,
+    }
+    unknown = [name for name in content if name not in readers]
+    if unknown:
+        raise ValueError(f"there is no setting {unknown[0]!r}")
+    values: dict[str, Any] = {name: readers[name](value) for name, value in content.items()}
+    return LtcSettings(**values)
+
+
+def _text(value: Any, longest: int = 200) -> str:
+    if not isinstance(value, str) or len(value) > longest:
+        raise TypeError(f"{value!r} is no text of at most {longest} characters")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TypeError(f"{value!r} is no finite number")
+    return float(value)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
+        raise TypeError(f"{value!r} is no count")
+    return value
+
+
+def _true_or_false(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is neither true nor false")
+    return value
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    if not isinstance(values, (list, tuple)) or len(values) > MAX_STEPS + 1:
+        raise TypeError(f"{type(values).__name__} is no list of at most {MAX_STEPS + 1} numbers")
+    return tuple(_number(value) for value in values)
+
+
+def _shown(value: Any) -> str:
+    """What a stranger's table says, fit for one line."""
+    text = printable(repr(value))
+    return text if len(text) <= 120 else text[:120] + "..."
 
 
 class TableStore:
@@ -127,41 +203,29 @@ class TableStore:
         self._tables: dict[str, LtcTable] = {}
 
     def find(self, key: LtcKey, settings: LtcSettings) -> LtcTable | None:
-        """The table of these settings, or None. Raises LtcError for a damaged file."""
+        """The table of these settings, or None. Raises LtcError for a damaged file or another's under its name."""
         name = key.file_name(settings)
         if name not in self._tables and self.folder and (self.folder / name).is_file():
-            self._tables[name] = load_table(self.folder / name)
+            table = load_table(self.folder / name)
+            if table.key.parts() != key.parts() or table.settings != settings:
+                raise LtcError(
+                    f"{self.folder / name} is the table of another model, schedule or setting under this one's name. "
+                    "Delete it and calibrate again."
+                )
+            self._tables[name] = table
         return self._tables.get(name)
 
     def put(self, table: LtcTable) -> Path | None:
         """Keep a table; returns its file. Raises OSError."""
         name = table.key.file_name(table.settings)
         self._tables[name] = table
-        if self.folder is None:
-            return None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / name
-        temporary = path.with_suffix(f".{os.getpid()}.part")
-        temporary.write_text(json.dumps(table.to_json(), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-        return path
-
-    def forget(self, key: LtcKey, settings: LtcSettings) -> None:
-        """Drop a table and its file, so that the next run measures again."""
-        name = key.file_name(settings)
-        self._tables.pop(name, None)
-        if self.folder:
-            (self.folder / name).unlink(missing_ok=True)
+        return None if self.folder is None else write_json(self.folder / name, table.to_json(), indent=1)
 
 
 def load_table(path: str | os.PathLike[str]) -> LtcTable:
     """Read a table. Raises LtcError, or OSError if there is no such file."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LtcError(f"{path} is not JSON ({error}). Delete it and calibrate again.") from error
+        content = read_json(path, MAX_TABLE)
+    except ReadError as error:
+        raise LtcError(f"{error} Delete it and calibrate again.") from error
     return LtcTable.from_json(content, str(path))
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

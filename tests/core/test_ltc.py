@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,48 @@ def test_a_table_survives_its_file_and_is_found_by_everything_it_depends_on(tmp_
     other_w = LtcKey(made.key.model, made.key.sampler, made.key.sigmas, 5.0)
     assert TableStore(tmp_path).find(other_w, made.settings) is None
     assert TableStore(tmp_path).find(made.key, LtcSettings(tau=0.2)) is None
-    store = TableStore(tmp_path)
-    store.forget(made.key, made.settings)
-    assert store.find(made.key, made.settings) is None
+    path.unlink()
+    assert TableStore(tmp_path).find(made.key, made.settings) is None
+
+
+def test_a_table_of_whole_numbers_is_found_again(tmp_path: Path) -> None:
+    key = LtcKey("abc", "euler", tuple(range(8, -1, -1)), 7)
+    made = LtcTable(key, LtcSettings(tau=0), {5: (1,)}, (), 1, 3)
+    TableStore(tmp_path).put(made)
+    assert TableStore(tmp_path).find(key, LtcSettings(tau=0)) == made
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    ["../../escaped", "/etc/passwd", "a/b", "..\\..\\x", "C:\\x", "\0", "\x1b[2J", "x" * 200, "", "..", "DPM++ 2M"],
+)
+def test_a_table_is_kept_in_its_folder_whatever_its_sampler_is_called(tmp_path: Path, sampler: str) -> None:
+    made = table()
+    made = replace(made, key=replace(made.key, sampler=sampler))
+    made = LtcTable.from_json(json.loads(json.dumps(made.to_json())))
+    folder = tmp_path / "a" / "b"
+    path = TableStore(folder).put(made)
+    assert path is not None
+    assert path.resolve().parent == folder.resolve()
+    assert path.name.isprintable()
+    assert len(path.name) < 100
+    assert TableStore(folder).find(made.key, made.settings) == made
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
+
+
+def test_names_of_ordinary_samplers_stay_so_that_tables_are_found_again() -> None:
+    # what version 0.1 named it
+    assert table().key.file_name(LtcSettings()) == "euler-8-84268c0bf492.json"
+
+
+def test_a_table_under_another_ones_name_is_refused(tmp_path: Path) -> None:
+    made = table()
+    path = TableStore(tmp_path).put(made)
+    assert path is not None
+    other = replace(made, key=replace(made.key, model="other"))
+    path.write_text(json.dumps(other.to_json()))
+    with pytest.raises(LtcError, match="another model"):
+        TableStore(tmp_path).find(made.key, made.settings)
 
 
 @pytest.mark.parametrize(
