@@ -46,7 +46,7 @@ def read_picture(source: str | os.PathLike[str] | bytes, name: str = "") -> Imag
     """
     name = name or _called(source)
     picture = open_picture(source, name)
-    flat = flatten(picture)
+    flat = flatten(picture, name)
     if is_transparent(picture) and flat.convert("L").getextrema()[0] == 255:
         raise PictureError(
             f"{name} shows nothing but white where it is not transparent, and SUN reads pictures on white. "
@@ -61,12 +61,14 @@ def read_mask(source: str | os.PathLike[str] | bytes, name: str = "") -> Image.I
     return flatten_mask(open_picture(source, name), name)
 
 
-def open_picture(source: str | os.PathLike[str] | bytes, name: str = "") -> Image.Image:
+def open_picture(
+    source: str | os.PathLike[str] | bytes, name: str = "", formats: tuple[str, ...] = FORMATS
+) -> Image.Image:
     """A picture as its file has it, read completely: its own mode, not yet upright. Raises PictureError."""
     name = name or _called(source)
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source, MAX_BYTES) as handle:
-            return _load(handle, name)
+            return _load(handle, name, formats)
     except PictureError:
         raise
     except FileNotFoundError:
@@ -77,13 +79,13 @@ def open_picture(source: str | os.PathLike[str] | bytes, name: str = "") -> Imag
         raise PictureError(f"{name} has too many pixels; at most {MAX_PIXELS:,} are read. Make it smaller.") from error
     except Exception as error:  # Pillow raises nearly anything on damaged files
         raise PictureError(
-            f"{name} is not a picture that can be read ({_reason(error)}). Give one of {', '.join(FORMATS)}."
+            f"{name} is not a picture that can be read ({_reason(error)}). Give a {', '.join(formats)}."
         ) from error
 
 
-def flatten(picture: Image.Image) -> Image.Image:
-    """``picture`` in RGB: upright, 8 bits a channel, on white where it is transparent."""
-    return on_white(upright(picture))
+def flatten(picture: Image.Image, name: str = "the picture") -> Image.Image:
+    """``picture`` in RGB: upright, 8 bits a channel, on white where it is transparent. Raises PictureError."""
+    return on_white(upright(picture, name))
 
 
 def flatten_mask(picture: Image.Image, name: str = "the mask") -> Image.Image:
@@ -92,7 +94,7 @@ def flatten_mask(picture: Image.Image, name: str = "the mask") -> Image.Image:
     White paint on nothing, as drawing programs save it, is a mask too. Raises PictureError for other transparency:
     some programs repaint where a picture is transparent, others where it is not.
     """
-    picture = upright(picture)
+    picture = upright(picture, name)
     if is_transparent(picture):
         with_alpha = _rgba(picture)
         alpha, levels = with_alpha.getchannel("A"), with_alpha.convert("L")
@@ -108,11 +110,11 @@ def flatten_mask(picture: Image.Image, name: str = "the mask") -> Image.Image:
     return picture.convert("L") if picture.mode in ("1", "L", "RGB") else on_white(picture).convert("L")
 
 
-def upright(picture: Image.Image) -> Image.Image:
-    """``picture`` turned as its EXIF says, with 8 bits a channel; its transparency stays."""
+def upright(picture: Image.Image, name: str = "the picture") -> Image.Image:
+    """``picture`` turned as its EXIF says, with 8 bits a channel; its transparency stays. Raises PictureError."""
     picture.load()
     turn = _UPRIGHT.get(_orientation(picture))
-    picture = _eight_bits(picture)
+    picture = _eight_bits(picture, name)
     if turn is None:
         return picture
     picture = picture.transpose(turn)
@@ -135,8 +137,8 @@ def is_transparent(picture: Image.Image) -> bool:
     return picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info or palette == "RGBA"
 
 
-def _load(handle: BinaryIO, name: str) -> Image.Image:
-    with Image.open(handle, formats=FORMATS) as picture:
+def _load(handle: BinaryIO, name: str, formats: tuple[str, ...]) -> Image.Image:
+    with Image.open(handle, formats=formats) as picture:
         if picture.width * picture.height > MAX_PIXELS:
             raise PictureError(
                 f"{name} is {picture.width} x {picture.height} pixels; at most {MAX_PIXELS:,} in all are read. "
@@ -155,14 +157,14 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
+def _eight_bits(picture: Image.Image, name: str) -> Image.Image:
     """Levels of 16 bits, 32 bits and fractions as 8 bits, where Pillow would cut off at 255."""
     if picture.mode != "I" and picture.mode != "F" and not picture.mode.startswith("I;16"):
         return picture
     levels = np.asarray(picture, dtype=np.float32)
     if not np.isfinite(levels).all() or levels.min() < 0 or levels.max() > 65535:
         raise PictureError(
-            "its levels are not 0 to 65535, or 0 to 1 in fractions. Save it with 8 or 16 bits a channel."
+            f"{name} has levels other than 0 to 65535, or 0 to 1 in fractions. Save it with 8 or 16 bits a channel."
         )
     # Fractions are 0 to 1 by custom, but Pillow's own F has the levels of the 8 bits it was made from.
     scale = 1 / 257

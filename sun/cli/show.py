@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..pictures.png import write_atomically
+from ..common.atomic import write_json as write_json_file
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -33,9 +32,7 @@ def figures_table(rows: dict[str, dict[str, Any]], title: str) -> Table:
 
 def write_json(path: Path | None, content: dict[str, Any]) -> None:
     if path:
-        write_atomically(
-            path, lambda handle: handle.write((json.dumps(content, indent=2, default=str) + "\n").encode())
-        )
+        write_json_file(path, content)
 
 
 @contextmanager

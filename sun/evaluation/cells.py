@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..common.atomic import write_atomically
 from ..common.processes import process_state
-from ..pictures.png import write_atomically
 
 Tensors = dict[str, Tensor]
 

@@ -11,8 +11,9 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from ..common.atomic import write_atomically
 from ..common.settings import ConfigError
-from ..pictures.png import grid, save_png, to_images, write_atomically
+from ..pictures.png import grid, save_png, to_images
 from .cells import Tensors
 from .edits import Edits
 from .methods import REFERENCE, parse_method

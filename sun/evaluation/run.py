@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..common.atomic import write_json, write_text
 from ..common.devices import resolve
 from ..common.settings import ConfigError
-from ..pictures.png import write_atomically
 from .cells import CellStore, file_name, processes
 from .config import EvaluateConfig, ModelSpec, check, method_names, model_specs, portable
 from .features import load_features
@@ -97,14 +96,10 @@ def _write_model(folder: Path, name: str, evaluation: ModelEvaluation, figures: 
     from .tables import markdown
 
     own = folder / file_name(name)
-    write_text(folder / "figures.json", json.dumps(figures, indent=2) + "\n")
+    write_json(folder / "figures.json", figures)
     write_text(folder / "tables.md", markdown(figures))
     save_plots(name, figures["models"][name], own)
     if "distances" in evaluation.config.measure:
         save_comparison(evaluation, own / "grid.png", evaluation.config.grid_prompts)
     if "edits" in evaluation.config.measure:
         save_edits(evaluation, own, evaluation.config.grid_prompts)
-
-
-def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda handle: handle.write(text.encode()))

@@ -31,6 +31,7 @@ from ..pipelines.schedulers import SCHEDULERS, make_scheduler
 from ..schedule import denoise_timesteps, trailing_timesteps
 from ..shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_SUN, SINGLE_FILE_CONFIG
 from ..shipped.control_lora import controlnet_from_unet
+from ..user_pictures import PictureError, read_mask, read_picture
 from .recipe import Recipe, RecipeError, fingerprint, png_text, split_lora
 
 OnStep = Callable[[int, int], None]
@@ -315,14 +316,19 @@ def environment(device: str) -> dict[str, str]:
 
 
 def open_image(path: str) -> Image.Image:
-    """An RGB picture. Raises RecipeError."""
+    """An RGB picture, read as training reads it (:func:`sun.user_pictures.read_picture`). Raises RecipeError."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise RecipeError(f"the picture {path} does not exist. Check the path.") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise RecipeError(f"{path} is not a picture that can be read ({error}).") from error
+        return read_picture(path)
+    except PictureError as error:
+        raise RecipeError(str(error)) from error
+
+
+def open_mask(path: str) -> Image.Image:
+    """A mask, mode L, white where a picture is repainted. Raises RecipeError."""
+    try:
+        return read_mask(path)
+    except PictureError as error:
+        raise RecipeError(str(error)) from error
 
 
 # --- the pieces of a run -----------------------------------------------------------------------------------------
@@ -339,13 +345,13 @@ def _mode(loaded: Loaded, recipe: Recipe) -> tuple[type, dict[str, Any], int]:
         kept, scheduled = _kept_steps(recipe)
         # Half a step more than the wanted share, so that the pipelines' int(steps * strength) cannot round it away.
         share = 1.0 if kept == scheduled else (kept + 0.5) / scheduled
-        inputs = {"image": [_resized(recipe.init, size)] * recipe.batch, "strength": share}
+        inputs = {"image": [_resized(open_image(recipe.init), size)] * recipe.batch, "strength": share}
         inputs["num_inference_steps"] = scheduled
     if recipe.mask:
-        inputs |= {"mask_image": [_resized(recipe.mask, size).convert("L")] * recipe.batch}
+        inputs |= {"mask_image": [_resized(open_mask(recipe.mask), size)] * recipe.batch}
         inputs |= {"width": size[0], "height": size[1]}
     if loaded.controlnet:
-        control = [_resized(recipe.control, size)] * recipe.batch
+        control = [_resized(open_image(recipe.control), size)] * recipe.batch
         inputs |= {"control_image" if recipe.init else "image": control}
         inputs |= {"controlnet_conditioning_scale": recipe.control_scale}
     steps = _kept_steps(recipe)[0] if recipe.init else recipe.steps
@@ -394,11 +400,11 @@ def _generators(recipe: Recipe) -> list[torch.Generator]:
 
 def _keep_unmasked(image: Image.Image, recipe: Recipe) -> Image.Image:
     """``image`` with the unmasked pixels as they were: the autoencoder alone would change them a little."""
-    return Image.composite(image, _resized(recipe.init, image.size), _resized(recipe.mask, image.size).convert("L"))
+    before, mask = open_image(recipe.init), open_mask(recipe.mask)
+    return Image.composite(image, _resized(before, image.size), _resized(mask, image.size))
 
 
-def _resized(path: str, size: tuple[int, int]) -> Image.Image:
-    image = open_image(path)
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 

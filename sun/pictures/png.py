@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from ..common.atomic import write_atomically
+from ..user_pictures import open_picture
+
 if TYPE_CHECKING:
     import torch
-
-
-def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> Path:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it: an interruption leaves no half file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False)  # noqa: SIM115
-    try:
-        with handle:
-            write(handle)
-        # A temporary file is private to its owner; the result gets the mode any new file would.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(handle.name, 0o666 & ~mask)
-        os.replace(handle.name, path)
-    except BaseException:
-        Path(handle.name).unlink(missing_ok=True)
-        raise
-    return path
 
 
 def save_png(image: Image.Image, path: str | Path, text: Mapping[str, str] | None = None) -> Path:
@@ -42,10 +24,9 @@ def save_png(image: Image.Image, path: str | Path, text: Mapping[str, str] | Non
 
 
 def read_png_text(path: str | Path) -> dict[str, str]:
-    """The text chunks of a PNG. Raises OSError when the file is missing or no picture."""
-    with Image.open(path) as image:
-        image.load()  # text may follow the pixels
-        return {str(k): str(v) for k, v in image.info.items() if isinstance(v, str)}
+    """The text chunks of a PNG. Raises PictureError when the file is missing or no PNG."""
+    picture = open_picture(path, formats=("PNG",))
+    return {str(k): str(v) for k, v in picture.info.items() if isinstance(v, str)}
 
 
 def to_images(pixels: torch.Tensor) -> list[Image.Image]:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..user_pictures import PictureError
 from .png import read_png_text
 
 FORMAT = "sun-picture-1"
@@ -140,12 +141,8 @@ def read_recipe(path: str | Path) -> tuple[Recipe, dict[str, Any]]:
     """The recipe in a PNG and the rest of its chunk (``files``, ``made_with``). Raises RecipeError."""
     try:
         text = read_png_text(path)
-    except FileNotFoundError:
-        raise RecipeError(f"{path} does not exist. Check the path.") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise RecipeError(
-            f"{path} is not a picture that can be read ({error}). Give a PNG made by `sun generate`."
-        ) from error
+    except PictureError as error:
+        raise RecipeError(f"{error} A recipe is in a PNG made by `sun generate`.") from error
     if CHUNK not in text:
         raise RecipeError(
             f"{path} holds no SUN recipe. Give a PNG made by `sun generate` that no other program rewrote."

@@ -21,9 +21,10 @@ from typer.testing import Result
 
 from sun import SunAdapter
 from sun.cli import app
+from sun.common.atomic import write_atomically
 from sun.common.settings import without_folders
 from sun.files import SunInfo
-from sun.pictures.png import grid, read_png_text, save_png, write_atomically
+from sun.pictures.png import grid, read_png_text, save_png
 from sun.training.sun import SunTrainConfig
 
 Run = Callable[..., Result]

@@ -11,8 +11,8 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ...common.atomic import write_atomically
 from ...common.devices import autocast
-from ...pictures.png import write_atomically
 from ...training.data.cache import hash_weights
 from .scenes import Scene, random_scene, render_scene
 from .sources import Emoji, cache_dir, load_pictures

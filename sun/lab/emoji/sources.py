@@ -7,7 +7,6 @@ the emoji that are used by default, from the package ``emoji-datasource`` (MIT).
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from typing import Any
 from PIL import Image
 
 from ...common.settings import ConfigError
+from ...user_pictures import open_picture
 
 METADATA_PACKAGE = "emoji-datasource@16.0.0"
 VOCABULARIES = ("everyday", "wide", "all")
@@ -212,5 +212,5 @@ def _rasterise(data: bytes, suffix: str, size: int) -> Image.Image:
         except ModuleNotFoundError as error:
             raise ConfigError('drawing SVG needs resvg_py. In a clone: pip install -e ".[emoji]"') from error
         data = bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), width=size, height=size))
-    image = Image.open(io.BytesIO(data)).convert("RGBA")
+    image = open_picture(data).convert("RGBA")
     return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS)

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...lab.emoji.sources import cache_dir
+from ...user_pictures import open_picture
 from .samples import UNREADABLE, DataError, Encode, Lanes, Order, Skipped, crop, encode_pixels, to_tensor
 
 CHUNK = 256
@@ -136,8 +136,7 @@ def _encode_chunk(
         pictures, captions = [], []
         for number, (path, caption) in enumerate(pairs[begin : begin + _BATCH], start + begin):
             try:
-                with Image.open(path) as image:
-                    pictures.append(to_tensor(crop(image, resolution)))
+                pictures.append(to_tensor(crop(open_picture(path), resolution)))
             except UNREADABLE:
                 continue  # left out of `index`; the reader counts and names it
             captions.append(caption)

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.state import GradientState
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from ...user_pictures import on_white, upright
 
 Encode = Callable[[list[str]], Tensor]
 """Texts -> text states [B, L, D]."""
@@ -94,17 +96,11 @@ class Order:
 
 def crop(image: Image.Image, size: int) -> Image.Image:
     """The centre square of a picture, upright, on white where it is transparent, scaled to ``size``."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):  # 16 bits, which PIL would cut off at 255
-        levels = np.asarray(image, dtype=np.float32)
-        image = Image.fromarray((levels / 257).clip(0, 255).round().astype(np.uint8))
+    image = upright(image)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))  # first: a thin picture grows huge
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    return on_white(image).resize((size, size), Image.Resampling.LANCZOS)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -7,7 +7,6 @@ the very next sample after reading at most one shard again.
 
 from __future__ import annotations
 
-import io
 import json
 import random
 from collections import Counter
@@ -18,11 +17,11 @@ from typing import Any
 
 import torch
 import webdataset as wds
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.shardlists import expand_urls
 
+from ...user_pictures import open_picture
 from .samples import UNREADABLE, DataError, Encode, Lanes, Skipped, crop, encode_pixels, is_address, to_tensor
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -132,8 +131,7 @@ def decode(sample: dict[str, Any], resolution: int, skipped: Skipped) -> tuple[T
         skipped.add("samples without a caption", name)
         return None
     try:
-        with Image.open(io.BytesIO(picture)) as image:
-            return to_tensor(crop(image, resolution)), caption
+        return to_tensor(crop(open_picture(picture, name), resolution)), caption
     except UNREADABLE as error:
         skipped.add("unreadable pictures", f"{name} ({error})")
         return None

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
-from PIL import Image
 from torch import Tensor
 
 from ...common.settings import ConfigError, read_lines
+from ...user_pictures import open_picture
 from .samples import (
     UNREADABLE,
     DataError,
@@ -160,8 +160,7 @@ class FolderSource:
                 continue
             path, caption = self.pairs[index]
             try:
-                with Image.open(path) as image:
-                    return to_tensor(crop(image, self.resolution)), caption
+                return to_tensor(crop(open_picture(path), self.resolution)), caption
             except UNREADABLE as error:
                 self.broken.add(index)
                 self.skipped.add("unreadable pictures", f"{path} ({error})")
