@@ -3,11 +3,18 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import details, folders
-from .emoji_nodes import LoadEmojiControlNet, LoadEmojiDiffusion
-from .inheritance import ApplyFeatureInheritance
-from .ltc import ApplyLtcAccel
-from .nodes import ApplySun, LoadSunAdapter, SunSampler
-from .parts import SunAdapterInfo, SunGuider, SunScheduler
+from .nodes import (
+    ApplyFeatureInheritance,
+    ApplyLtcAccel,
+    ApplySun,
+    LoadEmojiControlNet,
+    LoadEmojiDiffusion,
+    LoadSunAdapter,
+    SunAdapterInfo,
+    SunGuider,
+    SunSampler,
+    SunScheduler,
+)
 
 
 class SunExtension(ComfyExtension):

@@ -1,4 +1,4 @@
-"""Feature inheritance in ComfyUI: the node Apply Feature Inheritance, and how it gets into the sampling.
+"""Feature inheritance in ComfyUI: how it gets into the sampling.
 
 Two wrappers hang on a clone of the model: OUTER_SAMPLE begins and ends a run, DIFFUSION_MODEL puts the inherited
 parts into one call of the U-Net and takes them out again. The U-Net's own code runs, with all patches of other nodes.
@@ -13,16 +13,12 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from comfy_api.latest import io
 
 from ..sun.inheritance import (
-    PRESETS,
-    InheritanceError,
     InheritanceRun,
     Places,
     Plan,
     control_of_what_runs,
-    parse_plan,
     places_of,
     roles_of,
 )
@@ -99,48 +95,3 @@ def _diffusion_model(
         if not full:
             control = control_of_what_runs(control, state.plan, places)
         return executor(x, timesteps, context, y, control, options, **kwargs)
-
-
-class ApplyFeatureInheritance(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="SUN_ApplyFeatureInheritance",
-            display_name="Apply Feature Inheritance",
-            category="SUN",
-            description=(
-                "Leaves out the inner parts of the U-Net in some steps and takes their output of an earlier step; "
-                "nothing is trained. For Stable Diffusion 1.x, 2.x and SDXL, with any sampler."
-            ),
-            inputs=[
-                io.Model.Input("model", tooltip="Stable Diffusion 1.x, 2.x or SDXL, with or without SUN."),
-                io.Combo.Input(
-                    "preset",
-                    options=list(PRESETS),
-                    default="balanced",
-                    tooltip="fine stays nearest to the original, fast saves most.",
-                ),
-                io.String.Input(
-                    "plan",
-                    default="",
-                    optional=True,
-                    tooltip=(
-                        "For experts, instead of the preset: stages=1 every=3, or outer=2 mode=dense-early, or "
-                        "layers=up.3.0,up.3.1 keys=0,2,5. The help page lists the words."
-                    ),
-                ),
-            ],
-            outputs=[io.Model.Output("inheriting_model", display_name="model", tooltip="The model, for any sampler.")],
-        )
-
-    @classmethod
-    def validate_inputs(cls, preset: str, plan: str = "") -> bool | str:
-        try:
-            parse_plan(plan.strip() or preset)
-        except InheritanceError as error:
-            return str(error)
-        return True
-
-    @classmethod
-    def execute(cls, model: Any, preset: str, plan: str = "") -> io.NodeOutput:
-        return io.NodeOutput(apply(model, parse_plan(plan.strip() or preset)))

@@ -1,4 +1,4 @@
-"""LTC-Accel in ComfyUI: the node Apply LTC-Accel, and how it gets into the sampling.
+"""LTC-Accel in ComfyUI: how it gets into the sampling.
 
 Nothing is patched while nothing is sampled. Two wrappers hang on a clone of the model:
 
@@ -18,11 +18,10 @@ import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from comfy_api.latest import io
 
 from ..sun.ltc import LtcKey, LtcSettings, TableStore, fingerprint, kdiffusion
 from ..sun.ltc.kdiffusion import SamplerRun
-from ..sun.ltc.keep import AGAIN, AUTOMATIC, keep_measured, open_run
+from ..sun.ltc.keep import AUTOMATIC, keep_measured, open_run
 
 log = logging.getLogger(__name__)
 
@@ -103,60 +102,3 @@ def _predict_noise(
     if not isinstance(run, SamplerRun):
         return executor(x, timestep, options, seed)
     return run.denoised(x, lambda: executor(x, timestep, options, seed))
-
-
-# ----------------------------------------------------------------------------------------------------------- the node
-
-
-class ApplyLtcAccel(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="SUN_ApplyLtcAccel",
-            display_name="Apply LTC-Accel",
-            category="SUN",
-            description=(
-                "Skips sampling steps in which the picture hardly changes its course; nothing is trained. For any "
-                "model with euler, ddim, dpmpp_2m, heun or dpm_2. The first run with new steps measures at full cost."
-            ),
-            inputs=[
-                io.Model.Input("model", tooltip="Any model: SD 1.5, SDXL, SD 3, Flux, video; with or without SUN."),
-                io.Float.Input(
-                    "tau",
-                    default=0.1,
-                    min=0.0,
-                    max=1.6,
-                    step=0.01,
-                    tooltip=(
-                        "Steps are skipped where the course turns by less than this, in radians: more skips more. "
-                        "0 skips by position alone, in the last three quarters."
-                    ),
-                ),
-                io.Int.Input(
-                    "every",
-                    default=2,
-                    min=2,
-                    max=10,
-                    tooltip="One step of this many is skipped there: 2 is the fastest, more is nearer to the original.",
-                ),
-                io.Combo.Input(
-                    "calibration",
-                    options=[AUTOMATIC, AGAIN],
-                    default=AUTOMATIC,
-                    tooltip=(
-                        "automatic: the first run with a model, sampler, scheduler, steps and cfg measures at full "
-                        "cost and gives the usual picture; later runs are fast. measure again: forget what was "
-                        "measured before."
-                    ),
-                ),
-            ],
-            outputs=[
-                io.Model.Output(
-                    "ltc_model", display_name="model", tooltip="The model, for the samplers that the help names."
-                )
-            ],
-        )
-
-    @classmethod
-    def execute(cls, model: Any, tau: float, every: int, calibration: str) -> io.NodeOutput:
-        return io.NodeOutput(apply(model, LtcSettings(tau=tau, every=every), calibration))

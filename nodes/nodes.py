@@ -1,21 +1,38 @@
-"""The nodes most graphs need: what one sees in ComfyUI, and one call each. The work is in other modules and sun/."""
+"""The nodes: what one sees in ComfyUI, and one call each. The work is in the modules beside this one and in sun/."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from comfy_api.latest import io
 
+from ..sun.inheritance import PRESETS, InheritanceError, parse_plan
+from ..sun.ltc import LtcSettings
+from ..sun.ltc.keep import AGAIN, AUTOMATIC
 from ..sun.schedule import DenoiseMode
-from . import folders, loading, patch, sampling
+from ..sun.shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_INPAINTING
+from . import emoji, folders, inheritance, loading, ltc, patch, sampling
 
 SunAdapterIO = io.Custom("SUN_ADAPTER")
 CATEGORY = "SUN"
+VARIANTS = {"base": None, "inpainting": EMOJI_INPAINTING}
+# What people type who look for a node of this kind without knowing its name.
+SPEED = ["SpeedUpNet", "speedup", "speed up", "accelerate", "faster", "few step", "4 steps", "LCM", "turbo", "加速"]
+SKIPPING = ["cache", "caching", "speedup", "speed up", "accelerate", "faster", "skip steps", "加速", "缓存"]
+NEGATIVE = ["negative prompt", "negative embedding", "CFG 1", "NAG", "负面提示词"]
+
+
+def known(kind: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """Those of the options that this ComfyUI's `kind` takes: 0.3.75 has no search aliases and no advanced inputs."""
+    taken = inspect.signature(kind).parameters
+    return {name: value for name, value in options.items() if name in taken}
 
 
 def effect_inputs() -> list[io.Input]:
     """start_percent and end_percent of SUN's effect, as ComfyUI's own nodes count them."""
-    limits = {"min": 0.0, "max": 1.0, "step": 0.001, "optional": True}
+    limits = {"min": 0.0, "max": 1.0, "step": 0.001, "optional": True, **known(io.Float.Input, advanced=True)}
     return [
         io.Float.Input(
             "start_percent",
@@ -38,6 +55,7 @@ def effect_inputs() -> list[io.Input]:
 def denoise_mode_input(optional: bool) -> io.Input:
     return io.Combo.Input(
         "denoise_mode",
+        **known(io.Combo.Input, advanced=True),
         options=["trained", "respaced"],
         default="trained",
         optional=optional,
@@ -53,6 +71,7 @@ class LoadSunAdapter(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SUN_LoadAdapter",
+            **known(io.Schema, search_aliases=[*SPEED, "negative prompt", "SUN adapter", "LCM LoRA", "distillation"]),
             display_name="Load SUN Adapter",
             category=CATEGORY,
             description=(
@@ -96,6 +115,7 @@ class ApplySun(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SUN_Apply",
+            **known(io.Schema, search_aliases=[*SPEED, *NEGATIVE, "LCM LoRA", "Lightning", "Hyper-SD", "distillation"]),
             display_name="Apply SUN to Model",
             category=CATEGORY,
             description=(
@@ -124,6 +144,7 @@ class ApplySun(io.ComfyNode):
                 *effect_inputs(),
                 io.Float.Input(
                     "guidance",
+                    **known(io.Float.Input, advanced=True),
                     default=0.0,
                     min=0.0,
                     max=30.0,
@@ -154,6 +175,7 @@ class SunSampler(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SUN_Sampler",
+            **known(io.Schema, search_aliases=[*SPEED, *NEGATIVE, "KSampler", "fast sampler", "trailing"]),
             display_name="SUN 4-step Sampler",
             category=CATEGORY,
             description=(
@@ -199,6 +221,7 @@ class SunSampler(io.ComfyNode):
                 denoise_mode_input(optional=True),
                 io.Combo.Input(
                     "final_step",
+                    **known(io.Combo.Input, advanced=True),
                     options=["host", "diffusers"],
                     default="host",
                     optional=True,
@@ -223,3 +246,301 @@ class SunSampler(io.ComfyNode):
             (start_percent, end_percent),
         )  # fmt: skip
         return io.NodeOutput(samples, ui={"text": [line]})
+
+
+# ----------------------------------------------------------------------------------------------------- custom sampling
+
+
+class SunScheduler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SUN_Scheduler",
+            **known(
+                io.Schema,
+                search_aliases=["trailing", "sigmas", "timesteps", "timestep spacing", "LCM scheduler", "4 steps"],
+            ),
+            display_name="SUN Scheduler",
+            category=CATEGORY,
+            description=(
+                "The sigmas SUN is trained for, exact for every number of steps, for SamplerCustom and "
+                "SamplerCustomAdvanced with euler, ddim or dpmpp_2m."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The model that is sampled: its noise schedule decides the sigmas."),
+                io.Int.Input(
+                    "steps",
+                    default=4,
+                    min=1,
+                    max=50,
+                    tooltip="U-Net calls. SUN is trained for 4; 1 to 12 work, more than 8 seldom help.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Image to image: how much is painted anew; 1 starts from pure noise.",
+                ),
+                denoise_mode_input(optional=False),
+            ],
+            outputs=[
+                io.Sigmas.Output("sigmas", display_name="sigmas", tooltip="For the sigmas input of a custom sampler.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, steps: int, denoise: float, denoise_mode: DenoiseMode) -> io.NodeOutput:
+        return io.NodeOutput(sampling.trained_sigmas(model, steps, denoise, denoise_mode))
+
+
+class SunGuider(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SUN_Guider",
+            **known(io.Schema, search_aliases=[*NEGATIVE, "CFG guider", "BasicGuider"]),
+            display_name="SUN Guider",
+            category=CATEGORY,
+            description=(
+                "Both prompts for SamplerCustomAdvanced at cfg 1: the negative one acts through the adapter, so each "
+                "step is one U-Net call."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="From Apply SUN to Model."),
+                io.Conditioning.Input("positive", tooltip="What the picture should show."),
+                io.Conditioning.Input(
+                    "negative",
+                    tooltip="What it should not show. A negative connected to Apply SUN to Model goes before it.",
+                ),
+            ],
+            outputs=[
+                io.Guider.Output("guider", display_name="guider", tooltip="For the guider of SamplerCustomAdvanced.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, positive: Any, negative: Any) -> io.NodeOutput:
+        return io.NodeOutput(sampling.Guider(model, positive, negative))
+
+
+class SunAdapterInfo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SUN_AdapterInfo",
+            **known(io.Schema, search_aliases=["inspect", "metadata", "hash", "SpeedUpNet"]),
+            display_name="SUN Adapter Info",
+            category=CATEGORY,
+            description=(
+                "Tells what an adapter is: the base model it belongs to, its branches and size, what it was trained "
+                "for, and the hash of its file."
+            ),
+            inputs=[SunAdapterIO.Input("adapter", tooltip="From Load SUN Adapter.")],
+            outputs=[
+                io.String.Output("text", display_name="text", tooltip="A few lines to read, also shown in the node."),
+                io.String.Output(
+                    "json", display_name="json", tooltip="The same for programs; null stands for what is not recorded."
+                ),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, adapter: loading.LoadedAdapter) -> io.NodeOutput:
+        text, facts = loading.describe(adapter)
+        return io.NodeOutput(text, facts, ui={"text": [text]})
+
+
+# -------------------------------------------------------------------------------------------------------- accelerators
+
+
+class ApplyLtcAccel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SUN_ApplyLtcAccel",
+            **known(io.Schema, search_aliases=[*SKIPPING, "EasyCache", "LazyCache", "TeaCache", "LTC"]),
+            display_name="Apply LTC-Accel",
+            category=CATEGORY,
+            description=(
+                "Skips sampling steps in which the picture hardly changes its course; nothing is trained. For any "
+                "model with euler, ddim, dpmpp_2m, heun or dpm_2. The first run with new steps measures at full cost."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="Any model: SD 1.5, SDXL, SD 3, Flux, video; with or without SUN."),
+                io.Float.Input(
+                    "tau",
+                    default=0.1,
+                    min=0.0,
+                    max=1.6,
+                    step=0.01,
+                    tooltip=(
+                        "Steps are skipped where the course turns by less than this, in radians: more skips more. "
+                        "0 skips by position alone, in the last three quarters."
+                    ),
+                ),
+                io.Int.Input(
+                    "every",
+                    default=2,
+                    min=2,
+                    max=10,
+                    tooltip="One step of this many is skipped there: 2 is the fastest, more is nearer to the original.",
+                ),
+                io.Combo.Input(
+                    "calibration",
+                    options=[AUTOMATIC, AGAIN],
+                    default=AUTOMATIC,
+                    tooltip=(
+                        "automatic: the first run with a model, sampler, scheduler, steps and cfg measures at full "
+                        "cost and gives the usual picture; later runs are fast. measure again: forget what was "
+                        "measured before."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "ltc_model", display_name="model", tooltip="The model, for the samplers that the help names."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, tau: float, every: int, calibration: str) -> io.NodeOutput:
+        return io.NodeOutput(ltc.apply(model, LtcSettings(tau=tau, every=every), calibration))
+
+
+class ApplyFeatureInheritance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SUN_ApplyFeatureInheritance",
+            **known(io.Schema, search_aliases=[*SKIPPING, "DeepCache", "A-SDM", "feature reuse", "FBCache"]),
+            display_name="Apply Feature Inheritance",
+            category=CATEGORY,
+            description=(
+                "Leaves out the inner parts of the U-Net in some steps and takes their output of an earlier step; "
+                "nothing is trained. For Stable Diffusion 1.x, 2.x and SDXL, with any sampler."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="Stable Diffusion 1.x, 2.x or SDXL, with or without SUN."),
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default="balanced",
+                    tooltip="fine stays nearest to the original, fast saves most.",
+                ),
+                io.String.Input(
+                    "plan",
+                    **known(io.String.Input, advanced=True),
+                    default="",
+                    optional=True,
+                    tooltip=(
+                        "For experts, instead of the preset: stages=1 every=3, or outer=2 mode=dense-early, or "
+                        "layers=up.3.0,up.3.1 keys=0,2,5. The help page lists the words."
+                    ),
+                ),
+            ],
+            outputs=[io.Model.Output("inheriting_model", display_name="model", tooltip="The model, for any sampler.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, preset: str, plan: str = "") -> bool | str:
+        try:
+            parse_plan(plan.strip() or preset)
+        except InheritanceError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, model: Any, preset: str, plan: str = "") -> io.NodeOutput:
+        return io.NodeOutput(inheritance.apply(model, parse_plan(plan.strip() or preset)))
+
+
+# ----------------------------------------------------------------------------------------------------- Emoji Diffusion
+
+
+class LoadEmojiDiffusion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SUN_LoadEmojiDiffusion",
+            **known(io.Schema, search_aliases=["tiny model", "small checkpoint", "test model", "example"]),
+            display_name="Load Emoji Diffusion",
+            category=CATEGORY,
+            description=(
+                "The small Stable Diffusion shipped with SUN: emoji at 128 x 128 pixels, nothing to download. "
+                'It knows prompts such as "large polar bear, yellow background".'
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "variant",
+                    options=list(VARIANTS),
+                    default="base",
+                    optional=True,
+                    tooltip=(
+                        "base draws from a prompt; it also does image to image and masks. inpainting is its 9-channel "
+                        "model, which looks at the picture around the mask: use it with InpaintModelConditioning."
+                    ),
+                )
+            ],
+            outputs=[
+                io.Model.Output("model", display_name="model", tooltip="The U-Net. 128 x 128 pixels is its size."),
+                io.Clip.Output("clip", display_name="clip", tooltip="The text encoder; works with CLIP Text Encode."),
+                io.Vae.Output(
+                    "vae", display_name="vae", tooltip="A tiny autoencoder; works with VAE Decode and VAE Encode."
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, variant: str = "base") -> str:
+        changes = VARIANTS[variant]
+        prints = [emoji.fingerprint(folder) for folder in (EMOJI_DIFFUSION, changes and changes.parent) if folder]
+        return ";".join(prints)
+
+    @classmethod
+    def execute(cls, variant: str = "base") -> io.NodeOutput:
+        return io.NodeOutput(*emoji.load(EMOJI_DIFFUSION, VARIANTS[variant]))
+
+
+class LoadEmojiControlNet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SUN_LoadEmojiControlNet",
+            **known(io.Schema, search_aliases=["edges", "canny", "tiny ControlNet"]),
+            display_name="Load Emoji ControlNet",
+            category=CATEGORY,
+            description=(
+                "The edge ControlNet of Emoji Diffusion: what is drawn follows the edges of another picture. "
+                "Connect it to Apply ControlNet."
+            ),
+            inputs=[
+                io.Boolean.Input(
+                    "find_edges",
+                    default=True,
+                    tooltip=(
+                        "On: connect any picture to Apply ControlNet, its edges are found here. "
+                        "Off: the picture shows white edges on black already."
+                    ),
+                )
+            ],
+            outputs=[
+                io.ControlNet.Output(
+                    "control_net",
+                    display_name="control_net",
+                    tooltip="For Apply ControlNet; strength and start and end are set there.",
+                )
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, find_edges: bool) -> str:
+        return emoji.fingerprint(EMOJI_CONTROLNET.parent)
+
+    @classmethod
+    def execute(cls, find_edges: bool) -> io.NodeOutput:
+        control_net: Any = emoji.load_controlnet(EMOJI_CONTROLNET, find_edges)
+        return io.NodeOutput(control_net)

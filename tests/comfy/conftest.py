@@ -89,7 +89,7 @@ def random_extras(
     host: SimpleNamespace, control_file: Path, inpainting_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> SimpleNamespace:
     """The pack with a ControlNet and an inpainting model of random weights in the place of the trained ones."""
-    module = host.part("nodes.emoji_nodes")
+    module = host.part("nodes.nodes")
     monkeypatch.setattr(module, "EMOJI_CONTROLNET", control_file)
     monkeypatch.setitem(module.VARIANTS, "inpainting", inpainting_file)
     return SimpleNamespace(control=control_file, inpainting=inpainting_file)

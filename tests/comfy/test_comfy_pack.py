@@ -195,3 +195,47 @@ def test_the_core_loads_in_comfyui_without_diffusers(host: SimpleNamespace) -> N
     files = [Path(module.__file__) for module in loaded if getattr(module, "__file__", None)]
     assert len(files) > 8
     assert not [path for path in files if wanted.search(path.read_text(encoding="utf-8"))]
+
+
+# ------------------------------------------------------------------------------------------- what newer ComfyUIs know
+
+
+def test_aliases_and_advanced_inputs_where_the_host_has_them(host: SimpleNamespace, monkeypatch) -> None:
+    """0.3.75 knows neither; newer ones find nodes by other words and fold rare inputs away."""
+    import dataclasses
+
+    nodes = host.part("nodes.nodes")
+    io = nodes.io
+
+    @dataclasses.dataclass
+    class NewSchema(io.Schema):
+        search_aliases: list[str] = dataclasses.field(default_factory=list)
+
+    def newer(kind):
+        class Input(kind):
+            def __init__(self, *args, advanced=None, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.advanced = advanced
+
+        return Input
+
+    if "search_aliases" not in {field.name for field in dataclasses.fields(io.Schema)}:
+        monkeypatch.setattr(io, "Schema", NewSchema)
+        for name in ("Float", "Combo", "String"):
+            monkeypatch.setattr(getattr(io, name), "Input", newer(getattr(io, name).Input))
+    ours = {name: node.define_schema() for name, node in host.nodes.items() if name.startswith("SUN_")}
+
+    def found(word: str) -> set[str]:
+        return {n for n, s in ours.items() if any(word.lower() in alias.lower() for alias in s.search_aliases)}
+
+    for word in ("speedup", "SpeedUpNet", "negative prompt", "LCM", "turbo", "few step", "accelerate"):
+        assert {"SUN_Apply", "SUN_Sampler"} <= found(word), word
+    assert "SUN_ApplyFeatureInheritance" in found("deepcache")
+    assert {"SUN_ApplyFeatureInheritance", "SUN_ApplyLtcAccel"} <= found("cache") & found("accelerate")
+    assert all(schema.search_aliases for schema in ours.values())
+    folded = {(n, i.id) for n, s in ours.items() for i in s.inputs if getattr(i, "advanced", None)}
+    assert folded == {
+        *(("SUN_Sampler", name) for name in ("denoise_mode", "final_step", "start_percent", "end_percent")),
+        *(("SUN_Apply", name) for name in ("start_percent", "end_percent", "guidance")),
+        ("SUN_Scheduler", "denoise_mode"), ("SUN_ApplyFeatureInheritance", "plan"),
+    }  # fmt: skip

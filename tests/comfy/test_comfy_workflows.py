@@ -76,7 +76,7 @@ def extras_in_place(
     host: SimpleNamespace, control_file: Path, inpainting_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ControlNet and inpainting model: the shipped ones, or, in a checkout without them, ones of random weights."""
-    module = host.part("nodes.emoji_nodes")
+    module = host.part("nodes.nodes")
     if not module.EMOJI_CONTROLNET.is_file():
         monkeypatch.setattr(module, "EMOJI_CONTROLNET", control_file)
     if not module.VARIANTS["inpainting"].is_file():
