@@ -420,8 +420,8 @@ def test_an_adapter_of_the_negative_branch_alone_is_inspected(
 @pytest.mark.parametrize(
     ("name", "module", "kind"),
     [
-        ("emoji-vae", "emoji.vae", "VaeConfig"),
-        ("emoji-base", "emoji.base", "BaseConfig"),
+        ("emoji-vae", "lab.emoji.vae", "VaeConfig"),
+        ("emoji-base", "lab.emoji.base", "BaseConfig"),
         ("emoji-sun", "training.sun", "SunTrainConfig"),
     ],
 )
