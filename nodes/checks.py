@@ -9,6 +9,8 @@ from typing import Any
 import comfy.model_sampling
 import torch
 
+from ..sun.prediction import PredictionError, check_prediction
+
 log = logging.getLogger(__name__)
 
 RIGHT = "4 steps, cfg 1.0, euler, ddim or dpmpp_2m, scheduler simple (or the sigmas of SUN Scheduler)"
@@ -38,14 +40,43 @@ def check_run(guider: Any, sampler: Any, sigmas: torch.Tensor, latent: torch.Ten
             "SUN: cfg is %g, so each step costs two U-Net calls and the guidance counts twice. "
             "SUN has the guidance in its weights: set cfg to 1.0.", cfg,
         )  # fmt: skip
-    if isinstance(sampling, comfy.model_sampling.V_PREDICTION):
-        log.warning(
-            "SUN: this model predicts v, and adapters are trained on models that predict noise; see if it fits."
-        )
     table = getattr(sampling, "sigmas", None)
+    if said := _check_prediction(sampling, table):
+        log.warning("SUN: %s", said)
     if table is not None and len(sigmas) > 1:
         _check_timesteps(_timesteps(table, sigmas), len(table), empty=not torch.count_nonzero(latent))
     _check_sampler(sampler)
+    if abs(cfg - 1.0) <= 1e-6:
+        _check_single_pass(guider, sampler)
+
+
+def check_something_runs(sigmas: torch.Tensor, latent: torch.Tensor) -> None:
+    """Raises ValueError when no step would run on an empty latent: what came out would be no picture."""
+    if len(sigmas) < 2 and not torch.count_nonzero(latent):
+        raise ValueError(
+            "This denoise leaves no step to run, and the latent is empty, so there would be no picture. For a picture "
+            "from nothing set denoise to 1.0; for image to image connect VAE Encode to the latent input."
+        )
+
+
+def predicts(sampling: Any) -> str:
+    """What a model with this model sampling predicts, in diffusers' words; ComfyUI's own name for other kinds."""
+    host = comfy.model_sampling
+    takes, gives = (
+        next((kind for kind in type(sampling).__mro__ if name in vars(kind)), object)
+        for name in ("calculate_input", "calculate_denoised")
+    )
+    known = {host.EPS: "epsilon", host.V_PREDICTION: "v_prediction", host.X0: "sample"}
+    return known.get(gives, gives.__name__.lower()) if takes is host.EPS else takes.__name__.lower()
+
+
+def _check_prediction(sampling: Any, sigmas: torch.Tensor | None) -> str:
+    """A sentence on what the model predicts, or an empty one. Raises ValueError where SUN cannot sample it."""
+    final = 0.0 if sigmas is None else 1.0 / (1.0 + float(sigmas[-1]) ** 2)
+    try:
+        return check_prediction(predicts(sampling), final)
+    except PredictionError as error:
+        raise ValueError(f"{error} In ComfyUI the node ModelSamplingDiscrete sets both.") from error
 
 
 def _timesteps(table: torch.Tensor, sigmas: torch.Tensor) -> list[int]:
@@ -73,9 +104,14 @@ def _check_timesteps(timesteps: list[int], total: int, empty: bool) -> None:
         )  # fmt: skip
 
 
-def _check_sampler(sampler: Any) -> None:
+def name_of(sampler: Any) -> str:
+    """A SAMPLER's name as ComfyUI lists it; empty for one that is no function of k-diffusion's kind."""
     function = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
-    name = function.removeprefix("sample_").removesuffix("_gpu").removesuffix("_function")
+    return function.removeprefix("sample_").removesuffix("_gpu").removesuffix("_function")
+
+
+def _check_sampler(sampler: Any) -> None:
+    name = name_of(sampler)
     options = getattr(sampler, "extra_options", {})
     quiet = options.get("eta", 1.0) == 0.0 or options.get("s_noise", 1.0) == 0.0
     if (any(kind in name for kind in NOISY) or options.get("s_churn", 0.0) > 0.0) and not quiet:
@@ -88,3 +124,32 @@ def _check_sampler(sampler: Any) -> None:
             "SUN: the sampler %s asks the U-Net more than once a step, between the trained timesteps too. "
             "Choose euler, ddim or dpmpp_2m.", name,
         )  # fmt: skip
+
+
+def _check_single_pass(guider: Any, sampler: Any) -> None:
+    """Warns of what asks for the unguided picture all the same at cfg 1, where ComfyUI leaves it out."""
+    name, options = name_of(sampler), guider.model_options
+    if "cfg_pp" in name:
+        log.warning(
+            "SUN: the sampler %s (CFG++) asks for the picture without guidance too, so each step costs two U-Net calls "
+            "and the guidance counts twice. Choose euler, ddim or dpmpp_2m.", name,
+        )  # fmt: skip
+    patches = options.get("transformer_options", {}).get("patches", {})
+    added = {_node_of(patch) for kind in patches.values() for patch in kind}
+    if "NAGuidance" in added:
+        log.warning(
+            "SUN: NAGuidance needs both prompts in one U-Net call, and SUN has the negative one in its own attention: "
+            "NAGuidance does nothing here, and each step costs two U-Net calls. Take it out."
+        )
+    elif options.get("disable_cfg1_optimization"):
+        asking = [*options.get("sampler_pre_cfg_function", []), *options.get("sampler_post_cfg_function", [])]
+        names = sorted({_node_of(function) for function in asking}) or ["another node"]
+        log.warning(
+            "SUN: %s asks for the picture without guidance at every step, so each step costs two U-Net calls. "
+            "SUN has the guidance in its weights: take it out.", " and ".join(names),
+        )  # fmt: skip
+
+
+def _node_of(function: Any) -> str:
+    """The class in whose method a function was defined: of patches, their node."""
+    return getattr(function, "__qualname__", type(function).__name__).split(".")[0]

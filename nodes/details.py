@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 from ..sun import files
 from . import folders
+
+log = logging.getLogger(__name__)
 
 
 def facts_of(name: str) -> dict[str, Any]:
@@ -24,11 +27,14 @@ def facts_of(name: str) -> dict[str, Any]:
         return {"error": str(error).replace(str(path), name)}
     except OSError as error:
         return {"error": f"{name} cannot be read: {error.strerror or error}."}
+    except Exception as error:  # a stranger's file; the page is to say something, and the server to stay
+        log.exception("SUN: %s cannot be described", path)
+        return {"error": f"{name} cannot be described ({type(error).__name__}); ComfyUI's log says more."}
 
 
 @functools.lru_cache(maxsize=32)
 def _read(path: Path, _fingerprint: str) -> dict[str, Any]:
-    content = files.read(path)
+    content = files.peek(path)  # the header alone: a checkpoint of gigabytes may lie there
     info = content.info
     return {
         "base_model": info.base_model,
@@ -51,6 +57,6 @@ def register() -> None:
 
     @server.routes.get("/sun/adapter")
     async def adapter(request: web.Request) -> web.Response:
-        # Reading takes moments for a large file; the server has other pages to serve meanwhile.
+        # A disk may be slow or asleep; the server has other pages to serve meanwhile.
         name = request.query.get("name", "")
         return web.json_response(await asyncio.get_running_loop().run_in_executor(None, facts_of, name))

@@ -46,6 +46,14 @@ class Guider(comfy.samplers.CFGGuider):
         self.sun_effect = effect
         self.sun_report: RunReport | None = None
 
+    def sample(
+        self, noise: torch.Tensor, latent_image: torch.Tensor, sampler: Any, sigmas: torch.Tensor, *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        """As ComfyUI's. Raises ValueError when there is neither a step to run nor a picture to give back."""
+        checks.check_something_runs(sigmas, latent_image)
+        return super().sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
+
 
 def trained_sigmas(
     model: ModelPatcher, steps: int, denoise: float = 1.0, mode: DenoiseMode = "trained", final: FinalStep = "host"
@@ -103,6 +111,7 @@ def sample(
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     sigmas = trained_sigmas(model, steps, denoise, mode, final)
     if len(sigmas) == 0:
+        checks.check_something_runs(sigmas, samples)
         return {**latent, "samples": samples}, f"0 U-Net calls: denoise {denoise:g} leaves no step to run"
     # In ComfyUI's space, DDIM with eta 0 (Eq. 9) is Euler. Its "ddim" draws other noise for inpainting.
     sampler = (

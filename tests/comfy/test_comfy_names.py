@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,3 +86,65 @@ def test_facts_of_a_file_are_those_of_the_file(host: SimpleNamespace, secret: Pa
     said = facts("inside.safetensors")["error"]
     assert said.startswith("inside.safetensors is not a safetensors file")
     assert str(host.base) not in said
+
+
+STRANGE = [
+    "", "null", "[]", "{}", "abc", "1e400", "-1", "0", "NaN", "[1, 2]", "\x1b[2J", "9" * 5000, '"' * 50, "true",
+    "[" * 3000, '{"guidance_range": "x"}', '{"guidance_range": [null, {}]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "key", ["w", "stage_length", "training", "base_model", "layers", "branches", "format", "notes"]
+)
+def test_metadata_of_any_kind_breaks_neither_the_route_nor_the_info_node(
+    host: SimpleNamespace, adapter_file: Path, key: str
+) -> None:
+    """A stranger's file gives facts or a sentence, both of which the page's JSON can carry."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = host.base / "models" / "sun" / "strange.safetensors"
+    tensors = load_file(adapter_file)
+    with safe_open(adapter_file, "pt") as content:
+        metadata = content.metadata()
+    load, info = host.nodes["SUN_LoadAdapter"], host.nodes["SUN_AdapterInfo"]
+    try:
+        for value in STRANGE:
+            save_file(tensors, path, {**metadata, key: value})
+            said = json.dumps(host.part("nodes.details").facts_of(path.name), allow_nan=False)
+            assert "\x1b" not in said
+            assert "cannot be described" not in said
+            if "error" in json.loads(said):
+                with pytest.raises(host.part("sun.files").SunFileError, match=r"strange\.safetensors"):
+                    load.execute(path.name)
+            else:
+                text, facts = info.execute(load.execute(path.name).result[0]).result
+                assert json.loads(facts)["name"] == path.name
+                assert "\x1b" not in text
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_the_route_answers_whatever_happens(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    details = host.part("nodes.details")
+    monkeypatch.setattr(details, "_read", lambda *_: 1 / 0)
+    said = details.facts_of(host.part("nodes.folders").SHIPPED)
+    assert said["error"].endswith("cannot be described (ZeroDivisionError); ComfyUI's log says more.")
+
+
+def test_a_checkpoint_in_the_folder_is_not_read_whole(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of 4 GB by its header, of which nothing but the header is touched."""
+    header = {"model.diffusion_model.w": {"dtype": "F16", "shape": [2**31], "data_offsets": [0, 2**32]}}
+    text = json.dumps(header).encode()
+    path = host.base / "models" / "sun" / "checkpoint.safetensors"
+    try:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + 2**32)  # sparse: takes no room
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        said = host.part("nodes.details").facts_of(path.name)["error"]
+        assert "is not a SUN adapter" in said
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+    finally:
+        path.unlink(missing_ok=True)

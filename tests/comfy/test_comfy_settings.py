@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfy_helpers import sample_with
+from comfyui_host import load_builtin_extras
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -114,3 +115,102 @@ def test_each_run_says_it_once(run: SimpleNamespace, caplog) -> None:
     (first, second) = warnings_of(caplog)
     assert first == second
     assert "set cfg to 1.0" in first
+
+
+# ------------------------------------------------------------------------------- what the model predicts, and nothing
+
+
+def predicting(host: SimpleNamespace, run: SimpleNamespace, sampling: str, zsnr: bool = False):
+    load_builtin_extras("nodes_model_advanced")
+    return host.nodes["ModelSamplingDiscrete"]().patch(run.apply(), sampling, zsnr)[0]
+
+
+def test_the_noise_is_predicted_in_silence(host: SimpleNamespace, run: SimpleNamespace, caplog) -> None:
+    run.sun(predicting(host, run, "eps"))
+    assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize("zsnr", [False, True])
+@pytest.mark.parametrize(("sampling", "what"), [("v_prediction", "predicts v"), ("x0", "predicts the clean latents")])
+def test_other_predictions_are_sampled_and_told_of(
+    host: SimpleNamespace, run: SimpleNamespace, caplog, sampling: str, what: str, zsnr: bool
+) -> None:
+    result = run.sun(predicting(host, run, sampling, zsnr))
+    assert result.isfinite().all()
+    (warning,) = warnings_of(caplog)
+    assert what in warning
+
+
+@pytest.mark.parametrize("sampling", ["lcm", "img_to_img"])
+def test_what_sun_cannot_sample_is_refused(host: SimpleNamespace, run: SimpleNamespace, sampling: str) -> None:
+    with pytest.raises(ValueError, match=f"predicts '{sampling}', which SUN cannot sample.*ModelSamplingDiscrete"):
+        run.ksampler(predicting(host, run, sampling))
+
+
+def test_the_noise_at_zero_snr_is_refused(host: SimpleNamespace, run: SimpleNamespace) -> None:
+    with pytest.raises(ValueError, match=r"zero terminal SNR.*ModelSamplingDiscrete"):
+        run.sun(predicting(host, run, "eps", zsnr=True))
+
+
+@pytest.mark.parametrize("denoise", [0.0, 0.1, 0.24])
+def test_nothing_to_run_on_an_empty_latent_is_an_error(
+    host: SimpleNamespace, run: SimpleNamespace, denoise: float
+) -> None:
+    """In the sampler, and in the custom one with SUN's scheduler and guider."""
+    model = run.apply()
+    with pytest.raises(ValueError, match=r"no step to run, and the latent is empty.*VAE Encode"):
+        run.sun(model, denoise=denoise)
+    sigmas = host.nodes["SUN_Scheduler"].execute(model, 4, denoise, "trained").result[0]
+    guider = host.nodes["SUN_Guider"].execute(model, run.positive, run.negative).result[0]
+    with pytest.raises(ValueError, match="no step to run, and the latent is empty"):
+        sample_with("SamplerCustomAdvanced", model, run, sigmas=sigmas, guider=guider)
+
+
+# -------------------------------------------------------------------------------------- what doubles the calls at cfg 1
+
+
+@pytest.mark.parametrize("name", ["euler_cfg_pp", "dpmpp_2m_cfg_pp", "res_multistep_cfg_pp"])
+def test_cfg_pp_is_a_warning(run: SimpleNamespace, caplog, name: str) -> None:
+    model = run.apply()
+    with run.count(model) as counts:
+        run.ksampler(model, name=name)
+    assert counts.unet == 8
+    (warning,) = warnings_of(caplog)
+    assert f"{name} (CFG++) asks for the picture without guidance too" in warning
+    assert "two U-Net calls" in warning
+
+
+class NAGuidance:
+    """ComfyUI's node of that name in what matters here (0.3.75 has none): it acts where both prompts share a call."""
+
+    @staticmethod
+    def execute(model, scale: float):
+        def patch(out, extra_options):
+            given = extra_options.get("cond_or_uncond") or []
+            if 0 in given and 1 in given:
+                positive, negative = (out.chunk(len(given))[given.index(kind)] for kind in (0, 1))
+                out = torch.cat([positive * scale - negative * (scale - 1.0), negative])
+            return out
+
+        patched = model.clone()
+        patched.set_model_attn1_output_patch(patch)
+        patched.model_options["disable_cfg1_optimization"] = True
+        return patched
+
+
+def test_nag_beside_sun_is_a_warning(host: SimpleNamespace, run: SimpleNamespace, caplog) -> None:
+    plain = run.ksampler(run.apply())
+    model = NAGuidance.execute(run.apply(), 5.0)
+    with run.count(model) as counts:
+        torch.testing.assert_close(run.ksampler(model), plain, rtol=1e-4, atol=1e-4)
+    assert counts.unet == 8
+    (warning,) = warnings_of(caplog)
+    assert "NAGuidance does nothing here" in warning
+    assert "two U-Net calls" in warning
+
+
+def test_whoever_asks_for_the_unguided_picture_is_named(host: SimpleNamespace, run: SimpleNamespace, caplog) -> None:
+    load_builtin_extras("nodes_sag")
+    model = host.nodes["SelfAttentionGuidance"].execute(run.apply(), 0.5, 2.0).result[0]
+    run.ksampler(model)
+    assert any("SelfAttentionGuidance asks for the picture without guidance" in w for w in warnings_of(caplog))
