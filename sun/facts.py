@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .adapter import SunAdapter
+from .common.identity import fingerprint
 from .files import SunFileError
-from .pictures.recipe import fingerprint
 
 # (what it is, a text every such file has in one of its tensor names); the first match counts.
 _KINDS = (

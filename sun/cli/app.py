@@ -11,11 +11,14 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from .. import __version__
+from ..common.reading import ReadError
 from ..common.settings import ConfigError
 from ..pictures.recipe import RecipeError
+from ..user_pictures import PictureError
 from .show import err, out
 
 BAD_INPUT, INTERRUPTED = 2, 130
+_ERRORS = (RecipeError, ConfigError, PictureError, ReadError, OSError)
 # By name, because their module needs torch, which --help should not wait for.
 _LAZY_ERRORS = ("SunFileError", "DataError", "NonFiniteLoss", "LtcError", "InheritanceError")
 
@@ -34,10 +37,19 @@ class SunGroup(TyperGroup):
             usage = isinstance(error, (typer.Exit, typer.Abort)) or hasattr(error, "format_message")
             if usage or ctx.params.get("debug"):
                 raise
-            expected = isinstance(error, (RecipeError, ConfigError, OSError)) or type(error).__name__ in _LAZY_ERRORS
-            text = str(error) if expected else f"{type(error).__name__}: {error}. Unexpected; --debug shows where."
+            expected = isinstance(error, _ERRORS) or type(error).__name__ in _LAZY_ERRORS
+            text = (
+                _sentence(error) if expected else f"{type(error).__name__}: {error}. Unexpected; --debug shows where."
+            )
             err.print(f"[red]error:[/red] {escape(text)}", soft_wrap=True)
             raise typer.Exit(BAD_INPUT if expected else 1) from None
+
+
+def _sentence(error: Exception) -> str:
+    """What an expected error says; of the system's the file and the reason, without its number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 app = typer.Typer(cls=SunGroup, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")

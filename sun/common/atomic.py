@@ -47,6 +47,14 @@ def write_json(path: str | os.PathLike[str], content: Any, indent: int = 2) -> P
     return write_text(path, json.dumps(content, indent=indent, default=str) + "\n")
 
 
+def file_name(text: str, longest: int = 120) -> str:
+    """``text`` as the name of a file or folder: nothing in it that a file system dislikes or that leads elsewhere."""
+    name = "".join(c if c.isalnum() or c in "-." else "_" for c in text[:longest])
+    inside = name.strip(".")
+    before = len(name) - len(name.lstrip("."))
+    return "_" * before + inside + "_" * (len(name) - len(inside) - before) or "_"
+
+
 def _open_beside(path: Path) -> tuple[Path, IO[bytes]]:
     """A new file in the folder of ``path``, with the mode of any new file (``tempfile`` makes private ones)."""
     while True:

@@ -20,7 +20,7 @@ Stamp = tuple[str, int, int]
 _WHOLE_FILE = 256 * 2**20
 _END = 2**24
 _BLOCK = 2**20
-MAX_ENTRIES = 10_000
+MAX_ENTRIES = 100_000
 """Of a folder with more entries nobody says that it is one model."""
 
 
@@ -42,7 +42,7 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 def fingerprint(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file, or of a folder's files; of a large file its size, head and tail, to stay quick.
 
-    Raises ReadError for what is neither, and for a folder of more than 10,000 entries; OSError.
+    Raises ReadError for what is neither, and for a folder of more than MAX_ENTRIES entries; OSError.
     """
     path = Path(path)
     digest = hashlib.sha256()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ast
 import difflib
-import json
+import math
 import re
-import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,12 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
+from .reading import ReadError, printable, read_json, read_text, read_toml
+
 T = TypeVar("T")
+MAX_SETTINGS = 2**20
+MAX_LINES = 2**30
+"""Bytes of a list: of captions, prompts or phrases."""
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -26,16 +30,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """The content of a TOML or JSON file. Raises ConfigError."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+        content = read_json(path, MAX_SETTINGS) if path.suffix.lower() == ".json" else read_toml(path, MAX_SETTINGS)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:  # both parsers' errors are ValueErrors
-        raise ConfigError(
-            f"{path} is not valid {'JSON' if path.suffix.lower() == '.json' else 'TOML'}: {error}."
-        ) from error
+        raise ConfigError(f"{printable(str(path))} cannot be read: {error.strerror or error}.") from error
+    except ReadError as error:
+        raise ConfigError(str(error)) from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} should hold names and values, not a {type(content).__name__}.")
+        raise ConfigError(f"{printable(str(path))} should hold names and values, not a {type(content).__name__}.")
     return content
 
 
@@ -89,11 +90,11 @@ def configured(
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a text file, which may begin with a byte order mark. Raises OSError, UnicodeDecodeError.
+    """Lines of a text file in UTF-8, or what its byte order mark says. Raises OSError, ReadError.
 
     Not str.splitlines, which also divides at characters that a caption may hold, U+2028 among them.
     """
-    return path.read_text(encoding="utf-8-sig").split("\n")
+    return [line.removesuffix("\r") for line in read_text(path, MAX_LINES).split("\n")]
 
 
 def without_folders(config: Any) -> dict[str, Any]:
@@ -142,38 +143,42 @@ def convert(value: Any, kind: Any, where: str) -> Any:
         return convert(value, next(a for a in arguments if a is not type(None)), where)
     if origin is typing.Literal:
         if value not in arguments:
-            raise ConfigError(f"{where} takes {', '.join(map(str, arguments))}, not {value!r}.")
+            raise ConfigError(f"{where} takes {', '.join(map(str, arguments))}, not {_shown(value)}.")
         return value
     if origin in (tuple, list):
         return _sequence(value, origin, arguments, where)
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} is a table of names and values, not {value!r}. Put it into the --config file.")
+            raise ConfigError(
+                f"{where} is a table of names and values, not {_shown(value)}. Put it into the --config file."
+            )
         return {str(name): convert(item, arguments[1], f"{where}.{name}") for name, item in value.items()}
     if kind is Any:
         return value
     if kind is str or kind is Path:
+        if isinstance(value, (list, dict)) or value is None or "\0" in str(value):
+            raise ConfigError(f"{where} takes a text, not {_shown(value)}.")
         return kind(value)
     try:
         if kind is bool:
             return _WORDS[str(value).strip().lower()]
         if kind in (int, float) and not isinstance(value, bool):
             number = float(value)
-            if kind is float:
+            if kind is float and math.isfinite(number):
                 return number
-            if number == int(number):
+            if kind is int and number == int(number):
                 return int(str(value)) if str(value).strip().lstrip("+-").isdigit() else int(number)
     except (KeyError, TypeError, ValueError, OverflowError):
         pass
     wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, str(kind))
-    raise ConfigError(f"{where} takes {wanted}, not {value!r}.")
+    raise ConfigError(f"{where} takes {wanted}, not {_shown(value)}.")
 
 
 def _sequence(value: Any, origin: type, arguments: tuple[Any, ...], where: str) -> Any:
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two of deep brackets
             # not at commas inside of brackets: nag[phi=3,tau=2]-4
             value = [part.strip() for part in re.split(r",(?![^\[\]]*\])", value) if part.strip()]
     items = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -183,6 +188,12 @@ def _sequence(value: Any, origin: type, arguments: tuple[Any, ...], where: str) 
         return tuple(convert(v, k, where) for v, k in zip(items, arguments, strict=True))
     kind = arguments[0] if arguments else Any
     return origin(convert(v, kind, where) for v in items)
+
+
+def _shown(value: Any) -> str:
+    """A value from elsewhere, fit for one line."""
+    text = printable(repr(value))
+    return text if len(text) <= 80 else text[:80] + "..."
 
 
 def _by_last_name(key: str, paths: list[str]) -> str:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..common.atomic import write_atomically
+from ..common.atomic import file_name, write_atomically
 from ..common.processes import process_state
 
 Tensors = dict[str, Tensor]
@@ -45,11 +45,6 @@ def fingerprint_module(module: torch.nn.Module) -> str:
         hashed.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
         hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
-
-
-def file_name(label: str) -> str:
-    """``label`` with nothing in it that a file system could dislike."""
-    return "".join(c if c.isalnum() or c in "-." else "_" for c in label)
 
 
 class CellStore:

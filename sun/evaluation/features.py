@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..common.identity import fingerprint
 from ..common.settings import ConfigError
 from ..pictures.png import to_images
-from ..pictures.recipe import fingerprint
 from ..shipped import EMOJI_CONTRAST
 from .sampler import Sampler
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pictures.recipe import fingerprint
+from ..common.identity import fingerprint
 from .accelerators import plan_of
 from .cells import CellStore, Tensors, digest, fingerprint_module
 from .config import EvaluateConfig, method_names

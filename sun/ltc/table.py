@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..common.atomic import write_json
+from ..common.atomic import file_name, write_json
 from ..common.identity import digest_of
 from ..common.reading import ReadError, printable, read_json
 from .errors import LtcError
@@ -51,8 +51,7 @@ class LtcKey:
     def file_name(self, settings: LtcSettings) -> str:
         """``dpmpp_2m-25-0123456789ab.json``: a plain name whatever the sampler is called, in no folder of its own."""
         own = digest_of([*self.parts(), asdict(settings)], 12)
-        sampler = re.sub(r"[^A-Za-z0-9_+-]+", "-", self.sampler)[:60].strip("-") or "sampler"
-        return f"{sampler}-{self.steps}-{own}.json"
+        return f"{file_name(self.sampler, 60)}-{self.steps}-{own}.json"
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,15 @@ from safetensors import SafetensorError, safe_open
 
 from .. import __version__
 from ..adapter import SunAdapter
+from ..common.reading import printable
 from ..evaluation import CallCounter
 from ..pipelines.attach import attach, detach
-from ..pipelines.schedulers import SCHEDULERS, make_scheduler
+from ..pipelines.schedulers import make_scheduler
 from ..schedule import denoise_timesteps, trailing_timesteps
 from ..shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_SUN, SINGLE_FILE_CONFIG
 from ..shipped.control_lora import controlnet_from_unet
 from ..user_pictures import PictureError, read_mask, read_picture
-from .recipe import Recipe, RecipeError, fingerprint, png_text, split_lora
+from .recipe import MAX_SIDE, Recipe, RecipeError, fingerprints, png_text, split_lora
 
 OnStep = Callable[[int, int], None]
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -197,10 +198,6 @@ def _shipped_controlnet(unet: Any) -> Any:
 
 def complete(recipe: Recipe, loaded: Loaded | None = None) -> Recipe:
     """``recipe`` with every default that depends on files or the model filled in, and checked. Raises RecipeError."""
-    if recipe.scheduler not in SCHEDULERS:
-        raise RecipeError(f"the scheduler {recipe.scheduler!r} is unknown. Choose one of {', '.join(SCHEDULERS)}.")
-    if not 1 <= recipe.steps <= 1000 or recipe.batch < 1:
-        raise RecipeError("steps must be between 1 and 1000 and the batch at least 1.")
     if recipe.mask and not recipe.init:
         raise RecipeError("a mask needs the picture it masks. Add --init IMAGE.")
     if bool(recipe.control) != bool(recipe.controlnet):
@@ -212,9 +209,12 @@ def complete(recipe: Recipe, loaded: Loaded | None = None) -> Recipe:
         width, height = loaded.size, loaded.size
         if recipe.init:
             width, height = (max(8, side // 8 * 8) for side in open_image(recipe.init).size)
+            if max(width, height) > MAX_SIDE:
+                raise RecipeError(
+                    f"{printable(recipe.init)} is {width} x {height} pixels, and at most {MAX_SIDE} a side are drawn. "
+                    "Give the size to draw with --size."
+                )
         recipe = replace(recipe, width=width, height=height)
-    if recipe.width % 8 or recipe.height % 8 or recipe.width < 0 or recipe.height < 0:
-        raise RecipeError(f"the size {recipe.width}x{recipe.height} is impossible. Both sides must be multiples of 8.")
     if loaded:
         recipe = replace(recipe, guidance=_guidance(recipe, loaded))
     return replace(recipe, dtype=str(_dtype(recipe)).removeprefix("torch."), device=_device(recipe.device))
@@ -286,24 +286,19 @@ def generate(loaded: Loaded, recipe: Recipe, on_step: OnStep | None = None) -> D
 
 def png_texts(recipe: Recipe) -> list[dict[str, str]]:
     """The text chunks of each picture ``generate`` returns for ``recipe``."""
-    prints = {field: fingerprint(path) for field, path in {**_shipped(recipe), **recipe.files()}.items()}
+    prints = fingerprints({**_shipped(recipe), **recipe.files()})
     indices = range(recipe.batch) if recipe.index is None else [recipe.index]
     return [png_text(recipe, i, environment(recipe.device), prints) for i in indices]
 
 
 def changes_since(recipe: Recipe, content: dict[str, Any]) -> list[str]:
     """What is no longer as when the picture was made, each a sentence. Raises RecipeError for a missing file."""
-    found = []
-    for field, path in {**_shipped(recipe), **recipe.files()}.items():
-        if not Path(path).exists():
-            option = f"--{field.split()[0]}"  # "lora 0" is given with --lora
-            raise RecipeError(
-                f"the picture was made with {path} ({field}), which is not there. "
-                f"Put it back, or name it with {option}."
-            )
-        before = content.get("files", {}).get(field)
-        if before and before != fingerprint(path):
-            found.append(f"{path} ({field}) has changed since the picture was made")
+    named, before = {**_shipped(recipe), **recipe.files()}, content.get("files", {})
+    found = [
+        f"{printable(named[field])} ({field}) has changed since the picture was made"
+        for field, mark in fingerprints(named).items()
+        if before.get(field, mark) != mark
+    ]
     now, then = environment(_device(recipe.device)), content.get("made_with", {})
     found += [f"{k} was {then[k]} and is {v}" for k, v in now.items() if then.get(k, v) != v]
     return found

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..common.identity import fingerprint
+from ..common.reading import ReadError, check_regular, parse_json, printable
 from ..user_pictures import PictureError
 from .png import read_png_text
 
@@ -16,7 +19,17 @@ FORMAT = "sun-picture-1"
 CHUNK = "sun"
 # DDIM with eta 0 is Euler in the sigma space other programs sample in; their "Simple" schedule has our timesteps.
 _A1111_SAMPLERS = {"ddim": "Euler", "euler": "Euler", "dpmpp_2m": "DPM++ 2M", "unipc": "UniPC"}
-_WHOLE_FILE = 256 * 2**20
+MAX_SIDE = 4096
+MAX_PIXELS = 2**26
+"""Of all pictures of a batch together: 256 of 512 x 512, or 4 of 4096 x 4096."""
+# (smallest, largest) of every number; None besides where the field says so.
+_WHOLE = {"steps": (1, 1000), "seed": (0, 2**64 - 1), "batch": (1, 1024), "index": (0, 1023),
+          "width": (0, MAX_SIDE), "height": (0, MAX_SIDE)}  # fmt: skip
+_NUMBERS = {"sun_strength": (-10, 10), "guidance": (0, 1000), "strength": (0, 1), "control_scale": (-10, 10)}
+_OPTIONAL = ("index", "guidance", "strength")
+_WORDS = {"scheduler": tuple(_A1111_SAMPLERS), "denoise_mode": ("trained", "respaced"),
+          "dtype": ("auto", "float32", "float16", "bfloat16")}  # fmt: skip
+_LONGEST_TEXT, _LONGEST_PATH, _MOST_LORAS = 100_000, 4096, 64
 
 
 class RecipeError(ValueError):
@@ -25,7 +38,10 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of one run. Picture ``i`` of the batch starts from the noise of ``seed + i``."""
+    """Settings of one run. Picture ``i`` of the batch starts from the noise of ``seed + i``.
+
+    Raises RecipeError unless every value is of its type and within its bounds.
+    """
 
     prompt: str = ""
     negative: str = ""
@@ -58,6 +74,42 @@ class Recipe:
     dtype: str = "auto"
     device: str = "auto"
 
+    def __post_init__(self) -> None:
+        for name in _WHOLE:
+            _check_number(self, name, _WHOLE[name], int)
+        for name in _NUMBERS:
+            _check_number(self, name, _NUMBERS[name], (int, float))
+        for name in ("prompt", "negative", "model", "config", "adapter", "controlnet", "init", "mask", "control"):
+            _check_text(name, getattr(self, name), _LONGEST_TEXT if name in ("prompt", "negative") else _LONGEST_PATH)
+        for name, words in _WORDS.items():
+            if getattr(self, name) not in words:
+                raise RecipeError(
+                    f"the {name.replace('_', ' ')} {_shown(getattr(self, name))} is unknown. "
+                    f"Choose one of {', '.join(words)}."
+                )
+        if not isinstance(self.device, str) or not re.fullmatch(r"(?!meta)[a-z]{2,20}(:\d{1,3})?", self.device):
+            raise RecipeError(f"the device {_shown(self.device)} is none. Choose cpu, cuda, cuda:1, mps or auto.")
+        if not isinstance(self.loras, tuple) or len(self.loras) > _MOST_LORAS:
+            raise RecipeError(f"loras = {_shown(self.loras)} is no list of at most {_MOST_LORAS} files.")
+        for lora in self.loras:
+            _check_text("lora", lora, _LONGEST_PATH)
+            if not math.isfinite(split_lora(lora)[1]):
+                raise RecipeError(f"the LoRA {_shown(lora)} has no finite weight.")
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        if self.width % 8 or self.height % 8:
+            raise RecipeError(f"the size {self.width}x{self.height} is impossible. Both sides must be multiples of 8.")
+        if self.batch * self.width * self.height > MAX_PIXELS:
+            raise RecipeError(
+                f"{self.batch} pictures of {self.width}x{self.height} are more than the {MAX_PIXELS:,} pixels that one "
+                "run makes. Take a smaller batch or size."
+            )
+        if self.index is not None and self.index >= self.batch:
+            raise RecipeError(f"picture {self.index} (from 0) is not in a batch of {self.batch}.")
+        if self.seed + self.batch > 2**64:
+            raise RecipeError(f"seed {self.seed} leaves no seeds for a batch of {self.batch}: they have 64 bits.")
+
     def files(self) -> dict[str, str]:
         """The files and folders named here, by the field that names them."""
         named = {"init": self.init, "mask": self.mask, "control": self.control}
@@ -79,23 +131,37 @@ def split_lora(text: str) -> tuple[str, float]:
     return text, 1.0
 
 
-def fingerprint(path: str | Path) -> str:
-    """SHA-256 of a file, or of a folder's files; of a large file its size, head and tail, to stay quick."""
-    path = Path(path)
-    digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        size = file.stat().st_size
-        if path.is_dir():
-            digest.update(f"{file.relative_to(path).as_posix()}\0{size}\0".encode())
-        with file.open("rb") as handle:
-            if size <= _WHOLE_FILE:
-                while block := handle.read(2**20):
-                    digest.update(block)
-            else:
-                digest.update(str(size).encode() + handle.read(2**24))
-                handle.seek(-(2**24), 2)
-                digest.update(handle.read())
-    return digest.hexdigest()
+def fingerprints(files: Mapping[str, str]) -> dict[str, str]:
+    """:func:`~sun.common.identity.fingerprint` of each file or model folder, by the field that names it.
+
+    Raises RecipeError for what is not there or cannot be what the field names: nothing else is read.
+    """
+    return {field: _fingerprint(field, path) for field, path in files.items()}
+
+
+def _fingerprint(field: str, path: str) -> str:
+    option = f"--{field.split()[0]}"  # "lora 0" is given with --lora
+    shown = printable(path)
+    marks = {"model": ["model_index.json"], "controlnet": ["config.json"], "lora": ["*.safetensors", "*.bin"]}
+    marked = marks.get(field.split()[0], [])
+    try:
+        if not Path(path).exists():
+            raise RecipeError(
+                f"the picture was made with {shown} ({field}), which is not there. "
+                f"Put it back, or name it with {option}."
+            )
+        if not Path(path).is_dir():
+            check_regular(path)
+        elif not any(next(Path(path).glob(mark), None) for mark in marked):
+            without = f" without {' or '.join(marked)}" if marked else ""
+            raise RecipeError(f"{shown} ({field}) is a folder{without}. Give another with {option}.")
+        return fingerprint(path)
+    except RecipeError:
+        raise
+    except ReadError as error:
+        raise RecipeError(f"{error} ({field}; give another with {option})") from error
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{shown} ({field}) cannot be read: {getattr(error, 'strerror', '') or error}.") from error
 
 
 def png_text(recipe: Recipe, index: int, environment: Mapping[str, str], prints: Mapping[str, str]) -> dict[str, str]:
@@ -147,19 +213,62 @@ def read_recipe(path: str | Path) -> tuple[Recipe, dict[str, Any]]:
         raise RecipeError(
             f"{path} holds no SUN recipe. Give a PNG made by `sun generate` that no other program rewrote."
         )
+    damaged = f"{printable(str(path))}: its SUN recipe is damaged"
     try:
-        content = json.loads(text[CHUNK])
+        content = parse_json(text[CHUNK], "it")
         if content["format"] != FORMAT:
             raise RecipeError(
-                f"{path} has recipe format {content['format']!r}; this version reads {FORMAT}. Update SUN."
+                f"{printable(str(path))} has recipe format {_shown(content['format'])}; this version reads {FORMAT}. "
+                "Update SUN."
             )
         known = {f.name for f in fields(Recipe)}
         values: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in content["recipe"].items() if k in known
         }
-        return Recipe(**values), content
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise RecipeError(f"{path}: its SUN recipe is damaged ({error!r}). Get the original picture.") from error
+        rest = {name: _texts(content.get(name, {})) for name in ("files", "made_with")}
+    except ReadError as error:
+        raise RecipeError(f"{damaged}: {error} Get the original picture.") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(f"{damaged} ({_shown(error)}). Get the original picture.") from error
+    try:
+        recipe = Recipe(**values)
+    except RecipeError as error:
+        raise RecipeError(f"{damaged}: {error} Get the original picture.") from error
+    for field, named in recipe.files().items():
+        if named.startswith(("//", "\\\\")) or "://" in named:
+            raise RecipeError(
+                f"{damaged}: it names {_shown(named)} ({field}), which is on another machine. "
+                "Get it, and give it as an option."
+            )
+    return recipe, rest
+
+
+def _texts(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise TypeError(f"{_shown(value)} holds no names with texts")
+    return value
+
+
+def _check_number(recipe: Recipe, name: str, bounds: tuple[int, int], kinds: Any) -> None:
+    value, (low, high) = getattr(recipe, name), bounds
+    if value is None and name in _OPTIONAL:
+        return
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        kind = "whole number" if kinds is int else "number"
+        raise RecipeError(f"{name.replace('_', ' ')} = {_shown(value)} is not a {kind} from {low} to {high}.")
+
+
+def _check_text(name: str, value: Any, longest: int) -> None:
+    if not isinstance(value, str) or len(value) > longest:
+        raise RecipeError(f"{name} = {_shown(value)} is no text of at most {longest:,} characters.")
+    if re.search("[\0\ud800-\udfff]", value):
+        raise RecipeError(f"{name} = {_shown(value)} holds characters that are none.")
+
+
+def _shown(value: Any) -> str:
+    """A value from elsewhere, fit for one line."""
+    text = printable(repr(value))
+    return text if len(text) <= 80 else text[:80] + "..."
 
 
 def _quoted(value: Any) -> str:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..common.atomic import file_name
+from ..common.reading import printable
 from ..common.settings import ConfigError, apply, assign
 from .sun import SunTrainConfig, check_settings, train_sun
 
@@ -36,6 +38,10 @@ def variant_configs(
         if only and name not in only:
             continue
         config = apply(copy.deepcopy(base), changes, f"{where}, variants.{name}")
+        if name != file_name(name):
+            raise ConfigError(
+                f"{where}: variants.{printable(name)} names a folder. Use letters, digits, '-', '_' and '.' in its name."
+            )
         config.run = replace(config.run, output=str(Path(config.run.output) / name))
         found[name] = config
     return found

@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...common.reading import printable
 from ...user_pictures import on_white, upright
 
 Encode = Callable[[list[str]], Tensor]
@@ -48,7 +49,7 @@ class Skipped(Counter[str]):
         total = before + count
         if total.bit_length() > before.bit_length():
             each = ", ".join(f"{n} {r}" for r, n in self.items())
-            tqdm.write(f"skipped {total} samples so far ({each}); the last: {what}")
+            tqdm.write(printable(f"skipped {total} samples so far ({each}); the last: {what}"))
 
 
 @dataclass(frozen=True)
