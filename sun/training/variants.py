@@ -40,7 +40,7 @@ def variant_configs(
         config = apply(copy.deepcopy(base), changes, f"{where}, variants.{name}")
         if name != file_name(name):
             raise ConfigError(
-                f"{where}: variants.{printable(name)} names a folder. Use letters, digits, '-', '_' and '.' in its name."
+                f"{where}: variants.{printable(name)} is no folder's name. Use letters, digits, '-', '_' and '.'."
             )
         config.run = replace(config.run, output=str(Path(config.run.output) / name))
         found[name] = config
