@@ -31,10 +31,13 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 
 from ..sun.adapter import SunAdapter
-from ..sun.conditioning import AdapterTexts, match_rows
+from ..sun.attention import sun_attention
+from ..sun.conditioning import AdapterTexts, repeated_in_turn
+from ..sun.kept import Negative, SunRun
+from ..sun.layers import AttentionLayer
 from . import checks
 from .loading import LoadedAdapter, check_base, load_adapter
-from .run import WHOLE_RUN, Interval, NegativeEntry, RunReport, SunRun, SunSettings
+from .run import WHOLE_RUN, RunReport, SunSettings, interval
 
 __all__ = ["KEY", "LoadedAdapter", "SunSettings", "apply", "load_adapter", "settings_of"]
 
@@ -46,17 +49,24 @@ NEGATIVE = "sun_negative_{}"
 
 @dataclass
 class SunForward:
-    """One call of the U-Net. `negatives` and `texts.positive` have a row for each of the `rows` of the batch, as it
-    was when they were made; `prior` is the attention others put in; `layer_text` what attn2 patches of others left to
-    the layer that runs now, if there are any."""
+    """One call of the U-Net. `negatives` and `positive`, of which `texts` were made, have a row for each of the batch,
+    as it was then; `prior` is the attention others put in; `layer_text` what attn2 patches of others left to the layer
+    that runs now, if there are any."""
 
     adapter: SunAdapter
-    settings: SunSettings
+    layers: tuple[AttentionLayer, ...]
+    strength: float
+    guidance: torch.Tensor | None
     negatives: list[tuple[float, torch.Tensor]]
+    positive: torch.Tensor | None
     texts: AdapterTexts
-    guidance: torch.Tensor | None = None
     prior: dict[int, Callable] = field(default_factory=dict)
     layer_text: torch.Tensor | None = None
+
+    def of_text(self, make: Callable[..., Any], text: torch.Tensor | None, rows: int) -> Any:
+        """What the adapter, or a layer of it, makes of another positive text for so many rows."""
+        negatives = [(weight, repeated_in_turn(negative, rows)) for weight, negative in self.negatives]
+        return make(negatives, text, strength=self.strength, guidance=self.guidance)
 
 
 # --------------------------------------------------------------------------------------------------------- applying
@@ -113,7 +123,7 @@ def _outer_sample(
     if settings is None:
         return executor(noise, latent, sampler, sigmas, *args, **kwargs)
 
-    run = SunRun(settings)
+    run = SunRun(settings.strength, settings.guidance, layers=settings.layers)
     tokens: tuple[int, ...] = ()
     if settings.strength != 0.0:
         checks.check_run(guider, sampler, sigmas, latent)
@@ -124,7 +134,7 @@ def _outer_sample(
     try:
         output = executor(noise, latent, sampler, sigmas, *args, **kwargs)
     finally:
-        run.texts.clear()
+        run.end()
     if output.is_cuda:
         torch.cuda.synchronize(output.device)  # else the seconds would be those of the queueing
     layers = len(settings.layers) if tokens else 0
@@ -145,16 +155,16 @@ def _begin(guider: Any, settings: SunSettings) -> tuple[SunRun, tuple[int, ...]]
     start, end = max(settings.effect[0], wanted[0]), min(settings.effect[1], wanted[1])
     if start >= end:
         log.warning("SUN acts nowhere: the percents of Apply SUN to Model and of the sampler do not meet.")
-    effect = Interval.of_percents(guider.model_patcher.get_model_object("model_sampling"), start, end)
+    effect = interval(guider.model_patcher.get_model_object("model_sampling"), start, end)
     tokens = tuple(text.shape[1] for text in texts)
     log.info(
         "SUN active: %d layers, negative %s tokens, strength %g, adapter %s",
         len(settings.layers), " + ".join(map(str, tokens)), settings.strength, settings.name,
     )  # fmt: skip
-    return SunRun(settings, entries, effect), tokens
+    return SunRun(settings.strength, settings.guidance, entries, effect, settings.layers), tokens
 
 
-def _negatives(guider: Any, settings: SunSettings) -> tuple[list[torch.Tensor], tuple[NegativeEntry, ...]]:
+def _negatives(guider: Any, settings: SunSettings) -> tuple[list[torch.Tensor], tuple[Negative, ...]]:
     """Texts [B, L, width] and entries of the negative prompt: Apply SUN's own, else the guider's."""
     if settings.negative is not None:
         conds = comfy.sampler_helpers.convert_cond(settings.negative)
@@ -180,9 +190,9 @@ def _negatives(guider: Any, settings: SunSettings) -> tuple[list[torch.Tensor], 
 
     sampling = guider.model_patcher.get_model_object("model_sampling")
     entries = tuple(
-        NegativeEntry(
+        Negative(
             weight=float(cond.get("strength", 1.0)),
-            when=Interval.of_percents(
+            when=interval(
                 sampling,
                 max(cond.get("start_percent", 0.0), cond.get("clip_start_percent", 0.0)),  # the latter by CLIP hooks
                 min(cond.get("end_percent", 1.0), cond.get("clip_end_percent", 1.0)),
@@ -209,15 +219,12 @@ def _apply_model(
         patchers = executor.class_obj.current_patcher.get_additional_models_with_key(KEY)
         if weights and patchers:
             c_crossattn, *negatives = (_cast(text, executor.class_obj, x) for text in (c_crossattn, *negatives))
-            chosen = [(weight, match_rows(negatives[i], x.shape[0])) for i, weight in weights.items()]
+            chosen = [(weight, repeated_in_turn(negatives[i], x.shape[0])) for i, weight in weights.items()]
             adapter: SunAdapter = patchers[0].model
-            guidance = adapter.guidance(run.settings.guidance)
-            texts = run.texts(
-                adapter, chosen, c_crossattn, strength=run.settings.strength, key=_which(options, x.device),
-                guidance=guidance,
-            )  # fmt: skip
-            texts = texts._replace(positive=c_crossattn)
-            options = {**options, KEY: SunForward(adapter, run.settings, chosen, texts, guidance)}
+            guidance = adapter.guidance(run.guidance)
+            texts = run.texts(adapter, chosen, c_crossattn, guidance=guidance, key=_which(options, x.device))
+            forward = SunForward(adapter, run.layers, run.strength, guidance, chosen, c_crossattn, texts)
+            options = {**options, KEY: forward}
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
@@ -241,18 +248,15 @@ def _diffusion_model(
     if not isinstance(forward, SunForward):
         return executor(x, timesteps, context, y, control, options, **kwargs)
 
-    if context is not forward.texts.positive:  # another node changed it on the way here
-        negatives = [(weight, match_rows(text, x.shape[0])) for weight, text in forward.negatives]
-        forward.texts = forward.adapter.texts(
-            negatives, context, strength=forward.settings.strength, guidance=forward.guidance
-        )
+    if context is not forward.positive:  # another node changed it on the way here
+        forward.texts, forward.positive = forward.of_text(forward.adapter.texts, context, x.shape[0]), context
     replace = options.get("patches_replace", {})
     attn2 = dict(replace.get("attn2", {}))
-    for position, layer in enumerate(forward.settings.layers):
+    for position, layer in enumerate(forward.layers):
         prior = attn2.get(layer.comfy, attn2.get(layer.comfy[:2]))
         if prior is not None:
             forward.prior[position] = prior
-        attn2[layer.comfy] = sun_attention(position)  # ComfyUI asks for (block, id, depth) before (block, id)
+        attn2[layer.comfy] = attn2_of(position)  # ComfyUI asks for (block, id, depth) before (block, id)
     options = {**options, "patches_replace": {**replace, "attn2": attn2}}
     patches = options.get("patches", {})
     if patches.get("attn2_patch"):  # regional prompters: each layer gets its texts, and more rows, from them
@@ -272,7 +276,7 @@ def remember_text(
 
 
 @functools.cache  # the same object at every step: a compiled model would recompile for a new one
-def sun_attention(position: int) -> Callable[..., torch.Tensor]:
+def attn2_of(position: int) -> Callable[..., torch.Tensor]:
     """The attn2 replacement for the adapter's layer at `position`: (q, k, v, extra_options) -> Z before to_out."""
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
@@ -285,13 +289,10 @@ def sun_attention(position: int) -> Callable[..., torch.Tensor]:
             )
 
         z_p = attend(q, k, v, heads)
-        layer, texts = forward.adapter.layers[position], forward.texts.layers[position]
-        if forward.layer_text is not None and forward.layer_text is not forward.texts.positive:
-            negatives = [(weight, match_rows(text, q.shape[0])) for weight, text in forward.negatives]
-            texts = layer.texts(
-                negatives, forward.layer_text, strength=forward.settings.strength, guidance=forward.guidance
-            )
-        z = layer(q, z_p, heads=heads, attend=attend, texts=texts)
+        texts = forward.texts.layers[position]
+        if forward.layer_text is not None and forward.layer_text is not forward.positive:
+            texts = forward.of_text(forward.adapter.layers[position].texts, forward.layer_text, q.shape[0])
+        z = sun_attention(q, z_p, texts, heads, attend)
         prior = forward.prior.get(position)
         return z if prior is None else prior(q, k, v, extra) + (z - z_p)
 

@@ -37,6 +37,7 @@ _HOME_OF = {
     "trailing_timesteps": "schedule",
     "inheritance": "",  # the accelerators beside SUN
     "ltc": "",
+    "surgery": "",
 }
 
 __all__ = [

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 
 from . import files
-from .attention import Attend, attend, steer
+from .attention import Attend, attend, sun_attention
 from .conditioning import AdapterTexts, Branch, LayerTexts
 from .files import Layout, SunFileError, SunInfo
-from .layers import guess_layers, layers_of_unet
+from .layers import guess_layers
 
 Linear = Callable[..., nn.Module]
 
@@ -61,8 +60,8 @@ class SunLayer(nn.Module):
                 slope = nn.Parameter(torch.zeros(2, channels, device=device, dtype=dtype))
                 self.register_parameter(f"{name}_{part}_w", slope)
 
-    def _scale(self, name: str, guidance: torch.Tensor | None) -> torch.Tensor:
-        """alpha or beta: [C], or [B, 1, C] for guidance features [B, 2]."""
+    def factor(self, name: str, guidance: torch.Tensor | None) -> torch.Tensor:
+        """alpha or beta, by the parameter's name: [C], or [B, 1, C] for guidance features [B, 2]."""
         plain: torch.Tensor = getattr(self, name)
         if guidance is None or not self.guided:
             return plain
@@ -83,65 +82,37 @@ class SunLayer(nn.Module):
         """What ``forward`` needs of the texts, for as many steps as they and the weights stay the same.
 
         negatives: (weight, embeddings [B, L, text_width]); several share the branch by their weights, which add up to
-        1. The rest as in ``forward``. Raises ValueError when the positive branch lacks its text.
+        1. positive: the positive text's embeddings, needed with the positive branch only. strength scales alpha and
+        beta; at 0 the layer changes nothing. positive_mask: attention mask over the positive text, as ``Branch.mask``.
+        guidance: what ``SunAdapter.guidance`` returns for a guidance scale, [1 or B, 2]; None is the scale the adapter
+        was made for. Raises ValueError when the positive branch lacks its text.
         """
+        if strength == 0.0:
+            return LayerTexts()
         exact = torch.promote_types(negatives[0][1].dtype, torch.float32)
         device = negatives[0][1].device
 
-        def factor(name: str, by: float) -> torch.Tensor:
-            return self._scale(name, guidance).to(device=device, dtype=exact) * by
+        def scaled(name: str, by: float) -> torch.Tensor:
+            return self.factor(name, guidance).to(device=device, dtype=exact) * by
 
         branches = [
-            Branch(self.to_k_neg(text), self.to_v_neg(text), factor("alpha_neg", -strength * weight))
+            Branch(self.to_k_neg(text), self.to_v_neg(text), scaled("alpha_neg", -strength * weight))
             for weight, text in negatives
         ]
-        shift = factor("beta_neg", -strength)
+        shift = scaled("beta_neg", -strength)
         if self.positive:
             if positive is None:
                 raise ValueError("This adapter has a positive branch: pass the positive text embeddings as `positive`.")
             key, value = self.to_k_pos(positive), self.to_v_pos(positive)
-            branches.append(Branch(key, value, factor("alpha_pos", strength), positive_mask))
-            shift = shift + factor("beta_pos", strength)
-        return LayerTexts(tuple(branches), shift)
+            branches.append(Branch(key, value, scaled("alpha_pos", strength), positive_mask))
+            shift = shift + scaled("beta_pos", strength)
+        return LayerTexts(tuple(branches), shift, self.normalized)
 
     def forward(
-        self,
-        query: torch.Tensor,
-        z_p: torch.Tensor,
-        negative: torch.Tensor | None = None,
-        positive: torch.Tensor | None = None,
-        *,
-        heads: int,
-        strength: float = 1.0,
-        positive_mask: torch.Tensor | None = None,
-        attend: Attend = attend,
-        guidance: torch.Tensor | None = None,
-        texts: LayerTexts | None = None,
+        self, query: torch.Tensor, z_p: torch.Tensor, texts: LayerTexts, *, heads: int, attend: Attend = attend
     ) -> torch.Tensor:
-        """Return Z = Zp - g(Zn) [+ g'(Ze)] before the layer's ``to_out`` (Eq. 6 and the release's third term).
-
-        query, z_p: [B, T, C], the frozen layer's query and attention output. negative, positive: text embeddings
-        [B, L, text_width]; ``positive`` is needed with the positive branch only. strength scales alpha and beta;
-        0 returns ``z_p`` itself. positive_mask: attention mask over the positive text, if it has one; the kernel must
-        then take it as its fifth argument. attend: the host's attention kernel. The texts may have another dtype than
-        the query (an adapter kept in float32 while it trains); K and V follow the query. guidance: what
-        ``SunAdapter.guidance`` returns for a guidance scale, [1 or B, 2]; None is the scale the adapter was made for.
-        texts: what ``self.texts`` made earlier, instead of the texts, their mask, the strength and the guidance.
-        """
-        if texts is None:
-            if strength == 0.0:
-                return z_p
-            if negative is None:
-                raise ValueError("A SUN layer needs the negative text embeddings as `negative`, or `texts`.")
-            texts = self.texts(
-                [(1.0, negative)], positive, strength=strength, positive_mask=positive_mask, guidance=guidance
-            )
-        attended = []
-        for branch in texts.branches:
-            mask = () if branch.mask is None else (branch.mask,)
-            key, value = branch.key.to(query.dtype), branch.value.to(query.dtype)
-            attended.append((attend(query, key, value, heads, *mask), branch.scale))
-        return steer(z_p, attended, texts.shift, self.normalized)
+        """``sun_attention``, of what ``self.texts`` made."""
+        return sun_attention(query, z_p, texts, heads, attend)
 
 
 class SunAdapter(nn.Module):
@@ -225,47 +196,6 @@ class SunAdapter(nn.Module):
             layer.load_state_dict(moved, assign=True)
         return adapter.eval()
 
-    @classmethod
-    def from_unet(
-        cls,
-        unet: Any,
-        positive: bool = True,
-        alpha: float = 0.5,
-        w: float | None = None,
-        *,
-        beta: float = 0.0,
-        info: SunInfo | None = None,
-        dtype: torch.dtype | None = None,
-        guided: bool = False,
-    ) -> SunAdapter:
-        """Build a new adapter for a diffusers U-Net, its K and V copied from the U-Net's own cross-attention.
-
-        With ``alpha`` small the student starts near the frozen conditional output. ``w``, the guidance scale it will
-        be trained for, is only recorded. guided: the adapter takes the guidance scale as an input. Device and, unless
-        given, dtype are the U-Net's.
-        """
-        layers = layers_of_unet(unet)
-        attentions = [unet.get_submodule(layer.diffusers) for layer in layers]
-        known = info or SunInfo()
-        adapter = cls(
-            [layer.channels for layer in layers],
-            attentions[0].to_k.in_features,
-            positive,
-            names=[layer.name for layer in layers],
-            info=known if w is None else replace(known, guidance_scale=w),
-            device=attentions[0].to_k.weight.device,
-            dtype=dtype or attentions[0].to_k.weight.dtype,
-            guided=guided,
-        )
-        with torch.no_grad():
-            for layer, attention in zip(adapter.sun_layers(), attentions, strict=True):
-                for branch in ("neg", "pos") if positive else ("neg",):
-                    getattr(layer, f"to_k_{branch}").weight.copy_(attention.to_k.weight)
-                    getattr(layer, f"to_v_{branch}").weight.copy_(attention.to_v.weight)
-                    getattr(layer, f"alpha_{branch}").fill_(alpha)
-                    getattr(layer, f"beta_{branch}").fill_(beta)
-        return adapter
-
     def save(self, path: str | os.PathLike[str], layout: Layout = "sun", dtype: torch.dtype | None = None) -> None:
         """Write the adapter: ``layout="sun"`` with readable names, "official" with the authors' keys.
 
@@ -288,13 +218,16 @@ class SunAdapter(nn.Module):
         positive: torch.Tensor | None = None,
         *,
         strength: float = 1.0,
+        positive_mask: torch.Tensor | None = None,
         guidance: torch.Tensor | None = None,
     ) -> AdapterTexts:
         """What the layers make of the texts: ``SunLayer.texts`` for each of them, arguments as there."""
-        layers = tuple(
-            layer.texts(negatives, positive, strength=strength, guidance=guidance) for layer in self.sun_layers()
+        return AdapterTexts(
+            tuple(
+                layer.texts(negatives, positive, strength=strength, positive_mask=positive_mask, guidance=guidance)
+                for layer in self.sun_layers()
+            )
         )
-        return AdapterTexts(tuple(text for _, text in negatives), positive, layers)
 
     def guidance(self, scale: float | torch.Tensor | None) -> torch.Tensor | None:
         """Features of a guidance scale w (a number, or [B]) for the layers: [1 or B, 2], log(w / w0) and its square.
@@ -337,42 +270,6 @@ class SunAdapter(nn.Module):
         return f"{words} by default, takes others" + (
             f" (trained from {trained[0]:g} to {trained[1]:g})" if trained else ""
         )
-
-    def bake(self, scale: float) -> SunAdapter:
-        """A plain adapter that has the guidance scale ``scale`` fixed in its weights."""
-        features = self.guidance(scale)
-        plain = SunAdapter(
-            self.channels,
-            self.text_width,
-            self.positive,
-            names=self.names,
-            info=replace(self.info, guidance_scale=scale),
-        )  # fmt: skip
-        with torch.no_grad():
-            for mine, theirs in zip(self.sun_layers(), plain.sun_layers(), strict=True):
-                state = {k: v for k, v in mine.state_dict().items() if not k.endswith("_w")}
-                for name in [k for k in state if k.startswith(("alpha", "beta"))]:
-                    state[name] = mine._scale(name, features).reshape(-1).to(state[name].dtype)
-                theirs.load_state_dict(state, assign=True)
-        return plain.eval()
-
-    def widen(self, w: float | None = None) -> SunAdapter:
-        """An adapter that takes the guidance scale. Until it is trained to, it does what this one does at every scale.
-
-        w: the scale it was made for, from which others are counted, where its file does not record it (the authors'
-        do not). Raises ValueError where neither is known.
-        """
-        own = self.info.guidance_scale or w
-        if not own:
-            raise ValueError("The adapter's file does not record the guidance scale it was trained for; state it.")
-        state = self.state_dict()
-        like = state["layers.0.alpha_neg"]
-        wide = SunAdapter(
-            self.channels, self.text_width, self.positive, names=self.names,
-            info=replace(self.info, guidance_scale=own), device=like.device, dtype=like.dtype, guided=True,
-        )  # fmt: skip
-        wide.load_state_dict(state, strict=self.guided)
-        return wide.eval()
 
     @property
     def guidance_range(self) -> tuple[float, float] | None:

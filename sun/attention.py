@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from .conditioning import LayerTexts
+
 
 class Attend(Protocol):
     """A host's attention kernel: query [B, T, C], key and value [B, L, C] -> [B, T, C], heads not split."""
@@ -71,3 +73,21 @@ def steer(
         z = z.addcmul_(z_b, scale) if own else torch.addcmul(z, z_b, scale.to(dtype))
         own = not torch.is_grad_enabled()  # z is ours now: what autograd does not need may be written over
     return (z.add_(shift) if own else z + shift).to(z_p.dtype)
+
+
+def sun_attention(
+    query: torch.Tensor, z_p: torch.Tensor, texts: LayerTexts, heads: int, attend: Attend = attend
+) -> torch.Tensor:
+    """Z = Zp - g(Zn) [+ g'(Ze)] of one layer, before its ``to_out`` (Eq. 6 and the release's third term).
+
+    query, z_p: [B, T, C], the frozen layer's query and attention output. attend: the host's attention kernel; where a
+    text has a mask, it takes that as its fifth argument. K and V follow the query: an adapter that is trained is kept
+    in float32. Without any text, Zp itself is returned.
+    """
+    if texts.shift is None:
+        return z_p
+    attended = []
+    for branch in texts.branches:
+        mask = () if branch.mask is None else (branch.mask.to(query),)
+        attended.append((attend(query, branch.key.to(query), branch.value.to(query), heads, *mask), branch.scale))
+    return steer(z_p, attended, texts.shift, texts.normalized)

@@ -34,9 +34,9 @@ def make_unet(
 
 def make_adapter(unet: Any, positive: bool = True, seed: int = 7) -> Any:
     """A random adapter for ``unet`` whose every part matters to the output."""
-    from sun import SunAdapter
+    from sun.surgery import from_unet
 
-    adapter = SunAdapter.from_unet(unet, positive=positive)
+    adapter = from_unet(unet, positive=positive)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in adapter.parameters():

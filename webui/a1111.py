@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from modules import shared
 
-from .run import UNCONDITIONAL, SunRun, batch_was_changed
+from .run import UNCONDITIONAL, WebuiRun, batch_was_changed
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def unet_of(sd_model: Any) -> torch.nn.Module:
 
 
 @contextmanager
-def sampling(run: SunRun, p: Any) -> Iterator[None]:
+def sampling(run: WebuiRun, p: Any) -> Iterator[None]:
     unet = unet_of(p.sd_model)
     batch = _batches[id(run)] = Batch()
     with ExitStack() as stack:
@@ -72,7 +72,7 @@ def sampling(run: SunRun, p: Any) -> Iterator[None]:
         yield
 
 
-def _hook(attn2: Any, position: int, run: SunRun, batch: Batch) -> list[Any]:
+def _hook(attn2: Any, position: int, run: WebuiRun, batch: Batch) -> list[Any]:
     """Hooks that take the query and the text of one layer and change its attention output before `to_out`."""
     seen: dict[str, torch.Tensor] = {}
 
@@ -120,7 +120,7 @@ def one_call_a_step(p: Any) -> Iterator[None]:
             p.extra_generation_params[SKIP_INFOTEXT] = written
 
 
-def before_step(run: SunRun, params: Any) -> None:
+def before_step(run: WebuiRun, params: Any) -> None:
     """Notes which image each row of the step paints, and keeps the host from preparing unconditional rows."""
     batch = _batches[id(run)]
     prompts = params.denoiser.sampler.sampler_extra_args["cond"].batch
@@ -137,7 +137,7 @@ def before_step(run: SunRun, params: Any) -> None:
             params.text_uncond = params.text_cond[:1].expand(len(prompts), -1, -1)
 
 
-def after_step(run: SunRun, params: Any) -> None:
+def after_step(run: WebuiRun, params: Any) -> None:
     """Averages the predictions of AND sub-prompts by weight.
 
     The host computes u + sum w_i (c_i - u) with the first prediction in the place of u, which would drop the first

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..sun.attention import Attend
-from .run import UNCONDITIONAL, SunRun, batch_was_changed
+from .run import UNCONDITIONAL, WebuiRun, batch_was_changed
 
 TEXT = "sun_text"
 KERNELS = (("backend.attention", "attention_function"), ("ldm_patched.ldm.modules.attention", "optimized_attention"))
@@ -25,7 +25,7 @@ def unet_of(sd_model: Any) -> torch.nn.Module:
 
 
 @contextmanager
-def sampling(run: SunRun, p: Any) -> Iterator[None]:
+def sampling(run: WebuiRun, p: Any) -> Iterator[None]:
     objects = p.sd_model.forge_objects
     before = objects.unet
     patched = before.clone()
@@ -48,7 +48,7 @@ def host_attention() -> Attend:
     raise RuntimeError("SUN: this version of Forge keeps its attention elsewhere. Please report it with its version.")
 
 
-def modifier(run: SunRun, kernel: Attend) -> Callable[..., tuple[Any, ...]]:
+def modifier(run: WebuiRun, kernel: Attend) -> Callable[..., tuple[Any, ...]]:
     """A conditioning modifier. A plain closure: the host deep-copies its options, and a method would copy weights."""
 
     def modify(
@@ -88,7 +88,7 @@ def remember_text(n: Any, context: Any, value: Any, extra: dict[str, Any]) -> tu
     return n, context, value
 
 
-def sun_attention(run: SunRun, position: int, kernel: Attend, prior: Callable[..., Any] | None) -> Callable[..., Any]:
+def sun_attention(run: WebuiRun, position: int, kernel: Attend, prior: Callable[..., Any] | None) -> Callable[..., Any]:
     """The attn2 replacement of one layer: (q, k, v, extra_options) -> Z before to_out."""
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
@@ -111,9 +111,9 @@ def rows_of(extra: dict[str, Any], rows: int, images: int) -> list[int]:
     return layout * tiles
 
 
-def before_step(run: SunRun, params: Any) -> None:
+def before_step(run: WebuiRun, params: Any) -> None:
     """Nothing: the rows of a call are known only inside it."""
 
 
-def after_step(run: SunRun, params: Any) -> None:
+def after_step(run: WebuiRun, params: Any) -> None:
     """Nothing: `averaged` did it before the step."""

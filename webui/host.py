@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from . import a1111, forge
-from .run import SunRun
+from .run import WebuiRun
 
 
 class Host(Protocol):
@@ -17,13 +17,13 @@ class Host(Protocol):
     def unet_of(self, sd_model: Any) -> torch.nn.Module:
         """The U-Net in LDM layout."""
 
-    def sampling(self, run: SunRun, p: Any) -> AbstractContextManager[None]:
+    def sampling(self, run: WebuiRun, p: Any) -> AbstractContextManager[None]:
         """Hangs SUN on the model while one sampling runs, and takes it off whatever happens."""
 
-    def before_step(self, run: SunRun, params: Any) -> None:
+    def before_step(self, run: WebuiRun, params: Any) -> None:
         """Prepares a step, from the host's CFG denoiser callback."""
 
-    def after_step(self, run: SunRun, params: Any) -> None:
+    def after_step(self, run: WebuiRun, params: Any) -> None:
         """Ends a step, before the host combines its predictions."""
 
 

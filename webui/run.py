@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..sun.attention import Attend, attend
-from ..sun.conditioning import match_rows
+from ..sun.attention import Attend, attend, sun_attention
+from ..sun.conditioning import repeated_in_turn
 from ..sun.files import SunFileError
+from ..sun.kept import Negative, SunRun
 from ..sun.layers import AttentionLayer, layers_of_ldm
 from . import store
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ..sun.adapter import SunAdapter
+    from ..sun.conditioning import AdapterTexts, LayerTexts
     from ..sun.schedule import DenoiseMode
 
 UNCONDITIONAL = -1
@@ -40,34 +42,41 @@ class SunSettings:
     """w of an adapter that takes it; 0: the adapter's own."""
 
 
-@dataclass
-class SunRun:
+@dataclass(eq=False)
+class WebuiRun(SunRun):
     """State of one run. Lives on the processing object and is dropped with it."""
 
-    settings: SunSettings
+    settings: SunSettings = field(default_factory=lambda: SunSettings(""))
     adapter: SunAdapter | None = None
-    guidance: torch.Tensor | None = None
-    """What the adapter makes of the guidance scale."""
     error: Exception | None = None
     """What went wrong while preparing: hosts swallow exceptions of scripts, so it is raised where they do not."""
-    layers: tuple[AttentionLayer, ...] = ()
     guarded: bool = False
     """Whether the sampler in use was made to call SUN, or to raise `error`."""
     schedules: Any = None
     """The encoded negative prompt over the steps, as the host's prompt parser keeps it."""
     layer_calls: int = 0
-    _negative: torch.Tensor | None = None
-    _rows: dict[Any, tuple[torch.Tensor | None, torch.Tensor]] = field(default_factory=dict)
+    _seen: dict[Any, list[tuple[torch.Tensor | None, AdapterTexts]]] = field(default_factory=dict)
+    """By the rows of a call of the U-Net: the positive texts of this step and what the adapter made of them."""
 
     @property
     def images(self) -> int:
         """How many images the step that runs now paints."""
-        return 0 if self._negative is None else self._negative.shape[0]
+        return 0 if not self.negatives else self._negative.shape[0]
+
+    @property
+    def _negative(self) -> torch.Tensor:
+        text = self.negatives[0].text
+        assert text is not None
+        return text
 
     def use_negative(self, text: torch.Tensor) -> None:
         """Takes the negative text [B, L, width] for the step that begins, one row an image."""
-        self._negative = text
-        self._rows.clear()
+        self.negatives = (Negative(text=text),)
+        self._seen.clear()
+
+    def end(self) -> None:
+        super().end()
+        self._seen.clear()
 
     def change(
         self,
@@ -83,42 +92,48 @@ class SunRun:
 
         images: which image each row paints, UNCONDITIONAL for rows that SUN leaves alone.
         """
-        if self.adapter is None or self._negative is None:
+        if self.adapter is None or not self.negatives:
             raise RuntimeError("SUN: the U-Net was called outside of a step. Please report this with the log.")
         if not images:
             raise ValueError("SUN: the U-Net was called with an empty batch.")
         self.layer_calls += 1
-        adapter = store.on(self.adapter, query.device, query.dtype)
-        layer = adapter.sun_layers()[position]
-        acting, negative = self._text(tuple(images), query)
-        if self.guidance is not None and self.guidance.device != query.device:
-            self.guidance = self.guidance.to(query.device)
-
-        def changed(query: torch.Tensor, z_p: torch.Tensor, positive: torch.Tensor | None) -> torch.Tensor:
-            return layer(
-                query, z_p, match_rows(negative, query.shape[0]),
-                None if positive is None else match_rows(positive.to(query), query.shape[0]),
-                heads=heads, strength=self.settings.strength, guidance=self.guidance, attend=attend,
-            )  # fmt: skip
-
-        if acting is None:
-            return changed(query, z_p, positive)
-        if not len(acting):
+        acting = [row for row, image in enumerate(images) if image != UNCONDITIONAL]
+        if not acting:
             return z_p
+        texts = self._texts(position, query, positive, tuple(images), acting)
+        if len(acting) == len(images):
+            return sun_attention(query, z_p, texts, heads, attend)
         result = z_p.clone()
-        result[acting] = changed(query[acting], z_p[acting], None if positive is None else positive[acting])
+        result[acting] = sun_attention(query[acting], z_p[acting], texts, heads, attend)
         return result
 
-    def _text(self, images: tuple[int, ...], query: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The rows that act (None: all) and their negative texts, on the query's device; made once a step."""
-        key = (images, query.device, query.dtype)
-        if key not in self._rows:
-            assert self._negative is not None
-            acting = [row for row, image in enumerate(images) if image != UNCONDITIONAL]
-            text = self._negative.to(query.device, query.dtype)[[images[row] for row in acting]]
-            whole = len(acting) == len(images)
-            self._rows[key] = (None if whole else torch.tensor(acting, device=query.device, dtype=torch.long), text)
-        return self._rows[key]
+    def _texts(
+        self, position: int, query: torch.Tensor, positive: torch.Tensor | None, images: tuple[int, ...],
+        acting: list[int],
+    ) -> LayerTexts:  # fmt: skip
+        """What the layer needs of the texts of the rows that act. The first layer of a call decides for all of them;
+        to another text, which hypernetworks give each layer, a layer is asked itself."""
+        assert self.adapter is not None
+        if not self.adapter.positive:
+            positive = None
+        whole = len(acting) == len(images)
+        rows = query.shape[0] if whole else len(acting)
+        place = (images, rows, query.device, query.dtype)
+        seen = self._seen.setdefault(place, [])
+        for text, made in seen:
+            if text is positive:
+                return made.layers[position]
+        adapter = store.on(self.adapter, query.device, query.dtype)
+        negative = self._negative.to(query)[[images[row] for row in acting]]
+        negatives = [(1.0, repeated_in_turn(negative, rows))]
+        fitted = positive
+        if positive is not None:
+            fitted = repeated_in_turn((positive if whole else positive[acting]).to(query), rows)
+        if position == 0:
+            seen.append((positive, self.texts(adapter, negatives, fitted, key=(place, len(seen)))))
+            return seen[-1][1].layers[0]
+        guidance = adapter.guidance(self.guidance)
+        return adapter.sun_layers()[position].texts(negatives, fitted, strength=self.strength, guidance=guidance)
 
 
 def batch_was_changed(rows: int, size: int) -> RuntimeError:
@@ -142,11 +157,11 @@ def fit(adapter: SunAdapter, unet: Any, where: str) -> tuple[AttentionLayer, ...
     return tuple(layers)
 
 
-_current: list[SunRun] = []
+_current: list[WebuiRun] = []
 
 
 @contextmanager
-def active(run: SunRun) -> Iterator[None]:
+def active(run: WebuiRun) -> Iterator[None]:
     """Makes `run` the one whose steps the host's callbacks serve. Hosts sample one thing at a time."""
     _current.append(run)
     try:
@@ -155,6 +170,6 @@ def active(run: SunRun) -> Iterator[None]:
         _current.remove(run)
 
 
-def current() -> SunRun | None:
+def current() -> WebuiRun | None:
     """The run that is being sampled now."""
     return _current[-1] if _current else None

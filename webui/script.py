@@ -13,7 +13,7 @@ from modules import scripts, shared
 from . import controls, folders, host, infotext, negative, sampler, store
 from .accelerators import AcceleratorRun, AcceleratorSettings
 from .controls import CONTROLS, DENOISE_MODES, SAMPLINGS, TITLE, read_arguments
-from .run import SunRun, SunSettings, active, fit
+from .run import SunSettings, WebuiRun, active, fit
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -55,10 +55,10 @@ class SunScript(scripts.Script):
             enabled, settings, accelerators = read_arguments(args)
             settings, accelerators = overridden(p, settings), overridden(p, accelerators)
         except (TypeError, ValueError) as error:
-            p.sun_run = SunRun(SunSettings(""), error=error)
+            p.sun_run = WebuiRun(settings=SunSettings(""), error=error)
             return
         if enabled:
-            p.sun_run = SunRun(settings)
+            p.sun_run = WebuiRun(settings=settings)
             with kept_error(p.sun_run):
                 prepare(p, p.sun_run)
         if accelerators.on:
@@ -88,7 +88,7 @@ class SunScript(scripts.Script):
             say_it_was_left_out(p, accelerators.names, accelerators, infotext.WRITTEN_BY_ACCELERATORS)
 
 
-def run_of(p: Any) -> SunRun | None:
+def run_of(p: Any) -> WebuiRun | None:
     """The SUN of a processing object; None where SUN is off."""
     return getattr(p, "sun_run", None)
 
@@ -110,7 +110,7 @@ def overridden(p: Any, settings: Settings) -> Settings:
 
 
 @contextmanager
-def kept_error(run: SunRun | AcceleratorRun) -> Iterator[None]:
+def kept_error(run: WebuiRun | AcceleratorRun) -> Iterator[None]:
     """Keeps an exception for `guard_sampling`: the host would log it and paint a picture without it."""
     try:
         yield
@@ -118,7 +118,7 @@ def kept_error(run: SunRun | AcceleratorRun) -> Iterator[None]:
         run.error = run.error or error
 
 
-def prepare(p: Any, run: SunRun) -> None:
+def prepare(p: Any, run: WebuiRun) -> None:
     """Loads the adapter and sets what SUN needs on the processing object. Raises SunFileError, FileNotFoundError,
     and ValueError for settings that cannot be."""
     settings = run.settings
@@ -129,7 +129,8 @@ def prepare(p: Any, run: SunRun) -> None:
         run.settings = settings = replace(settings, negative=text)
     path = folders.find(settings.adapter)
     run.adapter = store.load(path)
-    run.guidance = run.adapter.guidance(settings.guidance or None)
+    run.strength, run.guidance = settings.strength, settings.guidance or None
+    run.adapter.guidance(run.guidance)  # says so now if the adapter cannot
     if note := run.adapter.guidance_note(settings.guidance):
         p.comment(f"SUN: {note}")
     p.steps, p.cfg_scale = settings.steps, 1.0
@@ -145,7 +146,7 @@ def prepare(p: Any, run: SunRun) -> None:
     p.extra_generation_params.update(infotext.write(settings, path))
 
 
-def say_it_was_left_out(p: Any, name: str, run: SunRun | AcceleratorRun, written: Iterable[str]) -> None:
+def say_it_was_left_out(p: Any, name: str, run: WebuiRun | AcceleratorRun, written: Iterable[str]) -> None:
     """For hosts before A1111 1.10 and scripts with a sampling of their own, where nothing of ours is called.
 
     What was `written` into the infotext goes.
@@ -158,7 +159,7 @@ def say_it_was_left_out(p: Any, name: str, run: SunRun | AcceleratorRun, written
         p.extra_generation_params.pop(key, None)
 
 
-def guard_sampling(p: Any, run: SunRun | None, accelerators: AcceleratorRun | None, counter: Counter | None) -> None:
+def guard_sampling(p: Any, run: WebuiRun | None, accelerators: AcceleratorRun | None, counter: Counter | None) -> None:
     """Wraps the run of this processing object's sampler, so that what we do to the host lasts only while it samples.
 
     What is hung on the model and the sampler leaves with the `with` block, after an error or an interruption too.
@@ -186,7 +187,7 @@ def guard_sampling(p: Any, run: SunRun | None, accelerators: AcceleratorRun | No
 
 
 def around(
-    p: Any, run: SunRun | None, accelerators: AcceleratorRun | None, counter: Counter | None, steps: int
+    p: Any, run: WebuiRun | None, accelerators: AcceleratorRun | None, counter: Counter | None, steps: int
 ) -> list[AbstractContextManager[None]]:
     """What is to be around one sampling of `steps` steps; any order of entering will do."""
     return [
@@ -196,7 +197,7 @@ def around(
     ]
 
 
-def check_sampled(run: SunRun) -> None:
+def check_sampled(run: WebuiRun) -> None:
     """Raises what happened where the host swallows exceptions, or RuntimeError if SUN was never reached."""
     if run.error is not None:
         raise run.error
@@ -208,7 +209,7 @@ def check_sampled(run: SunRun) -> None:
 
 
 @contextmanager
-def sun_sampling(p: Any, run: SunRun) -> Iterator[None]:
+def sun_sampling(p: Any, run: WebuiRun) -> Iterator[None]:
     """SUN on the model while one sampling runs. Raises SunFileError if the adapter does not fit the model."""
     family = host.of(p.sd_model)
     assert run.adapter is not None
@@ -224,6 +225,7 @@ def sun_sampling(p: Any, run: SunRun) -> Iterator[None]:
         with active(run), family.sampling(run, p):
             yield
     finally:
+        run.end()
         if getattr(shared.cmd_opts, "lowvram", False) or getattr(shared.cmd_opts, "medvram", False):
             store.forget_copy()
 

@@ -65,6 +65,7 @@ def convert(
     import torch
 
     from ..adapter import SunAdapter
+    from ..surgery import bake
 
     kind = None if dtype is Dtype.auto else getattr(torch, dtype.value)
     if target.suffix.lower() != ".safetensors":
@@ -73,7 +74,7 @@ def convert(
     if guidance is not None:
         if not adapter.guided:
             raise typer.BadParameter(f"{source} has its guidance scale fixed already; leave out --guidance")
-        adapter = adapter.bake(guidance)
+        adapter = bake(adapter, guidance)
     adapter.save(target, layout=layout.value, dtype=kind)
     out.print(f"{target} ({layout.value} layout, {target.stat().st_size:,} bytes)", soft_wrap=True)
 

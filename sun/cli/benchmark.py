@@ -94,9 +94,9 @@ def bench(
 
 
 def _random_adapter(unet: Any) -> Any:
-    from ..adapter import SunAdapter
+    from ..surgery import from_unet
 
-    return SunAdapter.from_unet(unet, positive=True)  # both branches, as the authors' file
+    return from_unet(unet, positive=True)  # both branches, as the authors' file
 
 
 def _devices(text: str) -> list[str]:

@@ -13,6 +13,7 @@ from ..adapter import SunAdapter
 from ..common.settings import ConfigError
 from ..pictures.recipe import Recipe, split_lora
 from ..shipped import EMOJI_SUN, SINGLE_FILE_CONFIG
+from ..surgery import from_unet
 from .cells import processes
 from .config import EvaluateConfig, ModelSpec, method_names
 from .methods import MethodCall, parse_method
@@ -101,7 +102,7 @@ def _load_adapter(name: str, unet: Any, optional: bool = False) -> SunAdapter | 
     """
     device = next(unet.parameters()).device
     if name == "init":
-        return SunAdapter.from_unet(unet).eval().requires_grad_(False)
+        return from_unet(unet).eval().requires_grad_(False)
     adapter = SunAdapter.load(name if name not in ("", "emoji") else EMOJI_SUN, dtype=torch.float32).to(device)
     if not name and optional:
         from ..layers import layers_of_unet

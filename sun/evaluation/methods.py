@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..adapter import SunAdapter
 from ..common.settings import ConfigError
-from ..conditioning import RunTexts
 from ..ltc import LtcSettings
-from ..pipelines.attach import NEGATIVE, TEXTS, attach, detach, texts_for
+from ..pipelines import NEGATIVE, RUN, new_run
+from ..pipelines.attach import attach, detach
 from ..pipelines.schedulers import SCHEDULERS, make_scheduler
 from .accelerators import INHERIT_OPTIONS, LTC_OPTIONS, PRESET_NAMES, deepcache, inheriting, ltc_settings
 
@@ -145,11 +145,10 @@ def _steered(unet: Any, keyword: str) -> Prepared:
 
 def _sun_run(unet: Any) -> Prepared:
     """The same for SUN, which also keeps what it makes of texts that come again at the next step."""
-    kept = RunTexts()
+    run = new_run(unet)
 
     def predict(x: Tensor, t: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-        texts = texts_for(unet, negative, positive, kept=kept)
-        return unet(x, t, positive, cross_attention_kwargs={NEGATIVE: negative, TEXTS: texts}).sample.float()
+        return unet(x, t, positive, cross_attention_kwargs={NEGATIVE: negative, RUN: run}).sample.float()
 
     return Prepared(unet, predict)
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..adapter import SunAdapter
-from ..pipelines.attach import NEGATIVE, TEXTS, attach, detach, texts_for
+from ..pipelines import NEGATIVE, RUN, new_run
+from ..pipelines.attach import attach, detach
 from ..training.cost.benchmark import Models, device_name, synchronize
 from ..training.sun import latent_scale
 
@@ -113,8 +114,8 @@ class Bench:
         device = torch.device(case.device)
         for module in (self.models.unet, self.models.vae, self.models.text_encoder):
             module.to(device)
-        attach(self.models.unet, self.adapter)
         unet = torch.compile(self.models.unet, dynamic=False) if case.compiled else self.models.unet
+        attach(unet, self.adapter)
         x, t, positive, negative = self._inputs(case, device)
         plain, guided = _plain(unet, x, t, positive), None
         if case.batch == 1 and not case.compiled:
@@ -149,14 +150,8 @@ class Bench:
 
     def _sun_run(self, unet: Any, x: Tensor, t: Tensor, positive: Tensor, negative: Tensor) -> Callable[[], Any]:
         """A new run: its first call computes K and V of the texts, as a pipeline's does."""
-        options: dict[str, Any] = {NEGATIVE: negative}
-
-        def call() -> Any:
-            if TEXTS not in options:
-                options[TEXTS] = texts_for(unet, negative, positive)
-            return unet(x, t, positive, cross_attention_kwargs=options)
-
-        return call
+        options = {NEGATIVE: negative, RUN: new_run(unet)}
+        return lambda: unet(x, t, positive, cross_attention_kwargs=options)
 
     def _around(self, found: Times, device: torch.device) -> None:
         """Times what a pipeline does besides its U-Net calls: both texts encoded, one picture decoded."""

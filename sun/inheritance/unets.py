@@ -5,9 +5,9 @@ The U-Net's parts are replaced only while it is called, by hooks that torch runs
 
 from __future__ import annotations
 
-import functools
 import logging
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,13 +70,13 @@ def attach(target: Any, plan: Plan | str = "balanced", *, steps: int = 0) -> Non
     ]
     unet._inheritance = attachment
     if pipe is not None:
-        put_on(pipe, _inheritance_class)
+        put_on(pipe, WithInheritance)
 
 
 def detach(target: Any) -> None:
     """Take feature inheritance off; without it, do nothing."""
     if isinstance(target, DiffusionPipeline):
-        take_off(target, _inheritance_class)
+        take_off(target, WithInheritance)
     attachment = _attachment_of(target)
     if attachment is not None:
         attachment.stack.close()
@@ -124,24 +124,20 @@ def _unet_of(target: Any) -> Any:
     return unet
 
 
-@functools.cache
-def _inheritance_class(base: Any) -> Any:
-    """The subclass of a pipeline class that begins and ends runs. It keeps the name: diffusers saves by it."""
+class WithInheritance:
+    """The layer that ``attach`` puts on a pipeline's class: it begins and ends runs."""
 
-    class InheritingPipeline(base):
-        @functools.wraps(base.__call__)
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            attachment = _attachment_of(self)
-            if attachment is None:
-                return super().__call__(*args, **kwargs)
-            attachment.run.reset()
-            attachment.scheduler = self.scheduler
-            try:
-                return super().__call__(*args, **kwargs)
-            finally:
-                attachment.scheduler = None
-                log.info("%s", attachment.run.finish())
-
-    InheritingPipeline.__name__, InheritingPipeline.__qualname__ = base.__name__, base.__qualname__
-    InheritingPipeline.__module__, InheritingPipeline.__doc__ = base.__module__, base.__doc__
-    return InheritingPipeline
+    @staticmethod
+    @contextmanager
+    def around(pipe: Any, _given: Mapping[str, Any]) -> Iterator[None]:
+        attachment = _attachment_of(pipe)
+        if attachment is None:
+            yield
+            return
+        attachment.run.reset()
+        attachment.scheduler = pipe.scheduler
+        try:
+            yield
+        finally:
+            attachment.scheduler = None
+            log.info("%s", attachment.run.finish())

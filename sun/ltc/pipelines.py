@@ -7,10 +7,9 @@ Nothing is patched while nothing is sampled. During a run the scheduler's ``step
 from __future__ import annotations
 
 import functools
-import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from ..pipelines.layered import put_on, take_off
+from ..pipelines.layered import default_of, original_call, put_on, take_off
 from .calibration import run_calibration
 from .errors import LtcError
 from .fingerprint import fingerprint
@@ -68,12 +67,12 @@ def attach(
         settings = settings or table.settings
         store.put(table)
     pipe._ltc = _Attachment(settings or LtcSettings(), store)
-    put_on(pipe, _ltc_class)
+    put_on(pipe, WithLtc)
 
 
 def detach(pipe: Any) -> None:
     """Take LTC-Accel off a pipeline; without it, do nothing."""
-    take_off(pipe, _ltc_class)
+    take_off(pipe, WithLtc)
     pipe.__dict__.pop("_ltc", None)
 
 
@@ -153,22 +152,13 @@ def _open_run(state: _Attachment, key: LtcKey) -> LtcRun:
     return LtcRun(key.steps, measure=Measurements(key.steps, state.settings))
 
 
-@functools.cache
-def _ltc_class(base: Any) -> Any:
-    """The subclass of a pipeline class that samples with LTC-Accel. It keeps the name: diffusers saves by it."""
+class WithLtc:
+    """The layer that ``attach`` puts on a pipeline's class: it samples with LTC-Accel."""
 
-    class LtcPipeline(base):
-        @functools.wraps(base.__call__)
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            state: _Attachment = self._ltc
-            default = inspect.signature(base.__call__).parameters.get("guidance_scale")
-            w = kwargs.get("guidance_scale", default.default if default is not None else 1.0)
-            with _running(self, state, float(w or 0.0)):
-                return super().__call__(*args, **kwargs)
-
-    LtcPipeline.__name__, LtcPipeline.__qualname__ = base.__name__, base.__qualname__
-    LtcPipeline.__module__, LtcPipeline.__doc__ = base.__module__, base.__doc__
-    return LtcPipeline
+    @staticmethod
+    def around(pipe: Any, given: Mapping[str, Any]) -> AbstractContextManager[None]:
+        w = given.get("guidance_scale", default_of(original_call(pipe), "guidance_scale", 1.0))
+        return _running(pipe, pipe._ltc, float(w or 0.0))
 
 
 @contextmanager

@@ -1,31 +1,135 @@
-"""Several methods on one diffusers pipeline: each adds a layer to its class, and any of them may leave first."""
+"""Several methods on one diffusers pipeline: each adds a layer to its class, and any of them may leave first.
+
+A layer is a class with a context manager ``around(pipe, given)``, entered for every call of the pipeline, and whatever
+else it changes. The pipeline keeps the name of its class: diffusers saves by it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
-MAKER = "_sun_layer"
+DENOISERS = ("unet", "transformer")
+_OWN = "_sun_layer"
 
 
-def put_on(pipe: Any, maker: Callable[[Any], Any]) -> None:
-    """Give ``pipe`` the class ``maker(its class)``. ``maker`` must return the same class for the same base."""
-    made = maker(type(pipe))
-    setattr(made, MAKER, staticmethod(maker))
-    pipe.__class__ = made
+class Layer(Protocol):
+    """What a method adds to a pipeline's class."""
+
+    @staticmethod
+    def around(pipe: Any, given: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Entered around a call of the pipeline. given: the arguments of the call by name, however they were passed."""
 
 
-def take_off(pipe: Any, maker: Callable[[Any], Any]) -> None:
-    """Take the layer of ``maker`` away and keep the others in their order; without one, do nothing."""
-    layers: list[Callable[[Any], Any]] = []
-    base: Any = type(pipe)
-    while MAKER in base.__dict__:
-        layers.append(base.__dict__[MAKER].__func__)
-        base = base.__base__
-    if maker not in layers:
-        return
-    for layer in reversed(layers):
-        if layer is not maker:
-            base = layer(base)
-            setattr(base, MAKER, staticmethod(layer))
-    pipe.__class__ = base
+def put_on(pipe: Any, layer: Any) -> None:
+    """Let every call of ``pipe`` run within ``layer``; a layer that is on already stays where it is."""
+    base, layers = _taken_apart(type(pipe))
+    if layer not in layers:
+        pipe.__class__ = _put_together(base, (*layers, layer))
+
+
+def take_off(pipe: Any, layer: Any) -> None:
+    """Take ``layer`` away and keep the others in their order; without it, do nothing."""
+    base, layers = _taken_apart(type(pipe))
+    if layer in layers:
+        pipe.__class__ = _put_together(base, tuple(other for other in layers if other is not layer))
+
+
+def given_arguments(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of the method ``call`` by name, without defaults. Wrong ones are left to the call."""
+    signature = inspect.signature(call)
+    try:
+        bound = signature.bind_partial(None, *args, **kwargs).arguments
+    except TypeError:
+        return dict(kwargs)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            bound.update(bound.pop(name, {}))
+    return dict(bound)
+
+
+def default_of(call: Callable[..., Any], name: str, otherwise: Any = None) -> Any:
+    """What ``call`` takes for an argument that is not given."""
+    parameter = inspect.signature(call).parameters.get(name)
+    return otherwise if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+
+
+def original_call(pipe: Any) -> Callable[..., Any]:
+    """``__call__`` of the pipeline's own class."""
+    return _taken_apart(type(pipe))[0].__call__
+
+
+def denoiser_of(pipe: Any) -> Any:
+    """The pipeline's U-Net or transformer, without the wrapper of torch.compile; None if it has none."""
+    found = next((getattr(pipe, name) for name in DENOISERS if getattr(pipe, name, None) is not None), None)
+    return getattr(found, "_orig_mod", found)
+
+
+@contextmanager
+def one_at_a_time(model: Any) -> Iterator[None]:
+    """Within it, other threads that ask for ``model`` wait.
+
+    A diffusers pipeline keeps what belongs to a call on itself and on its scheduler, and the accelerators change parts
+    of the model while it is called.
+    """
+    with contextlib.nullcontext() if model is None else _lock_of(model):
+        yield
+
+
+_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_guard = threading.Lock()
+
+
+def _lock_of(model: Any) -> threading.RLock:
+    with _guard:
+        return _locks.setdefault(model, threading.RLock())
+
+
+def _taken_apart(cls: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The class a pipeline had at first and the layers put on it since, the first of them first."""
+    layers: list[Any] = []
+    while _OWN in cls.__dict__:
+        base, layer = cls.__dict__[_OWN]
+        layers.insert(0, layer)
+        cls = base
+    return cls, tuple(layers)
+
+
+def _put_together(base: Any, layers: tuple[Any, ...]) -> Any:
+    for layer in layers:
+        base = _layered(base, layer)
+    return base
+
+
+@functools.cache
+def _layered(base: Any, layer: Any) -> Any:
+    @functools.wraps(base.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = given_arguments(base.__call__, args, kwargs)
+        with one_at_a_time(denoiser_of(self)), layer.around(self, given):
+            return base.__call__(self, *args, **kwargs)
+
+    own = {
+        _OWN: (base, layer),
+        "__call__": call,
+        "__reduce_ex__": _reduced,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    return type(base)(base.__name__, (layer, base), own)
+
+
+def _reduced(pipe: Any, _protocol: Any) -> tuple[Any, ...]:
+    """For pickle, which finds classes by their names, and copy."""
+    return _empty, _taken_apart(type(pipe)), pipe.__dict__
+
+
+def _empty(base: Any, layers: tuple[Any, ...]) -> Any:
+    return object.__new__(_put_together(base, layers))

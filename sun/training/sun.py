@@ -18,6 +18,7 @@ from ..files import SunInfo
 from ..pipelines.attach import attach, detach
 from ..pipelines.text import encode_texts
 from ..shipped import EMOJI_SUN
+from ..surgery import from_unet, widen
 from .algorithm import NoiseSchedule, guided_noise
 from .cost.speed import use_fast_attention
 from .data.negatives import NegativePrompts
@@ -235,7 +236,7 @@ def make_adapter(config: SunTrainConfig, unet: Any) -> SunAdapter:
         if adapter.guided and not any(config.guidance_range):
             raise ConfigError("init_adapter takes the guidance scale: set guidance_range.")
         if any(config.guidance_range):
-            adapter = adapter if adapter.guided else adapter.widen(config.guidance_scale)
+            adapter = adapter if adapter.guided else widen(adapter, config.guidance_scale)
             if adapter.info.guidance_scale != config.guidance_scale:
                 raise ConfigError(
                     f"init_adapter counts guidance scales from {adapter.info.guidance_scale:g}, its own: set "
@@ -243,7 +244,7 @@ def make_adapter(config: SunTrainConfig, unet: Any) -> SunAdapter:
                 )
     else:
         guided = any(config.guidance_range)
-        adapter = SunAdapter.from_unet(
+        adapter = from_unet(
             unet, positive=config.positive_branch, alpha=config.init_alpha, w=config.guidance_scale, guided=guided,
             info=SunInfo(normalized=config.attention_normalization),
         )  # fmt: skip

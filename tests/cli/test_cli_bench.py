@@ -34,25 +34,26 @@ def test_the_calls_it_times_are_those_it_says(sun: Run, tmp_path: Path, monkeypa
 
     An untimed plain call goes before, and in the next round the other kind is the first of the pairs.
     """
+    from sun.adapter import SunAdapter
     from sun.evaluation import overhead
-    from sun.pipelines import attach as pipelines
+    from sun.pipelines import unet as hooks
 
     rows, made, timed = [], [], []
-    texts_for, timer = pipelines.texts_for, overhead._timed
-    monkeypatch.setattr(overhead, "texts_for", lambda *args: made.append(1) or texts_for(*args))
+    texts, timer = SunAdapter.texts, overhead._timed
+    monkeypatch.setattr(SunAdapter, "texts", lambda *args, **options: made.append(1) or texts(*args, **options))
 
     def counting(calls, device):
         timed.append(len(calls))
         return timer(calls, device)
 
     monkeypatch.setattr(overhead, "_timed", counting)
-    original = pipelines._check_negative
+    original = hooks.before_call
 
     def seen(unet, args, kwargs):
         rows.append((args[0].shape[0], "cross_attention_kwargs" in kwargs))
         return original(unet, args, kwargs)
 
-    monkeypatch.setattr(pipelines, "_check_negative", seen)
+    monkeypatch.setattr(hooks, "before_call", seen)
     sun("bench", "--emoji", "--size", 32, "--batch", "1", "--rounds", 2, "--steps", 2, "--device", "cpu")
     plain, with_sun, guided = (1, False), (1, True), (2, False)
     warm_up = [plain, with_sun, guided]

@@ -14,9 +14,9 @@ from PIL import Image
 from tiny import make_adapter
 from typer.testing import Result
 
-from sun.adapter import SunAdapter
 from sun.pictures.draw import changes_since, complete, generate, load, noise
 from sun.pictures.recipe import Recipe, RecipeError, parameters, read_recipe, split_lora
+from sun.surgery import bake, from_unet
 
 Run = Callable[..., Result]
 
@@ -236,7 +236,7 @@ def test_without_an_adapter_guidance_costs_two_calls_a_step(sun: Run, tmp_path: 
 def test_an_adapter_that_takes_the_guidance_scale_gets_it(
     sun: Run, tmp_path: Path, model_folder: Path, make_pipeline: Callable[..., Any]
 ) -> None:
-    made = SunAdapter.from_unet(make_pipeline().unet, w=4.0, guided=True)
+    made = from_unet(make_pipeline().unet, w=4.0, guided=True)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if name.endswith("_w"):
@@ -257,7 +257,7 @@ def test_an_adapter_that_takes_the_guidance_scale_gets_it(
     assert six != own
     assert "CFG scale: 6" in text
     # The same as the adapter with 6 fixed in its weights.
-    made.bake(6.0).save(adapter)
+    bake(made, 6.0).save(adapter)
     fixed = np.frombuffer(draw("fixed")[0], np.uint8).astype(int)
     assert np.abs(fixed - np.frombuffer(six, np.uint8)).max() <= 1
     refused = sun("generate", "a", "--model", model_folder, "--adapter", adapter, "--guidance", 6, code=2)

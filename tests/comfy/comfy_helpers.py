@@ -11,11 +11,11 @@ def make_adapter(model_folder: Path, path: Path, positive: bool = True, seed: in
     """An adapter for a diffusers model, at its start values with some noise on them."""
     from diffusers import UNet2DConditionModel
 
-    from sun import SunAdapter
+    from sun.surgery import from_unet
 
     torch.manual_seed(seed)
     unet = UNet2DConditionModel.from_pretrained(model_folder / "unet")
-    adapter = SunAdapter.from_unet(unet, positive=positive, w=4.0, guided=guided)
+    adapter = from_unet(unet, positive=positive, w=4.0, guided=guided)
     with torch.no_grad():
         for name, parameter in adapter.named_parameters():
             parameter.add_(torch.randn_like(parameter) * (0.2 if "alpha" in name else 0.02))

@@ -309,9 +309,10 @@ def test_the_guidance_scale_holds_where_others_change_the_text(
     from comfy.patcher_extension import WrappersMP
 
     from sun import SunAdapter
+    from sun.surgery import bake
 
     make_adapter(emoji_folder, tmp_path / "any.safetensors", guided=True)
-    SunAdapter.load(tmp_path / "any.safetensors").bake(7.0).save(tmp_path / "seven.safetensors")
+    bake(SunAdapter.load(tmp_path / "any.safetensors"), 7.0).save(tmp_path / "seven.safetensors")
     load = host.part("nodes.loading").load_adapter
     anything, seven = (load(tmp_path / f"{name}.safetensors") for name in ("any", "seven"))
     texts = [run.encode(text)[0][0] for text in ("red apple, white background", "snake, purple background")]

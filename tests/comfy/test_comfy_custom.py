@@ -198,8 +198,9 @@ def test_adapter_info_of_the_authors_layout_says_what_is_not_recorded(
     from safetensors.torch import load_file, save_file
 
     from sun import SunAdapter
+    from sun.surgery import bake
 
-    SunAdapter.load(adapter_file).bake(4.0).save(tmp_path / "ours.safetensors", layout="official")
+    bake(SunAdapter.load(adapter_file), 4.0).save(tmp_path / "ours.safetensors", layout="official")
     save_file(load_file(tmp_path / "ours.safetensors"), tmp_path / "theirs.safetensors")  # theirs has no header
     loaded = host.part("nodes.loading").load_adapter(tmp_path / "theirs.safetensors")
     text, facts = host.nodes["SUN_AdapterInfo"].execute(loaded).result

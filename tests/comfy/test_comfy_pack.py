@@ -150,7 +150,9 @@ def test_the_guidance_scale_of_an_adapter_that_takes_it(host, load, run, emoji_f
     from sun import SunAdapter
 
     make_adapter(emoji_folder, models_sun / "any.safetensors", guided=True)
-    SunAdapter.load(models_sun / "any.safetensors").bake(7.0).save(models_sun / "seven.safetensors")
+    from sun.surgery import bake
+
+    bake(SunAdapter.load(models_sun / "any.safetensors"), 7.0).save(models_sun / "seven.safetensors")
     adapters = {name: load.execute(f"{name}.safetensors").result[0] for name in ("any", "seven")}
     own, seven = run.sun(run.apply(adapter=adapters["any"])), run.sun(run.apply(adapter=adapters["seven"]))
     assert torch.equal(run.sun(run.apply(adapter=adapters["any"], guidance=4.0)), own)

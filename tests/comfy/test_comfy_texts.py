@@ -31,11 +31,11 @@ def projected(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> list[we
 def nothing_kept(host: SimpleNamespace) -> Iterator[None]:
     """As if K and V were computed at every step."""
 
-    def compute(_self, adapter, negatives, positive=None, *, key=None, **options):
-        return adapter.texts(negatives, positive, **options)
+    def compute(run, adapter, negatives, positive=None, *, key=None, **options):
+        return adapter.texts(negatives, positive, strength=run.strength, **options)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(host.part("sun.conditioning").RunTexts, "__call__", compute)
+        patched.setattr(host.part("sun.kept").SunRun, "texts", compute)
         yield
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from sun import SunAdapter, SunFileError, SunInfo
 from sun.attention import attend
 from sun.layers import layers_from_structure, layers_of_unet
+from sun.surgery import from_unet
 
 SD15 = tuple(layer.channels for layer in layers_from_structure((320, 640, 1280, 1280)))
 
@@ -24,7 +25,7 @@ def test_parameter_counts_of_stable_diffusion_15(positive, parameters):
 @pytest.mark.parametrize("positive", [True, False])
 def test_from_unet_copies_the_frozen_projections(positive):
     unet = make_unet()
-    adapter = SunAdapter.from_unet(unet, positive=positive, alpha=0.25, w=8.0, info=SunInfo(base_model="tiny"))
+    adapter = from_unet(unet, positive=positive, alpha=0.25, w=8.0, info=SunInfo(base_model="tiny"))
     assert adapter.positive is positive
     assert adapter.text_width == TEXT_WIDTH
     assert (adapter.info.base_model, adapter.info.guidance_scale) == ("tiny", 8.0)
@@ -46,11 +47,11 @@ def test_from_unet_copies_the_frozen_projections(positive):
 
 def test_from_unet_follows_other_structures_and_dtypes():
     unet = make_unet(stages=(8, 12, 16, 16), text_width=10).to(torch.bfloat16)
-    adapter = SunAdapter.from_unet(unet)
+    adapter = from_unet(unet)
     assert adapter.text_width == 10
     assert set(adapter.channels) == {8, 12, 16}
     assert next(adapter.parameters()).dtype == torch.bfloat16
-    assert next(SunAdapter.from_unet(unet, dtype=torch.float32).parameters()).dtype == torch.float32
+    assert next(from_unet(unet, dtype=torch.float32).parameters()).dtype == torch.float32
 
 
 def test_check_base_names_both_sides():
@@ -108,7 +109,7 @@ def test_without_attention_normalization_alpha_and_beta_scale_the_branch_itself(
         torch.randn(2, 4, 12),
         torch.randn(2, 6, 12),
     )
-    z = layer(query, z_p, negative, text, heads=2)
+    z = layer(query, z_p, layer.texts([(1.0, negative)], text), heads=2)
     z_n = attend(query, layer.to_k_neg(negative), layer.to_v_neg(negative), 2)
     expected = z_p - (layer.alpha_neg * z_n + layer.beta_neg)
     if positive:

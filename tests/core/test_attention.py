@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -29,6 +31,15 @@ def random_inputs(rows: int = 2, channels: int = 12, text_width: int = 10, seed:
         "positive": (rows, 7, text_width),
     }
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def steered(
+    layer: SunLayer, query: torch.Tensor, z_p: torch.Tensor, negative: torch.Tensor,
+    positive: torch.Tensor | None = None, *, attend: Any = attend, **options: Any,
+) -> torch.Tensor:  # fmt: skip
+    """Z of a layer for one negative text; options as of ``SunLayer.texts``."""
+    texts = layer.texts([(1.0, negative)], positive, **{k: v for k, v in options.items() if k != "heads"})
+    return layer(query, z_p, texts, heads=options["heads"], attend=attend)
 
 
 def slow_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor:
@@ -68,7 +79,8 @@ def test_matches_the_authors_processor(case, data_folder):
     heads = int(golden["heads"])
     query = golden["hidden_states"] @ golden["attn.to_q.weight"].T
     key, value = (golden["positive"] @ golden[f"attn.to_{x}.weight"].T for x in "kv")
-    z = layer(query, attend(query, key, value, heads), golden["negative"], golden["positive"], heads=heads)
+    z_p = attend(query, key, value, heads)
+    z = steered(layer, query, z_p, golden["negative"], golden["positive"], heads=heads)
     output = z @ golden["attn.to_out.0.weight"].T + golden["attn.to_out.0.bias"]
     assert torch.linalg.vector_norm(output - golden["output"]) <= 1e-5 * torch.linalg.vector_norm(golden["output"])
     assert (output - golden["output"]).abs().max() <= 1e-5 * golden["output"].abs().max()
@@ -77,7 +89,7 @@ def test_matches_the_authors_processor(case, data_folder):
 @pytest.mark.parametrize("positive", [True, False])
 def test_layer_matches_the_obvious_version(positive):
     layer, inputs = random_layer(positive=positive), random_inputs(rows=3)
-    z = layer(**inputs, heads=3)
+    z = steered(layer, **inputs, heads=3)
     assert z.dtype == torch.float32
     torch.testing.assert_close(z, slow_sun(layer, **inputs, heads=3).float(), rtol=1e-5, atol=1e-5)
 
@@ -86,29 +98,29 @@ def test_an_image_does_not_depend_on_its_batch_mates():
     layer, inputs = random_layer(), random_inputs(rows=3)
     inputs["z_p"][1:] *= 50  # a norm over the whole batch would notice
     inputs["negative"][2] *= 20
-    together = layer(**inputs, heads=2)
-    alone = layer(**{name: value[:1] for name, value in inputs.items()}, heads=2)
+    together = steered(layer, **inputs, heads=2)
+    alone = steered(layer, **{name: value[:1] for name, value in inputs.items()}, heads=2)
     torch.testing.assert_close(together[:1], alone, rtol=1e-5, atol=1e-6)
 
 
 def test_a_zero_negative_adds_beta_alone():
     layer, inputs = random_layer(positive=False), random_inputs()
     inputs["negative"].zero_()
-    torch.testing.assert_close(layer(**inputs, heads=2), inputs["z_p"] - layer.beta_neg)
+    torch.testing.assert_close(steered(layer, **inputs, heads=2), inputs["z_p"] - layer.beta_neg)
 
 
 def test_gradients_survive_a_zero_negative():
     layer, inputs = random_layer(positive=False), random_inputs()
     inputs["negative"].zero_()
-    layer(**inputs, heads=2).square().sum().backward()
+    steered(layer, **inputs, heads=2).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 
 def test_strength_scales_the_whole_effect():
     layer, inputs = random_layer(), random_inputs()
-    assert layer(**inputs, heads=2, strength=0.0) is inputs["z_p"]
-    full = layer(**inputs, heads=2) - inputs["z_p"]
-    half = layer(**inputs, heads=2, strength=0.5) - inputs["z_p"]
+    assert steered(layer, **inputs, heads=2, strength=0.0) is inputs["z_p"]
+    full = steered(layer, **inputs, heads=2) - inputs["z_p"]
+    half = steered(layer, **inputs, heads=2, strength=0.5) - inputs["z_p"]
     torch.testing.assert_close(half, full / 2, rtol=1e-5, atol=1e-5)
 
 
@@ -116,8 +128,8 @@ def test_strength_scales_the_whole_effect():
 def test_half_precision_keeps_dtype_and_norms_in_float32(dtype):
     layer, inputs = random_layer(), random_inputs()
     inputs["z_p"] *= 3e3  # the squares overflow float16
-    exact = layer(**inputs, heads=2).detach()
-    half = layer.to(dtype)(**{k: v.to(dtype) for k, v in inputs.items()}, heads=2)
+    exact = steered(layer, **inputs, heads=2).detach()
+    half = steered(layer.to(dtype), **{k: v.to(dtype) for k, v in inputs.items()}, heads=2)
     assert half.dtype == dtype
     torch.testing.assert_close(half.detach().float(), exact, rtol=0.03, atol=0.03 * float(exact.abs().max()))
 
@@ -126,7 +138,7 @@ def test_a_float32_adapter_serves_a_half_precision_query():
     layer, inputs = random_layer(), random_inputs()
     for name in ("query", "z_p"):
         inputs[name] = inputs[name].bfloat16()
-    assert layer(**inputs, heads=2).dtype == torch.bfloat16
+    assert steered(layer, **inputs, heads=2).dtype == torch.bfloat16
 
 
 def test_normalization_gives_the_negative_branch_the_positive_norm():
@@ -151,7 +163,7 @@ def test_attention_mask_hides_text_from_the_positive_branch_only():
     mask[..., 4:] = -1e9
     cut = {**inputs, "positive": inputs["positive"][:, :4]}
     torch.testing.assert_close(
-        layer(**inputs, heads=2, positive_mask=mask), layer(**cut, heads=2), rtol=1e-5, atol=1e-6
+        steered(layer, **inputs, heads=2, positive_mask=mask), steered(layer, **cut, heads=2), rtol=1e-5, atol=1e-6
     )
 
 
@@ -159,7 +171,7 @@ def test_positive_branch_asks_for_the_positive_text():
     inputs = random_inputs()
     del inputs["positive"]
     with pytest.raises(ValueError, match="positive"):
-        random_layer()(**inputs, heads=2)
+        steered(random_layer(), **inputs, heads=2)
 
 
 def test_hosts_may_bring_their_own_linear_and_attention():
@@ -175,7 +187,7 @@ def test_hosts_may_bring_their_own_linear_and_attention():
         return attend(query, key, value, heads)
 
     layer = SunLayer(12, 10, True, linear=HostLinear)
-    layer(**random_inputs(), heads=4, attend=host_attend)
+    steered(layer, **random_inputs(), heads=4, attend=host_attend)
     assert built == [False] * 4
     assert attended == [4, 4]
 

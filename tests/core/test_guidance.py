@@ -12,6 +12,7 @@ import sun
 from sun.adapter import SunAdapter, SunLayer
 from sun.attention import attend, attention_normalization
 from sun.files import SunFileError, SunInfo
+from sun.surgery import bake, from_unet, widen
 
 
 def adapter(positive: bool = True, guided: bool = True) -> SunAdapter:
@@ -32,7 +33,7 @@ def run(layer: SunLayer, guidance: torch.Tensor | None = None) -> torch.Tensor:
     torch.manual_seed(2)
     query, z_p = torch.randn(2, 2, 9, layer.channels)
     negative, positive = texts()
-    return layer(query, z_p, negative, positive, heads=2, guidance=guidance)
+    return layer(query, z_p, layer.texts([(1.0, negative)], positive, guidance=guidance), heads=2)
 
 
 def test_scales_follow_the_logarithm_of_the_guidance_scale() -> None:
@@ -47,9 +48,10 @@ def test_scales_follow_the_logarithm_of_the_guidance_scale() -> None:
         alpha = layer.alpha_neg + r * layer.alpha_neg_w[0] + r**2 * layer.alpha_neg_w[1]
         beta = layer.beta_neg + r * layer.beta_neg_w[0] + r**2 * layer.beta_neg_w[1]
         expected = z_p - attention_normalization(z_n, z_p, alpha, beta)
-        one = layer(query, z_p, negative, heads=2, guidance=made.guidance(w))
+        one = layer(query, z_p, layer.texts([(1.0, negative)], guidance=made.guidance(w)), heads=2)
         torch.testing.assert_close(one, expected)
-        both = layer(query, z_p, negative, heads=2, guidance=made.guidance(torch.tensor([2.0, 11.0])))
+        features = made.guidance(torch.tensor([2.0, 11.0]))
+        both = layer(query, z_p, layer.texts([(1.0, negative)], guidance=features), heads=2)
         torch.testing.assert_close(both[row], expected[row])
 
 
@@ -65,7 +67,7 @@ def test_its_own_scale_and_none_are_the_plain_adapter() -> None:
 @pytest.mark.parametrize("scale", [1.0, 4.0, 9.5])
 def test_baking_fixes_one_scale(scale: float) -> None:
     made = adapter()
-    plain = made.bake(scale)
+    plain = bake(made, scale)
     assert not plain.guided
     assert plain.info.guidance_scale == scale
     for mine, theirs in zip(made.sun_layers(), plain.sun_layers(), strict=True):
@@ -82,7 +84,7 @@ def test_files_keep_it_and_the_authors_layout_cannot(tmp_path: Path, positive: b
         assert torch.equal(a, b)
     with pytest.raises(SunFileError, match="bake"):
         made.save(tmp_path / "b.safetensors", layout="official")
-    made.bake(7.0).save(tmp_path / "b.safetensors", layout="official")
+    bake(made, 7.0).save(tmp_path / "b.safetensors", layout="official")
     assert SunAdapter.load(tmp_path / "b.safetensors").info.guidance_scale == 7.0
 
 
@@ -105,7 +107,7 @@ def test_scales_that_cannot_be_are_refused() -> None:
 
 
 def test_diffusers_hands_over_the_scale(pipe) -> None:
-    made = SunAdapter.from_unet(pipe.unet, alpha=0.3, w=4.0, guided=True)
+    made = from_unet(pipe.unet, alpha=0.3, w=4.0, guided=True)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if name.endswith("_w"):
@@ -125,32 +127,32 @@ def test_diffusers_hands_over_the_scale(pipe) -> None:
     own, nine = draw(made), draw(made, guidance_scale=9.0)
     torch.testing.assert_close(own, draw(made, guidance_scale=4.0))
     assert not torch.allclose(own, nine)
-    torch.testing.assert_close(nine, draw(made.bake(9.0)))
+    torch.testing.assert_close(nine, draw(bake(made, 9.0)))
     torch.testing.assert_close(nine, draw(made, attach={"guidance_scale": 9.0}))
     torch.testing.assert_close(draw(made, attach={"guidance_scale": 9.0}, guidance_scale=4.0), own)
     with pytest.raises(ValueError, match="fixed"):
-        sun.attach(pipe, made.bake(9.0), guidance_scale=3.0)
+        sun.attach(pipe, bake(made, 9.0), guidance_scale=3.0)
     sun.detach(pipe)
 
 
 @pytest.mark.parametrize("positive", [True, False])
 def test_widened_it_is_the_same_at_every_scale_until_it_is_trained(positive: bool) -> None:
     plain = adapter(positive, guided=False).half()
-    wide = plain.widen()
+    wide = widen(plain)
     assert wide.guided
     assert (wide.names, wide.info, wide.positive) == (plain.names, plain.info, positive)
     assert {p.dtype for p in wide.parameters()} == {torch.float16}
     wide, plain = wide.float(), plain.float()
     for mine, theirs in zip(wide.sun_layers(), plain.sun_layers(), strict=True):
         assert torch.equal(run(mine, wide.guidance(9.0)), run(theirs))
-    again = wide.widen()
+    again = widen(wide)
     assert all(map(torch.equal, again.state_dict().values(), wide.state_dict().values()))
 
 
 def test_an_adapter_of_unknown_scale_is_widened_from_a_stated_one() -> None:
     with pytest.raises(ValueError, match="does not record the guidance scale"):
-        SunAdapter([8], 12).widen()
-    assert SunAdapter([8], 12).widen(7.0).info.guidance_scale == 7.0
+        widen(SunAdapter([8], 12))
+    assert widen(SunAdapter([8], 12), 7.0).info.guidance_scale == 7.0
 
 
 def test_scales_beyond_the_training_are_told_as_such() -> None:

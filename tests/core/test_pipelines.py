@@ -16,8 +16,10 @@ from PIL import Image
 from tiny import TEXT_WIDTH, make_adapter, make_unet
 
 import sun
-from sun import SunAdapter, SunFileError, trailing_timesteps
+from sun import SunFileError, trailing_timesteps
 from sun.pipelines.schedulers import TrailingDDIMScheduler
+from sun.pipelines.unet import CURRENT
+from sun.surgery import from_unet
 
 KINDS = {
     "text": "StableDiffusionPipeline",
@@ -163,7 +165,7 @@ def test_mistakes_in_prompts_are_reported_as_diffusers_does(sun_pipe):
         sample(sun_pipe, ["a", "b", "c"], ["x", "y"])
     with pytest.raises(TypeError, match="negative_prompt"):
         sample(sun_pipe, "a", ["x"])
-    assert sun_pipe._sun.negative is None
+    assert CURRENT.get() is None
 
 
 def test_clip_skip_reaches_the_text_encoder(sun_pipe):
@@ -273,7 +275,7 @@ def test_attaching_again_replaces_and_detaches_to_the_origin(pipe):
 
 def test_a_refused_adapter_changes_nothing(sun_pipe, tmp_path):
     before, expected = state_of(sun_pipe), sample(sun_pipe)
-    for broken in (SunAdapter.from_unet(make_unet(text_width=12)), tmp_path / "none.safetensors"):
+    for broken in (from_unet(make_unet(text_width=12)), tmp_path / "none.safetensors"):
         with pytest.raises(SunFileError):
             sun.attach(sun_pipe, broken)
     assert {**state_of(sun_pipe), "attributes": 0} == {**before, "attributes": 0}
@@ -282,21 +284,24 @@ def test_a_refused_adapter_changes_nothing(sun_pipe, tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_broken_run_leaves_nothing_behind(sun_pipe, error):
-    expected = sample(sun_pipe)
+    expected, runs = sample(sun_pipe), []
 
     def stop(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        assert pipe._sun.negative is not None
+        runs.append(CURRENT.get())
+        assert runs[-1].kept == 1
+        assert pipe.cross_attention_kwargs["sun_negative"] is runs[-1].negatives[0].text
         if step == 1:
             raise error
         return values
 
     with pytest.raises(error):
         sample(sun_pipe, negative="something else", callback_on_step_end=stop)
-    assert sun_pipe._sun.negative is None
-    assert sun_pipe._sun.running is False
+    assert CURRENT.get() is None
+    assert {id(run) for run in runs} == {id(runs[0])}
+    assert (runs[0].kept, runs[0].negatives) == (0, ())
     assert sun_pipe.cross_attention_kwargs is None
     assert torch.equal(sample(sun_pipe), expected)
-    assert sun_pipe._sun.negative is None
+    assert CURRENT.get() is None
 
 
 def test_encoding_outside_a_run_is_untouched(sun_pipe):
@@ -304,7 +309,10 @@ def test_encoding_outside_a_run_is_untouched(sun_pipe):
     assert negative is None
     positive, negative = sun_pipe.encode_prompt("a", "cpu", 2, True, "b")
     assert positive.shape == negative.shape == (2, 77, TEXT_WIDTH)
-    assert sun_pipe._sun.negative is None
+    expected = sample(sun_pipe)
+    sun_pipe.encode_prompt("a", "cpu", 1, True, "b")
+    assert sun_pipe.cross_attention_kwargs is None
+    assert torch.equal(sample(sun_pipe), expected)
 
 
 def test_callbacks_may_ask_for_the_negative(sun_pipe):
@@ -363,20 +371,35 @@ def test_pipelines_may_share_a_unet(pipe, count_calls):
     assert calls.timesteps == [499, 249]
     sun.detach(other)
     assert torch.equal(sample(pipe), expected)
-    for changed in ({"strength": 0.5}, {}):
-        sun.attach(other, adapter, **changed)
-        sun.attach(pipe, adapter)
-        if changed:
-            with pytest.raises(RuntimeError, match="another adapter"):
-                sample(other, **extra_inputs("img2img", 0.5))
-    assert torch.equal(sample(pipe), expected)
-    sun.attach(other, make_adapter(pipe.unet, seed=8))
-    with pytest.raises(RuntimeError, match=r"another adapter.*sun\.attach\(pipe, adapter\) again"):
-        sample(pipe)
     sun.detach(pipe)
-    sample(other, **extra_inputs("img2img", 0.5))
-    sun.detach(other)
     assert not hasattr(pipe.unet, "_sun")
+
+
+def test_pipelines_that_share_a_unet_keep_their_adapters_and_strengths(pipe, make_pipeline):
+    """Whichever was attached last, and whichever leaves first."""
+    first, second = make_adapter(pipe.unet), make_adapter(pipe.unet, seed=8)
+    other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    alone = []
+    for adapter, strength in ((first, 1.0), (second, 0.5)):
+        sun.attach(pipe, adapter, strength)
+        alone.append(sample(pipe))
+        sun.detach(pipe)
+    assert not torch.equal(*alone)
+    for order in ((pipe, other), (other, pipe)):
+        for target in order:
+            sun.attach(target, *((first, 1.0) if target is pipe else (second, 0.5)))
+        assert torch.equal(sample(pipe), alone[0])
+        assert torch.equal(sample(other), alone[1])
+        sun.detach(order[0])
+        assert torch.equal(sample(order[1]), alone[order[1] is other])
+        sun.detach(order[1])
+        assert not hasattr(pipe.unet, "_sun")
+    sun.attach(pipe.unet, second, 0.5)  # nor does one on the bare U-Net change theirs
+    sun.attach(pipe, first)
+    assert torch.equal(sample(pipe), alone[0])
+    sun.detach(pipe)
+    sun.detach(pipe.unet)
 
 
 def test_a_detached_or_replaced_unet_is_noticed(sun_pipe):
@@ -425,7 +448,7 @@ def test_an_attached_pipeline_can_be_saved_and_loaded(sun_pipe, tmp_path):
     assert type(loaded) is StableDiffusionPipeline
     assert type(loaded.scheduler) is diffusers.PNDMScheduler
     assert type(sun_pipe.scheduler) is TrailingDDIMScheduler
-    sun.attach(loaded, sun_pipe._sun.attachment.adapter)
+    sun.attach(loaded, sun_pipe._sun.steering.adapter)
     torch.testing.assert_close(sample(loaded), expected)
 
 

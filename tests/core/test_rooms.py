@@ -53,8 +53,6 @@ EXCEPTIONS: set[tuple[str, str]] = {
     ("sun.training.sun", "sun.lab.emoji.base"),
 }
 IN_CIRCLES: set[str] = {
-    "sun.adapter",
-    "sun.conditioning",
     "sun.evaluation.accelerators",
     "sun.evaluation.config",
     "sun.evaluation.edits",

@@ -21,6 +21,7 @@ from tiny import TEXT_WIDTH, make_adapter, make_unet
 
 import sun
 from sun import SunAdapter, SunFileError, layers_of_unet
+from sun.surgery import from_unet
 
 
 def inputs(rows: int = 2, tokens: int = 6, seed: int = 5) -> dict[str, torch.Tensor]:
@@ -176,7 +177,7 @@ def test_the_adapter_follows_the_unets_dtype(dtype, late):
 
 def test_an_adapter_in_training_keeps_its_precision():
     unet = make_unet().to(torch.bfloat16)
-    adapter = SunAdapter.from_unet(unet, dtype=torch.float32).train()
+    adapter = from_unet(unet, dtype=torch.float32).train()
     sun.attach(unet, adapter)
     values = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs().items()}
     unet(**values, cross_attention_kwargs={"sun_negative": negatives()}).sample.float().square().mean().backward()
@@ -278,7 +279,7 @@ def test_nothing_of_a_run_stays_on_the_unet(unet, adapter):
 
 
 def test_wrong_base_models_are_refused_and_leave_no_trace(unet, tmp_path):
-    other = SunAdapter.from_unet(make_unet(text_width=12))
+    other = from_unet(make_unet(text_width=12))
     other.save(tmp_path / "other.safetensors")
     before = snapshot(unet)
     with pytest.raises(SunFileError, match=r"other\.safetensors does not fit: .*text width 12, and this U-Net has 16"):
@@ -292,7 +293,7 @@ def test_a_refused_adapter_leaves_the_old_one_working(unet, adapter):
     sun.attach(unet, adapter)
     expected = run(unet, inputs(), negatives())
     with pytest.raises(SunFileError):
-        sun.attach(unet, SunAdapter.from_unet(make_unet(text_width=12)))
+        sun.attach(unet, from_unet(make_unet(text_width=12)))
     assert torch.equal(run(unet, inputs(), negatives()), expected)
 
 

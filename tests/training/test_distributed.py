@@ -19,6 +19,7 @@ from torch import nn
 
 from sun import SunAdapter
 from sun.common.settings import ConfigError, apply, read_config
+from sun.surgery import from_unet
 from sun.training import run as run_module
 from sun.training import sun as sun_module
 from sun.training.checkpoint import find_checkpoint, publish, start_checkpoint
@@ -84,7 +85,7 @@ def test_two_processes_one_killed_and_resumed_train_what_one_process_trains(
     tiny_model: Path, pictures: Path, tmp_path: Path
 ) -> None:
     one = train(settings(tiny_model, pictures, tmp_path / "one", accumulate=2) | {"target_reuse": 1})
-    start = SunAdapter.from_unet(UNet2DConditionModel.from_pretrained(tiny_model / "unet")).state_dict()
+    start = from_unet(UNet2DConditionModel.from_pretrained(tiny_model / "unet")).state_dict()
     values = settings(tiny_model, pictures, tmp_path / "two") | {"target_reuse": 1}
     killed = launch(values, tmp_path, "3")
     assert killed.returncode != 0
@@ -147,7 +148,7 @@ def test_the_preset_for_a_small_card_trains(
     preset["run"] |= {"steps": 2, "output": str(tmp_path / "run"), "batch_size": 2, "accumulate": 2}
     preset |= {"model": str(tiny_model), "data": str(pictures), "resolution": 128, "substeps": 2}
     trained = train(preset)
-    start = SunAdapter.from_unet(UNet2DConditionModel.from_pretrained(tiny_model / "unet")).state_dict()
+    start = from_unet(UNet2DConditionModel.from_pretrained(tiny_model / "unet")).state_dict()
     assert 0 < largest_difference(trained, start) < 1e-2
     assert log(tmp_path / "run")[-1]["step"] == 2
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1

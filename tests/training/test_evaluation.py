@@ -19,12 +19,13 @@ from sun.evaluation import (
     kernel_distance,
     split_method,
 )
+from sun.surgery import from_unet
 
 
 @pytest.fixture(scope="module")
 def sampler(tiny_model: Path) -> Sampler:
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
-    adapter = sun.SunAdapter.from_unet(pipe.unet, alpha=0.5)
+    adapter = from_unet(pipe.unet, alpha=0.5)
     return Sampler(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, adapter=adapter, w=3.0)
 
 
@@ -55,7 +56,7 @@ def test_reference_is_diffusers_own_pipeline(sampler: Sampler, tiny_model: Path)
 
 def test_sun_is_the_attached_pipeline(sampler: Sampler, tiny_model: Path) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
-    sun.attach(pipe, sun.SunAdapter.from_unet(pipe.unet, alpha=0.5))
+    sun.attach(pipe, from_unet(pipe.unet, alpha=0.5))
     noise = sampler.noise(2, 7)
     expected = pipe(
         PROMPTS, negative_prompt=NEGATIVES, num_inference_steps=4, latents=noise, output_type="latent"

@@ -9,12 +9,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-import sun
 from sun.common.settings import ConfigError
 from sun.evaluation import Sampler, parse_method
 from sun.evaluation.accelerators import plan_of
 from sun.evaluation.model import asset_fingerprint
 from sun.evaluation.pictures import best_front
+from sun.surgery import from_unet
 
 PROMPTS, NEGATIVES = ["polar bear", "red apple"], ["snake", ""]
 
@@ -22,7 +22,7 @@ PROMPTS, NEGATIVES = ["polar bear", "red apple"], ["snake", ""]
 @pytest.fixture(scope="module")
 def sampler(tiny_model: Path) -> Sampler:
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
-    adapter = sun.SunAdapter.from_unet(pipe.unet, alpha=0.5)
+    adapter = from_unet(pipe.unet, alpha=0.5)
     return Sampler(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, w=3.0, adapter=adapter)
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 
-import sun
 from sun.common.settings import ConfigError
 from sun.evaluation import EvaluateConfig, Sampler, report
 from sun.evaluation.edits import centre_mask, parse_edit
 from sun.evaluation.sampler import Edit
 from sun.pipelines.schedulers import make_scheduler
+from sun.surgery import from_unet
 
 PROMPTS, NEGATIVES = ["polar bear", "red apple"], ["snake", ""]
 
@@ -25,7 +25,7 @@ def pipe(tiny_model: Path) -> StableDiffusionImg2ImgPipeline:
 
 @pytest.fixture(scope="module")
 def sampler(pipe: StableDiffusionImg2ImgPipeline) -> Sampler:
-    adapter = sun.SunAdapter.from_unet(pipe.unet, alpha=0.5)
+    adapter = from_unet(pipe.unet, alpha=0.5)
     return Sampler(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, adapter=adapter, w=3.0)
 
 

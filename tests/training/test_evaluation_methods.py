@@ -15,7 +15,6 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-import sun
 from sun.common.settings import ConfigError
 from sun.evaluation import EvaluateConfig, Sampler, build_prompts, parse_method
 from sun.evaluation.features import load_features
@@ -32,6 +31,7 @@ from sun.evaluation.metrics import (
 from sun.evaluation.negative import compare_change
 from sun.evaluation.sampler import picture_generators
 from sun.evaluation.timing import Timing, time_methods, time_unet_calls
+from sun.surgery import from_unet
 from sun.training.data.negatives import NegativePrompts
 
 PROMPTS, NEGATIVES = ["polar bear", "red apple"], ["snake", ""]
@@ -63,8 +63,8 @@ def sampler(tiny_model: Path, peers: Path) -> Sampler:
     pipe = load(tiny_model)
     return Sampler(
         pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, w=3.0,
-        adapter=sun.SunAdapter.from_unet(pipe.unet, alpha=0.5),
-        adapters={"weak": sun.SunAdapter.from_unet(pipe.unet, alpha=0.1)},
+        adapter=from_unet(pipe.unet, alpha=0.5),
+        adapters={"weak": from_unet(pipe.unet, alpha=0.1)},
         lcm_lora=str(peers / "lora"), guided_distill=str(peers / "distilled"),
     )  # fmt: skip
 

@@ -15,7 +15,6 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-import sun
 from sun.common.settings import ConfigError, apply, read_config
 from sun.evaluation import EvaluateConfig, Sampler, report
 from sun.evaluation import run as run_module
@@ -24,6 +23,7 @@ from sun.evaluation.config import method_names, model_specs, portable
 from sun.evaluation.features import Features
 from sun.evaluation.prompts import calibration_pairs
 from sun.evaluation.tables import markdown
+from sun.surgery import from_unet
 
 
 class Eye:
@@ -51,7 +51,7 @@ def eye(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def config(tiny_model: Path, tmp_path: Path) -> EvaluateConfig:
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
-    sun.SunAdapter.from_unet(pipe.unet, alpha=0.5).save(tmp_path / "adapter.safetensors")
+    from_unet(pipe.unet, alpha=0.5).save(tmp_path / "adapter.safetensors")
     (tmp_path / "prompts.txt").write_text("polar bear | snake\nred apple | \nowl | crab\nrocket\n")
     return EvaluateConfig(
         models={"base": str(tiny_model), "strong": {"model": str(tiny_model), "guidance_scale": 5.0, "style": "loud"}},

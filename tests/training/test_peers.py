@@ -17,7 +17,6 @@ from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionMode
 from torch import Tensor
 from typer.testing import CliRunner
 
-import sun
 from sun.cli import app
 from sun.common.settings import ConfigError, apply, read_config
 from sun.lab.emoji.base import sd15_scheduler
@@ -36,6 +35,7 @@ from sun.lab.peers.lcm_lora import (
 )
 from sun.lab.peers.setup import Batch
 from sun.pipelines.schedulers import make_scheduler
+from sun.surgery import from_unet
 from sun.training.algorithm import NoiseSchedule, pseudo_huber
 from sun.training.run import RunConfig, TrainingRun
 
@@ -161,7 +161,7 @@ def test_only_the_lora_trains_and_it_starts_at_nothing(tiny_model: Path) -> None
 
 def test_the_rank_makes_the_lora_as_large_as_a_sun_adapter(tiny_model: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(tiny_model / "unet")
-    wanted = sum(p.numel() for p in sun.SunAdapter.from_unet(unet).parameters())
+    wanted = sum(p.numel() for p in from_unet(unet).parameters())
     per_rank = parameters_per_rank(unet, TARGETS)
     assert abs(like_sun(unet, TARGETS) * per_rank - wanted) <= per_rank / 2 or like_sun(unet, TARGETS) == 1
     with pytest.raises(ConfigError, match="no layer named nonsense"):

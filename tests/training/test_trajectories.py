@@ -16,6 +16,7 @@ import sun
 from sun.common.settings import ConfigError, apply, read_config
 from sun.lab.emoji.base import sd15_scheduler
 from sun.lab.emoji.ship import ship_adapter
+from sun.surgery import from_unet
 from sun.training.algorithm import NoiseSchedule, ddim_update
 from sun.training.models import FrozenModels
 from sun.training.run import RunConfig, TrainingRun
@@ -265,7 +266,7 @@ def test_the_file_says_what_the_adapter_is_that_training_went_on_from(
     tiny_model: Path, pictures: Path, tmp_path: Path
 ) -> None:
     unet = UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet")
-    sun.SunAdapter.from_unet(unet, positive=False, alpha=0.5).save(tmp_path / "first.safetensors")
+    from_unet(unet, positive=False, alpha=0.5).save(tmp_path / "first.safetensors")
     run = RunConfig(output=str(tmp_path / "run"), steps=1, batch_size=2, precision="fp32")
     path = train_sun(
         SunTrainConfig(

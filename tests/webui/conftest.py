@@ -21,8 +21,10 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
         unet = make_unet(host)
         make_adapter(unet, models / "sun" / ADAPTER)
         make_adapter(unet, models / "sun" / "negative-only.safetensors", positive=False)
+        from sun.surgery import bake
+
         guided = make_adapter(unet, models / "sun" / "any-guidance.safetensors", guided=True)
-        guided.bake(7.0).save(models / "sun" / "guidance-7.safetensors")
+        bake(guided, 7.0).save(models / "sun" / "guidance-7.safetensors")
         host.scripts = host.modules("scripts")
         host.repository, host.models_path = REPOSITORY, models
         host.scripts.load_scripts(str(REPOSITORY))  # again, as "Reload UI" does: the list now has the file

@@ -34,7 +34,9 @@ def by_hand(
         handles.append(attn2.to_q.register_forward_hook(lambda _m, _a, out: seen.update(q=out)))
         handles.append(
             attn2.to_out[0].register_forward_pre_hook(
-                lambda _m, a, layer=layer: (layer(seen["q"], a[0], other, text, heads=2, strength=strength),)
+                lambda _m, a, layer=layer: (
+                    layer(seen["q"], a[0], layer.texts([(1.0, other)], text, strength=strength), heads=2),
+                )
             )
         )
     alphas = 1 / (family.model.sigmas**2 + 1)

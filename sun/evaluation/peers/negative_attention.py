@@ -14,10 +14,10 @@ import torch
 
 from ...attention import attend
 from ...layers import layers_of_unet
-from ...pipelines.attach import (
+from ...pipelines.attach import pipeline_and_unet
+from ...pipelines.unet import (
     PLAIN_PROCESSORS,
-    _check_attention,
-    _pipeline_and_unet,
+    check_attention,
     fit_negative,
     frozen_attention,
     keep_from_self_attention,
@@ -47,7 +47,7 @@ class NegativeAttnProcessor:
         if negative is None or encoder_hidden_states is None:
             return self.prior(attn, hidden_states, encoder_hidden_states, attention_mask)
         negative = fit_negative(negative, encoder_hidden_states, attn.cross_attention_dim, ARGUMENT)
-        query, z_p, _ = frozen_attention(attn, hidden_states, encoder_hidden_states, attention_mask)
+        query, z_p = frozen_attention(attn, hidden_states, encoder_hidden_states, attention_mask)
         z_n = attend(query, attn.to_k(negative), attn.to_v(negative), attn.heads)
         return attn.to_out[1](attn.to_out[0](self.combine(z_p, z_n).to(z_p.dtype)))
 
@@ -67,7 +67,7 @@ def attach_negative_attention(target: Any, method: str, combine: Combine) -> Non
     Replaces whatever this function installed before. Raises TypeError for anything but such a U-Net or pipeline,
     ValueError where another feature already replaced the attention processors.
     """
-    _, unet = _pipeline_and_unet(target)
+    _, unet = pipeline_and_unet(target)
     detach_negative_attention(unet)
     modules = {layer.diffusers: unet.get_submodule(layer.diffusers) for layer in layers_of_unet(unet)}
     for name, attention in modules.items():
@@ -76,7 +76,7 @@ def attach_negative_attention(target: Any, method: str, combine: Combine) -> Non
                 f"{name} uses {type(attention.processor).__name__}, which {method} cannot be combined with. Take that "
                 "off first (sun.detach, pipe.unload_ip_adapter()), then attach again."
             )
-        _check_attention(name, attention)
+        check_attention(name, attention)
     attachment = _Attachment(method, {n: NegativeAttnProcessor(combine, a.processor) for n, a in modules.items()})
     for name, attention in modules.items():
         attention.processor = attachment.processors[name]
@@ -86,7 +86,7 @@ def attach_negative_attention(target: Any, method: str, combine: Combine) -> Non
 
 def detach_negative_attention(target: Any, method: str = "") -> None:
     """Restore the processors that were there before; only if ``method`` is what is installed, where it is given."""
-    _, unet = _pipeline_and_unet(target)
+    _, unet = pipeline_and_unet(target)
     attachment = unet.__dict__.get("_negative_attention")
     if attachment is None or method not in ("", attachment.method):
         return

@@ -24,8 +24,8 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from ...adapter import SunAdapter
 from ...common.settings import ConfigError
+from ...surgery import from_unet
 from ...training.algorithm import NoiseSchedule, add_noise, ddim_update, pseudo_huber
 from ...training.models import load_frozen
 from ...training.run import RunConfig, start_run
@@ -128,7 +128,7 @@ def parameters_per_rank(unet: nn.Module, targets: tuple[str, ...]) -> int:
 
 def like_sun(unet: nn.Module, targets: tuple[str, ...]) -> int:
     """The rank whose LoRA has about as many parameters as a SUN adapter of this U-Net with both branches."""
-    wanted = sum(p.numel() for p in SunAdapter.from_unet(unet).parameters())
+    wanted = sum(p.numel() for p in from_unet(unet).parameters())
     return max(1, round(wanted / parameters_per_rank(unet, targets)))
 
 

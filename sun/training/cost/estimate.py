@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ...adapter import SunAdapter
 from ...common.devices import AUTO
 from ...pipelines.attach import attach
+from ...surgery import from_unet
 from ..algorithm import NoiseSchedule, step_noise, teacher_rollout
 from ..run import DTYPES
 from ..sun import Student, SunTrainConfig, Teacher
@@ -69,7 +69,7 @@ def estimate(config: SunTrainConfig, make: Callable[[], Models] = random_sd15) -
         finally:
             torch.set_default_dtype(torch.float32)
         freeze(config, parts)
-        adapter = SunAdapter.from_unet(parts.unet, positive=config.positive_branch, dtype=torch.float32)
+        adapter = from_unet(parts.unet, positive=config.positive_branch, dtype=torch.float32)
         adapter.to = lambda *_, **__: adapter  # type: ignore[method-assign]  # torch cannot "move" such tensors either
         attach(parts.unet, adapter.train())
         memory, flops = LiveMemory(), FlopCounterMode(display=False, custom_mapping=_cpu_attention())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,11 +12,10 @@ import torch
 from tiny import TEXT_WIDTH, make_adapter, make_unet
 
 import sun
-import sun.pipelines.attach as attach_module
 from sun import SunAdapter
 from sun.adapter import SunLayer
-from sun.conditioning import RunTexts
-from sun.pipelines.attach import texts_for
+from sun.kept import SunRun
+from sun.pipelines import new_run
 
 
 @pytest.fixture
@@ -48,12 +48,12 @@ def texts(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def test_equal_texts_are_projected_once(made):
-    run, adapter, (negative, positive) = RunTexts(), small(), texts()
-    first = run(adapter, [(1.0, negative)], positive)
-    assert run(adapter, [(1.0, negative.clone())], positive.clone()) is first
+    run, adapter, (negative, positive) = SunRun(), small(), texts()
+    first = run.texts(adapter, [(1.0, negative)], positive)
+    assert run.texts(adapter, [(1.0, negative.clone())], positive.clone()) is first
     assert len(made) == 2
-    run.clear()
-    assert len(run) == 0
+    run.end()
+    assert run.kept == 0
 
 
 @torch.no_grad()
@@ -68,16 +68,17 @@ def test_equal_texts_are_projected_once(made):
         lambda a, n, p: (small(), [(1.0, n)], p, {}),
         lambda a, n, p: (a.double(), [(1.0, n.double())], p.double(), {}),
         lambda a, n, p: (a, [(1.0, n)], p, {"key": "another region"}),
+        lambda a, n, p: (a, [(1.0, n)], p, {"mask": torch.zeros(1, 1, 1, 7)}),
     ],
 )
 def test_whatever_changes_them_makes_them_new(made, change):
-    run, adapter, (negative, positive) = RunTexts(), small(), texts()
-    run(adapter, [(1.0, negative)], positive)
+    run, adapter, (negative, positive) = SunRun(), small(), texts()
+    run.texts(adapter, [(1.0, negative)], positive)
     other, negatives, positive, options = change(adapter, negative, positive)
-    new = run(other, negatives, positive, **options)
+    run.strength = options.pop("strength", 1.0)
+    new = run.texts(other, negatives, positive, **options)
     assert len(made) == 4
-    options.pop("key", None)
-    expected = other.texts(negatives, positive, **options)
+    expected = other.texts(negatives, positive, strength=run.strength)
     for mine, theirs in zip(new.layers, expected.layers, strict=True):
         assert torch.equal(mine.shift, theirs.shift)
         assert all(torch.equal(a.key, b.key) and torch.equal(a.scale, b.scale) for a, b in
@@ -86,11 +87,11 @@ def test_whatever_changes_them_makes_them_new(made, change):
 
 @torch.no_grad()
 def test_weights_that_change_hooks_and_training_make_them_new(made):
-    run, adapter, (negative, positive) = RunTexts(), small(), texts()
+    run, adapter, (negative, positive) = SunRun(), small(), texts()
 
     def projections() -> int:
         before = len(made)
-        run(adapter, [(1.0, negative)], positive)
+        run.texts(adapter, [(1.0, negative)], positive)
         return (len(made) - before) // 2
 
     assert [projections(), projections()] == [1, 0]
@@ -108,10 +109,10 @@ def test_weights_that_change_hooks_and_training_make_them_new(made):
 
 @torch.no_grad()
 def test_a_text_written_to_in_place_makes_them_new(made):
-    run, adapter, (negative, positive) = RunTexts(), small(), texts()
-    run(adapter, [(1.0, negative)], positive)
+    run, adapter, (negative, positive) = SunRun(), small(), texts()
+    run.texts(adapter, [(1.0, negative)], positive)
     negative.mul_(2.0)
-    run(adapter, [(1.0, negative)], positive)
+    run.texts(adapter, [(1.0, negative)], positive)
     assert len(made) == 4
 
 
@@ -119,8 +120,8 @@ def test_a_text_written_to_in_place_makes_them_new(made):
 def test_several_negatives_are_the_average_of_each():
     layer, (first, positive), second = small().sun_layers()[0], texts(), torch.randn(1, 9, 12)
     query, z_p = torch.randn(2, 1, 9, 8)
-    both = layer(query, z_p, heads=2, texts=layer.texts([(0.25, first), (0.75, second)], positive))
-    each = [layer(query, z_p, text, positive, heads=2) for text in (first, second)]
+    both = layer(query, z_p, layer.texts([(0.25, first), (0.75, second)], positive), heads=2)
+    each = [layer(query, z_p, layer.texts([(1.0, text)], positive), heads=2) for text in (first, second)]
     torch.testing.assert_close(both, 0.25 * each[0] + 0.75 * each[1])
 
 
@@ -137,7 +138,12 @@ def sun_pipe(pipe: Any) -> Any:
 
 
 def without_keeping(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attach_module, "texts_for", lambda *_, **__: None)
+    """As if K and V were computed at every step."""
+
+    def compute(run: SunRun, adapter: SunAdapter, *texts: Any, mask: Any, guidance: Any) -> Any:
+        return adapter.texts(*texts, strength=run.strength, positive_mask=mask, guidance=guidance)
+
+    monkeypatch.setattr(SunRun, "texts", compute)
 
 
 def test_a_pipeline_projects_once_a_run_and_forgets(sun_pipe, made, monkeypatch):
@@ -181,35 +187,84 @@ def test_an_adapter_in_training_is_projected_at_every_step(pipe, made):
 
 
 @torch.no_grad()
-def test_a_compiled_unet_takes_them_and_projects_nothing():
-    """The graph of a call with given texts has as many matrix products as the plain U-Net's."""
+def test_autocast_has_texts_of_its_own(made):
+    run, adapter, (negative, positive) = SunRun(), small(), texts()
+    exact = run.texts(adapter, [(1.0, negative)], positive)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = [run.texts(adapter, [(1.0, negative)], positive) for _ in range(2)]
+    assert rough[0] is rough[1]
+    assert rough[0].layers[0].branches[0].key.dtype == torch.bfloat16
+    assert exact.layers[0].branches[0].key.dtype == torch.float32
+    assert len(made) == 4
+
+
+def test_each_backward_pass_has_texts_of_its_own():
+    run, adapter, (negative, positive) = SunRun(), small(), texts()
+    for _ in range(2):
+        made = run.texts(adapter, [(1.0, negative)], positive)
+        made.layers[0].branches[0].key.sum().backward()
+
+
+@pytest.fixture
+def graphs() -> Iterator[list[Any]]:
+    """Those that torch.compile makes of ``compiled``."""
     torch._dynamo.reset()
+    yield []
+    torch._dynamo.reset()
+
+
+def compiled(module: Any, graphs: list[Any]) -> Any:
+    def backend(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    return torch.compile(module, backend=backend)
+
+
+def products(graphs: list[Any]) -> int:
+    """Matrix products in the graphs so far, which are forgotten."""
+    counted = sum("linear" in str(node.target) for graph in graphs for node in graph.graph.nodes)
+    graphs.clear()
+    return counted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", ["compiled", "attached"])
+def test_the_graph_of_a_compiled_unet_holds_no_projections(graphs, first):
+    """Attached to the compiled U-Net, K and V are made before it; in one that was attached before, within its graph."""
     unet = make_unet()
-    sun.attach(unet, make_adapter(unet))
+    adapter = make_adapter(unet)
     torch.manual_seed(0)
     x, negative, positive = torch.randn(1, 4, 8, 8), *torch.randn(2, 1, 5, TEXT_WIDTH)
-    graphs: list[Any] = []
-
-    def backend(module: Any, _inputs: Any) -> Any:
-        graphs.append(module)
-        return module.forward
-
-    compiled = torch.compile(unet, backend=backend)
-
-    def products(**options: Any) -> tuple[torch.Tensor, int, int]:
-        graphs.clear()
-        out = compiled(x, torch.tensor(499), positive, **options).sample
-        counted = sum("linear" in str(node.target) for graph in graphs for node in graph.graph.nodes)
-        return out, counted, len(graphs)
-
-    options = {"sun_negative": negative, "sun_texts": texts_for(unet, negative, positive)}
-    _, plain, _ = products()
-    given, with_texts, _ = products(cross_attention_kwargs=options)
-    fresh, without_texts, _ = products(cross_attention_kwargs={"sun_negative": negative})
+    if first == "compiled":
+        target = compiled(unet, graphs)
+        sun.attach(target, adapter)
+    else:
+        sun.attach(unet, adapter)
+        target = compiled(unet, graphs)
+    target(x, torch.tensor(499), positive)
+    plain = products(graphs)
     assert plain > 0
-    assert with_texts == plain
-    assert without_texts == plain + 64
-    assert torch.equal(given, fresh)
-    again = products(cross_attention_kwargs={**options, "sun_texts": texts_for(unet, negative, positive)})
-    assert again[2] == 0  # another run's texts need no other graph
+    run = new_run(target)
+    options = {"sun_negative": negative, "sun_run": run}
+    given = target(x, torch.tensor(499), positive, cross_attention_kwargs=options).sample
+    assert products(graphs) == plain + (0 if first == "compiled" else 64)
+    for another in (options, {"sun_negative": negative, "sun_run": new_run(target)}):
+        assert torch.equal(target(x, torch.tensor(499), positive, cross_attention_kwargs=another).sample, given)
+        assert graphs == []  # neither the next step nor another run needs another graph
+    expected = unet(x, torch.tensor(499), positive, cross_attention_kwargs={"sun_negative": negative}).sample
+    torch.testing.assert_close(given, expected)
+
+
+def test_a_pipeline_keeps_projections_out_of_its_compiled_unet(sun_pipe, graphs, made):
+    """Whoever compiles after attaching gets them made before the graph too."""
+    eager = sample(sun_pipe)
+    sun_pipe.unet = compiled(sun_pipe.unet, graphs)
+    made.clear()
+    torch.testing.assert_close(sample(sun_pipe), eager)
+    assert len(made) == 16
+    with_sun = products(graphs)
+    sun.detach(sun_pipe)
     torch._dynamo.reset()
+    sample(sun_pipe, guidance_scale=1.0)
+    assert with_sun == products(graphs)

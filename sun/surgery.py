@@ -1,0 +1,99 @@
+"""Adapters made of others: for a U-Net, with one guidance scale fixed in the weights, or taking the guidance scale."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .adapter import SunAdapter
+from .files import SunInfo
+from .layers import layers_of_unet
+
+
+def from_unet(
+    unet: Any,
+    positive: bool = True,
+    alpha: float = 0.5,
+    w: float | None = None,
+    *,
+    beta: float = 0.0,
+    info: SunInfo | None = None,
+    dtype: torch.dtype | None = None,
+    guided: bool = False,
+) -> SunAdapter:
+    """A new adapter for a diffusers U-Net, its K and V copied from the U-Net's own cross-attention.
+
+    With ``alpha`` small the student starts near the frozen conditional output. ``w``, the guidance scale it will be
+    trained for, is only recorded. guided: the adapter takes the guidance scale as an input. Device and, unless given,
+    dtype are the U-Net's.
+    """
+    layers = layers_of_unet(unet)
+    attentions = [unet.get_submodule(layer.diffusers) for layer in layers]
+    known = info or SunInfo()
+    adapter = SunAdapter(
+        [layer.channels for layer in layers],
+        attentions[0].to_k.in_features,
+        positive,
+        names=[layer.name for layer in layers],
+        info=known if w is None else replace(known, guidance_scale=w),
+        device=attentions[0].to_k.weight.device,
+        dtype=dtype or attentions[0].to_k.weight.dtype,
+        guided=guided,
+    )
+    with torch.no_grad():
+        for layer, attention in zip(adapter.sun_layers(), attentions, strict=True):
+            for branch in ("neg", "pos") if positive else ("neg",):
+                getattr(layer, f"to_k_{branch}").weight.copy_(attention.to_k.weight)
+                getattr(layer, f"to_v_{branch}").weight.copy_(attention.to_v.weight)
+                getattr(layer, f"alpha_{branch}").fill_(alpha)
+                getattr(layer, f"beta_{branch}").fill_(beta)
+    return adapter
+
+
+def bake(adapter: SunAdapter, scale: float) -> SunAdapter:
+    """A plain adapter that has the guidance scale ``scale`` fixed in its weights.
+
+    Raises ValueError for a scale that ``adapter`` cannot take.
+    """
+    features = adapter.guidance(scale)
+    plain = SunAdapter(
+        adapter.channels,
+        adapter.text_width,
+        adapter.positive,
+        names=adapter.names,
+        info=replace(adapter.info, guidance_scale=scale),
+    )
+    with torch.no_grad():
+        for guided, own in zip(adapter.sun_layers(), plain.sun_layers(), strict=True):
+            state = {k: v for k, v in guided.state_dict().items() if not k.endswith("_w")}
+            for name in [k for k in state if k.startswith(("alpha", "beta"))]:
+                state[name] = guided.factor(name, features).reshape(-1).to(state[name].dtype)
+            own.load_state_dict(state, assign=True)
+    return plain.eval()
+
+
+def widen(adapter: SunAdapter, w: float | None = None) -> SunAdapter:
+    """An adapter that takes the guidance scale. Until it is trained to, it does what ``adapter`` does at every scale.
+
+    w: the scale it was made for, from which others are counted, where its file does not record it (the authors' do
+    not). Raises ValueError where neither is known.
+    """
+    own = adapter.info.guidance_scale or w
+    if not own:
+        raise ValueError("The adapter's file does not record the guidance scale it was trained for; state it.")
+    state = adapter.state_dict()
+    like = state["layers.0.alpha_neg"]
+    wide = SunAdapter(
+        adapter.channels,
+        adapter.text_width,
+        adapter.positive,
+        names=adapter.names,
+        info=replace(adapter.info, guidance_scale=own),
+        device=like.device,
+        dtype=like.dtype,
+        guided=True,
+    )
+    wide.load_state_dict(state, strict=adapter.guided)
+    return wide.eval()
