@@ -40,7 +40,6 @@ EXCEPTIONS: set[tuple[str, str]] = {
     ("sun.evaluation.prompts", "sun.lab.emoji.scenes"),
     ("sun.evaluation.prompts", "sun.lab.emoji.sources"),
     ("sun.evaluation.prompts", "sun.training.data.negatives"),
-    ("sun.facts", "sun.pictures.recipe"),
     ("sun.inheritance.unets", "sun.pipelines.layered"),
     ("sun.ltc", "sun.ltc.pipelines"),
     ("sun.pictures.compare", "sun.evaluation"),
