@@ -159,9 +159,9 @@ def train_benchmark(
     figures: Json = None,
 ) -> None:
     """Measure memory and pictures a second of SUN training, for a configuration of `sun train`."""
+    from ..training.config import SunTrainConfig, check_settings
     from ..training.cost.benchmark import measure
     from ..training.cost.estimate import estimate as compute
-    from ..training.sun import SunTrainConfig, check_settings
 
     chosen = configured(SunTrainConfig(), config, {}, {}, settings)
     check_settings(chosen)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..common.settings import configured, read_config
+from ..common.settings import ConfigError, configured, read_config
 from .app import app, emoji_app
 from .options import ConfigFile, Settings
 from .show import out
@@ -30,7 +30,21 @@ RUN_OPTIONS = {
 }
 MODEL = Annotated[str | None, typer.Option(help="Diffusers folder to start from. (emoji: the shipped one)")]
 DATA = Annotated[str | None, typer.Option(help="Folder of pictures and captions, webdataset shards, or emoji:STYLE.")]
+COMMANDS = Annotated[
+    bool | None, typer.Option("--allow-commands", help="Let --data run a command of yours: pipe:COMMAND.")
+]
 STYLE = Annotated[str | None, typer.Option(help="openmoji, fluent, google, blob, streamline or twemoji.")]
+
+
+ON_PICTURES = {"model": MODEL, "data": DATA, "allow_commands": COMMANDS}
+
+
+def check_commands(config: Any, data: str | None, assignments: list[str] | None) -> None:
+    """Raise ConfigError where a command was allowed that was not written on the command line itself: a file of settings
+    may be a stranger's."""
+    typed = data is not None or any(text.partition("=")[0].strip() == "data" for text in assignments or [])
+    if config.allow_commands and not typed:
+        raise ConfigError("--allow-commands goes with --data on the command line: data from a file runs no command.")
 
 
 def add_trainer(
@@ -48,7 +62,11 @@ def add_trainer(
         trainer = import_module(f"..{module}", __package__)
         run = {key: given[key] for key in RUN_OPTIONS}
         chosen = {key: given[key] for key in options or {}}
+        commands = chosen.pop("allow_commands", None)
         wanted = configured(getattr(trainer, config)(), given["config"], chosen, run, given["settings"])
+        if "allow_commands" in kinds:
+            wanted.allow_commands = wanted.allow_commands or bool(commands)
+            check_commands(wanted, given["data"], given["settings"])
         out.print(f"{trains}: {getattr(trainer, function)(wanted) / product}", soft_wrap=True)
 
     command.__doc__ = help
@@ -62,7 +80,7 @@ def add_trainer(
 
 add_trainer(
     app, "train", "Train a SUN adapter for a frozen Stable Diffusion 1.x model (Algorithm 1 of the paper).",
-    "adapter", "training.sun", "SunTrainConfig", "train_sun", options={"model": MODEL, "data": DATA},
+    "adapter", "training.sun", "SunTrainConfig", "train_sun", options=ON_PICTURES,
     examples=(
         "sun train --output runs/sun --minutes 30",
         "sun train --model sd15-folder --data pictures/ --batch-size 8 --set guidance_scale=7.5",
@@ -105,7 +123,7 @@ add_trainer(
 )  # fmt: skip
 add_trainer(
     peer_app, "lcm-lora", "Train an LCM-LoRA: latent consistency distillation; it takes no negative prompt.",
-    "LoRA", "lab.peers.lcm_lora", "LcmLoraConfig", "train_lcm_lora", options={"model": MODEL, "data": DATA},
+    "LoRA", "lab.peers.lcm_lora", "LcmLoraConfig", "train_lcm_lora", options=ON_PICTURES,
     product="pytorch_lora_weights.safetensors",
     examples=(
         "sun train-peer lcm-lora --config configs/peers-lcm-lora.toml --model my-model --data emoji:fluent",
@@ -114,7 +132,7 @@ add_trainer(
 add_trainer(
     peer_app, "guided-distill", "Train the full U-Net on SUN's stage targets; to be done again for every model.",
     "U-Net", "lab.peers.guided_distillation", "GuidedDistillConfig", "train_guided_distillation",
-    options={"model": MODEL, "data": DATA}, product="unet",
+    options=ON_PICTURES, product="unet",
     examples=(
         "sun train-peer guided-distill --config configs/peers-guided-distill.toml --model my-model --data emoji:fluent",
     ),

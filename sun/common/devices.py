@@ -39,3 +39,17 @@ def autocast(device: torch.device | str, precision: str = AUTO) -> AbstractConte
     dtype = AUTOCAST.get(resolve(precision, device))
     # not torch.autocast(enabled=False): it refuses devices it has nothing for
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def process_state(**options: Any) -> Any:
+    """accelerate's view of this process among those that ``accelerate launch`` or ``torchrun`` started, and its device.
+
+    Made with ``options`` if it is not there yet; for training and evaluation, which have accelerate.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    if PartialState._shared_state:
+        return PartialState()
+    # accelerate itself looks at this flag in the Accelerator alone, which may not exist yet or never will
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **options)

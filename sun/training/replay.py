@@ -42,8 +42,16 @@ class ReplayBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._batches.clear()
+        """Raises ValueError for batches that are none."""
+        batches = []
         for saved in state["batches"]:
             moved = {name: value.to(self.device) for name, value in saved.items()}
             positive, negative = moved.pop("positive"), moved.pop("negative")
-            self._batches.append((StageTargets(**moved), positive, negative))
+            targets = StageTargets(**moved)
+            same = targets.x_t.shape == targets.e_step.shape == targets.e_cfg.shape and targets.x_t.ndim == 4
+            rows = {len(part) for part in (targets.x_t, targets.t, targets.replaced, positive, negative)}
+            if not same or len(rows) != 1 or positive.shape != negative.shape or len(targets.w) not in (0, *rows):
+                raise ValueError("a batch whose parts do not belong together")
+            batches.append((targets, positive, negative))
+        self._batches.clear()
+        self._batches.extend(batches)

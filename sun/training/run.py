@@ -4,87 +4,58 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import random
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedType, GradientAccumulationPlugin, gather_object, set_seed
 from diffusers.training_utils import EMAModel
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..common.devices import AUTOCAST, resolve
-from ..common.processes import process_state
+from ..common.atomic import write_atomically
+from ..common.devices import process_state, resolve
 from ..common.settings import ConfigError
-from .checkpoint import Stateful, discard, find_checkpoint, load_tracked, publish, save_tracked, start_checkpoint
-from .optimizers import OptimizerName, make_optimizer
+from .calls import UNetCalls
+from .checkpoint import (
+    CheckpointError,
+    Stateful,
+    check_run_folder,
+    discard,
+    drop_unfinished,
+    find_checkpoint,
+    load_tracked,
+    publish,
+    read_state,
+    restore,
+    save_tracked,
+    settings_changed,
+    start_checkpoint,
+    verify,
+    write_state,
+)
+from .config import DTYPES, RunConfig, check_run
+from .optimizers import make_optimizer
+from .state import Averages, OptimizerState, Progress, Scaler, Weights
 
 T = TypeVar("T", bound=Stateful)
 
-DTYPES = {"fp32": torch.float32, **AUTOCAST}
+LOCK = "run.lock"
 _MAX_SKIPPED_UPDATES = 50
-_FREE = ("run", "workers", "cache", "gradient_checkpointing")  # what a run may go on with other values of
+# what a run may go on with other values of
+_FREE = ("run", "workers", "cache", "gradient_checkpointing", "allow_commands")
 
 
 class NonFiniteLoss(FloatingPointError):
     """The loss or the gradient became NaN or infinite; the last checkpoint is intact."""
-
-
-@dataclass
-class RunConfig:
-    """Length, optimiser and bookkeeping of a run. Times are minutes of training, counted across resumes.
-
-    A step is one update of the weights; it sees ``batch_size`` x ``accumulate`` x processes pictures.
-    """
-
-    output: str = "runs/run"
-    steps: int = 1000
-    minutes: float = 0.0
-    batch_size: int = 32  # pictures at a time, on each process
-    accumulate: int = 1  # batches whose gradients are averaged before an update
-    lr: float = 1e-4
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = 0
-    optimizer: OptimizerName = "adamw"
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.0
-    # Of the arithmetic (autocast). auto: bf16 where the device has it, else fp32.
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    frozen: Literal["fp32", "bf16", "fp16"] = "fp32"  # in which models that do not train are kept
-    seed: int = 0
-    checkpoint_minutes: float = 5.0
-    sample_minutes: float = 10.0
-    resume: bool = True
-
-
-@dataclass
-class Progress:
-    """Where a run stands; saved with every checkpoint."""
-
-    step: int = 0
-    seconds: float = 0.0
-    losses: dict[str, float] = field(default_factory=dict)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "seconds": self.seconds, "losses": self.losses}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
-
-
-def describe_machine() -> str:
-    """Device, threads and versions, for a card."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return f"{device} ({platform.machine()}), torch {torch.__version__}"
 
 
 class TrainingRun:
@@ -98,12 +69,16 @@ class TrainingRun:
     one draws, and N processes draw what one process with ``accumulate`` = N draws.
     """
 
-    def __init__(self, config: RunConfig, modules: dict[str, torch.nn.Module]):
-        self.config = config
+    def __init__(self, config: RunConfig, modules: dict[str, torch.nn.Module], settings: dict[str, Any] | None = None):
+        """``settings``: of the whole training, kept with the checkpoints; a run goes on with the same ones only.
+
+        Raises ConfigError for settings that cannot work, for a folder that another training writes into and for a
+        checkpoint that is damaged or of another run.
+        """
+        self.config, self.settings = config, settings or {}
         self.precision = resolve(config.precision, process_state().device)
-        _check(config, self.precision)
+        check_run(config, self.precision)
         self.folder = Path(config.output)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.accelerator = Accelerator(
             mixed_precision="no" if self.precision == "fp32" else self.precision,
             # The plugin rather than the number: that one gives way to an environment variable.
@@ -116,30 +91,56 @@ class TrainingRun:
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         if self.sharded and config.ema_decay:
             raise ConfigError("ema_decay needs the whole weights on each process, which FSDP does not keep: set it 0.")
+        self._claim_folder()
         self.rng = random.Random(config.seed)
         set_seed(config.seed)
-        parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-        optimizer = make_optimizer(config, parameters, self.accelerator.device)
-        prepared = self.accelerator.prepare(*modules.values(), optimizer)
-        self.modules = dict(zip(modules, prepared[:-1], strict=True))
-        self.optimizer = prepared[-1]
-        # Asked again, because FSDP puts its shards in their place.
-        self.parameters = [p for m in self.modules.values() for p in m.parameters() if p.requires_grad]
-        self.progress = Progress()
-        self.accelerator.register_for_checkpointing(self.progress)
-        self.ema: EMAModel | None = None
-        if config.ema_decay:
-            self.ema = EMAModel(self.parameters, decay=config.ema_decay)
-            self.ema.to(self.accelerator.device)
-            self.accelerator.register_for_checkpointing(self.ema)
+        self._prepare(modules)
+        self.progress, self.calls = Progress(), UNetCalls()
         self._recent: dict[str, deque[float]] = {}
         self._tracked: dict[str, Stateful] = {}
-        self._restored: dict[str, dict[str, Any]] = {}
+        self._restored: dict[str, Any] = {}
         self._skipped_updates = 0
         if config.resume:
             self._resume()
         elif self.accelerator.is_main_process:
             discard(self.folder)
+
+    def _claim_folder(self) -> None:
+        """Make the folder and hold it as long as this run lives: two trainings in one would mix their checkpoints."""
+        try:
+            check_run_folder(self.folder, (LOCK,))
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from error
+        except OSError as error:
+            raise ConfigError(f"the run cannot write into {self.folder}: {error.strerror or error}.") from error
+        if not self.accelerator.is_main_process:
+            return
+        self._lock = FileLock(self.folder / LOCK, timeout=0, thread_local=False, is_singleton=True)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise ConfigError(
+                f"another training is running in {self.folder}. Wait for its end or stop it, or give another output "
+                "folder."
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            self.say(f"{self.folder} cannot be locked ({error}): take care that no other training writes there.")
+
+    def _prepare(self, modules: dict[str, torch.nn.Module]) -> None:
+        parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
+        optimizer = make_optimizer(self.config, parameters, self.accelerator.device)
+        prepared = self.accelerator.prepare(*modules.values(), optimizer)
+        self.modules = dict(zip(modules, prepared[:-1], strict=True))
+        self.optimizer = prepared[-1]
+        # Asked again, because FSDP puts its shards in their place.
+        self.parameters = [p for m in self.modules.values() for p in m.parameters() if p.requires_grad]
+        self.ema: EMAModel | None = None
+        if self.config.ema_decay:
+            self.ema = EMAModel(self.parameters, decay=self.config.ema_decay)
+            self.ema.to(self.accelerator.device)
+
+    # --- for the training loop ---------------------------------------------------------------------------------------
 
     def place(self, *frozen: torch.nn.Module) -> None:
         """Move models that do not train to the run's device, in ``config.frozen``."""
@@ -158,10 +159,12 @@ class TrainingRun:
 
     @property
     def fraction(self) -> float:
-        """Share of the run that is done, 0 to 1: by steps, or by time if that ends it sooner."""
+        """Share of the run that is done, 0 to 1: by steps, or by time or U-Net calls if one of these ends it sooner."""
         done = self.progress.step / max(1, self.config.steps)
         if self.config.minutes:
             done = max(done, self.progress.seconds / (60 * self.config.minutes))
+        if self.config.unet_calls:
+            done = max(done, self.progress.unet_calls / self.config.unet_calls)
         return min(1.0, done)
 
     def learning_rate(self) -> float:
@@ -172,14 +175,12 @@ class TrainingRun:
     def steps(self) -> Iterator[int]:
         """Yield step numbers until the run's length is reached; saves at intervals and at the end.
 
-        With ``accumulate`` > 1 each number comes that many times, once for each micro-batch.
+        With ``accumulate`` > 1 each number comes that many times, once for each micro-batch. Raises ConfigError when
+        the checkpoint does not fit what is tracked, OSError when a checkpoint cannot be written.
         """
+        self._restore_tracked()
         bar = tqdm(total=self.config.steps, initial=self.progress.step, disable=not self.accelerator.is_main_process,
                    dynamic_ncols=True, mininterval=2.0, desc=self.folder.name)  # fmt: skip
-        for name, state in self._restored.items():
-            if name in self._tracked:
-                self._tracked[name].load_state_dict(state)
-        self._restored = {}
         saved = self.progress.seconds
         while self.fraction < 1.0:
             began = time.monotonic()
@@ -187,18 +188,21 @@ class TrainingRun:
                 group["lr"] = self.learning_rate()
             for micro in range(self.config.accumulate):
                 self._seed(micro)
+                self.calls.begin()
                 with self.accelerator.accumulate(*self.modules.values()):
                     yield self.progress.step
             self.progress.step += 1
             self.progress.seconds += self._mean(time.monotonic() - began)
             bar.update(1)
             if self.progress.step % 10 == 0:
-                bar.set_postfix({k: f"{v:.4f}" for k, v in self.average_losses().items()})
+                bar.set_postfix({k: f"{v:.4f}" for k, v in self.average_losses().items()} | self._calls_in_words())
             if self.progress.seconds - saved > 60 * self.config.checkpoint_minutes:
                 self.save()
                 saved = self.progress.seconds
         bar.close()
         self.save()
+        if self.progress.unet_calls:
+            self.say(f"{self.progress.unet_calls:,} U-Net calls of training in {self.progress.step:,} steps")
 
     def update(self, loss: Tensor, **named: Tensor | float) -> None:
         """Backward and, after the last micro-batch of a step, clip, optimiser step, EMA.
@@ -209,6 +213,7 @@ class TrainingRun:
         if not math.isfinite(value):
             self._stop(f"the loss became {value}")
         self.accelerator.backward(loss)
+        self.progress.unet_calls += self._sum(self.calls.take())
         overflow = False
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
@@ -226,6 +231,8 @@ class TrainingRun:
         for name, part in {"loss": loss, **named}.items():
             self._recent.setdefault(name, deque(maxlen=100)).append(float(torch.as_tensor(part).detach()))
 
+    # --- results -----------------------------------------------------------------------------------------------------
+
     def average_losses(self) -> dict[str, float]:
         """Means over the last 100 batches of this process; those in the log are over all processes."""
         return {k: sum(v) / len(v) for k, v in self._recent.items() if v}
@@ -235,29 +242,18 @@ class TrainingRun:
         done = {"processes": self.accelerator.num_processes, "precision": self.precision}
         return {**self.progress.state_dict(), **done}
 
-    def save(self) -> None:
-        """Write a checkpoint and a line of ``log.jsonl``. Every process must call it."""
-        self.progress.losses = self._losses_of_all() or self.progress.losses
-        main, process = self.accelerator.is_main_process, self.accelerator.process_index
-        self.accelerator.wait_for_everyone()
-        if main:
-            start_checkpoint(self.folder)
-        self.accelerator.wait_for_everyone()
-        folder = self.folder / "checkpoint.new"
-        self.accelerator.save_state(str(folder))
-        save_tracked(folder, process, self._tracked)
-        skipped = self._skipped_samples()
-        self.accelerator.wait_for_everyone()
-        if main:
-            publish(self.folder)
-            with open(self.folder / "log.jsonl", "a") as log:
-                row = {**self.facts(), "lr": self.learning_rate()}
-                log.write(json.dumps(row | ({"skipped": skipped} if skipped else {})) + "\n")
-        self.accelerator.wait_for_everyone()
-
-    def averaged(self) -> _Averaged:
-        """Context in which the trained modules hold the EMA weights (or the plain ones without EMA)."""
-        return _Averaged(self)
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the trained modules hold the EMA weights (or the plain ones without EMA)."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
 
     def unwrapped(self, name: str) -> Any:
         return self.accelerator.unwrap_model(self.modules[name])
@@ -268,22 +264,106 @@ class TrainingRun:
             state = self.accelerator.get_state_dict(self.modules[name])
             return {key: value.detach().cpu().clone() for key, value in state.items()}
 
+    @contextmanager
+    def writing(self, what: str, needed: bool = True) -> Iterator[None]:
+        """Inside, ``what`` is written from the weights of the moment: should that fail, nothing of the run is lost.
+
+        Raises OSError with what to do, or says so and goes on when ``what`` is not ``needed``.
+        """
+        try:
+            yield
+        except OSError as error:
+            text = f"{what} could not be written into {self.folder}: {_reason(error)}."
+            if needed:
+                raise OSError(f"{text} {self._what_is_kept()} Make room, then run the same command again.") from error
+            self.say(f"{text} The training goes on.")
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint and a line of ``log.jsonl``. Every process must call it.
+
+        Raises OSError, saying what is kept, when there is no room; NonFiniteLoss when the weights hold NaN.
+        """
+        self.progress.losses = self._losses_of_all() or self.progress.losses
+        main, process = self.accelerator.is_main_process, self.accelerator.process_index
+        self.accelerator.wait_for_everyone()
+        shared = self._shared_state()
+        try:
+            with self.writing("the checkpoint"):
+                folder = start_checkpoint(self.folder) if main else self.folder / "checkpoint.new"
+                self.accelerator.wait_for_everyone()
+                if main:
+                    write_state(folder / "state.safetensors", shared)
+                save_tracked(folder, process, self._tracked)
+                skipped = self._skipped_samples()
+                self.accelerator.wait_for_everyone()
+                if main:
+                    publish(self.folder)
+                    row = {**self.facts(), "lr": self.learning_rate(), **({"skipped": skipped} if skipped else {})}
+                    with open(self.folder / "log.jsonl", "a", encoding="utf-8") as log:
+                        log.write(json.dumps(row) + "\n")
+        except CheckpointError as error:
+            self._stop(str(error))
+        finally:
+            if main:
+                drop_unfinished(self.folder)
+        self.accelerator.wait_for_everyone()
+
+    def _parts(self) -> dict[str, Stateful]:
+        """What all processes share, by its name in a checkpoint."""
+        parts: dict[str, Stateful] = {
+            "progress": self.progress,
+            "weights": Weights(self),
+            "optimizer": OptimizerState(self),
+        }
+        if self.ema is not None:
+            parts["ema"] = Averages(self)
+        if self.accelerator.scaler is not None:
+            parts["scaler"] = Scaler(self.accelerator.scaler)
+        return parts
+
+    def _shared_state(self) -> dict[str, Any]:
+        return {"settings": self.settings, **{name: part.state_dict() for name, part in self._parts().items()}}
+
     def _resume(self) -> None:
         checkpoint = find_checkpoint(self.folder)
         if checkpoint is None:
+            if (self.folder / "log.jsonl").exists():
+                self.say(f"{self.folder} holds no checkpoint: the training begins anew.")
             return
+        again = "Give another output folder, or start anew with --no-resume."
         try:
-            self.accelerator.load_state(str(checkpoint))
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise ConfigError(
-                f"the checkpoint in {checkpoint} is of a run with other settings ({error}). Give another output "
-                "folder, or start anew with --no-resume."
-            ) from error
-        if self.ema is not None:  # what accelerate loads for it lies on the CPU
-            self.ema.to(self.accelerator.device)
+            names = verify(checkpoint)
+            state = read_state(checkpoint / "state.safetensors")
+            other = list(settings_changed(state.get("settings"), self.settings, _FREE))
+            other += [f"the checkpoint has no {name}" for name in self._parts() if name not in state]
+            if other:
+                raise ConfigError(f"{self.folder} holds a run with other settings: {'; '.join(other)}. {again}")
+            restore(self._parts(), state, checkpoint)
+            self._restored = load_tracked(checkpoint, self.accelerator.process_index, names)
+        except CheckpointError as error:
+            text = str(error)
+            raise ConfigError(text if "--no-resume" in text else f"{text} {again}") from error
+        except OSError as error:
+            raise ConfigError(f"{checkpoint} cannot be read: {_reason(error)}. {again}") from error
         self.accelerator.step = 0  # checkpoints lie between updates, also when `accumulate` has changed since
-        self._restored = load_tracked(checkpoint, self.accelerator.process_index)
         self.say(f"resumed {self.folder} at step {self.progress.step}")
+
+    def _restore_tracked(self) -> None:
+        if self.config.unet_calls and not self.calls.watched:
+            raise ConfigError(
+                "unet_calls counts the calls of a U-Net, and this training has none: use steps or minutes."
+            )
+        states, self._restored = self._restored, {}
+        try:
+            # popped, so that a large state is not kept beside the thing that has taken it
+            for name in [name for name in states if name in self._tracked]:
+                restore({name: self._tracked[name]}, {name: states.pop(name)}, self.folder / "checkpoint")
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from error
+
+    # --- several processes -------------------------------------------------------------------------------------------
 
     def _seed(self, micro: int) -> None:
         lane = self.accelerator.process_index * self.config.accumulate + micro
@@ -295,6 +375,10 @@ class TrainingRun:
         mine = torch.as_tensor(value).detach().to(self.accelerator.device, torch.float32)
         return float(self.accelerator.reduce(mine, reduction="mean"))
 
+    def _sum(self, count: int) -> int:
+        """Sum over the processes."""
+        return int(self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device), reduction="sum"))
+
     def _losses_of_all(self) -> dict[str, float]:
         """:meth:`average_losses` of all processes together, which need not have the same names."""
         merged: dict[str, list[float]] = {}
@@ -303,23 +387,34 @@ class TrainingRun:
                 merged.setdefault(name, []).extend(values)
         return {name: sum(values) / len(values) for name, values in merged.items()}
 
+    def _skipped_samples(self) -> dict[str, int]:
+        """Samples left out so far by every process, by reason."""
+        mine = sum((Counter(getattr(t, "skipped", None) or {}) for t in self._tracked.values()), Counter[str]())
+        return dict(sum(gather_object([mine]), Counter[str]()))
+
+    # --- words -------------------------------------------------------------------------------------------------------
+
+    def _calls_in_words(self) -> dict[str, str]:
+        return {"unet_calls": f"{self.progress.unet_calls:,}"} if self.progress.unet_calls else {}
+
     def _count_skipped_updates(self, skipped: bool) -> None:
         self._skipped_updates = self._skipped_updates + 1 if skipped else 0
         if self._skipped_updates > _MAX_SKIPPED_UPDATES:
             self._stop(f"fp16 gradients overflowed in {self._skipped_updates} updates in a row")
 
-    def _stop(self, what: str) -> None:
+    def _what_is_kept(self) -> str:
         kept = find_checkpoint(self.folder)
-        where = f"The last checkpoint, {kept}, is intact" if kept else "There is no checkpoint yet"
+        return f"The last checkpoint, {kept}, is intact." if kept else "There is no checkpoint yet."
+
+    def _stop(self, what: str) -> None:
         raise NonFiniteLoss(
-            f"{what} at step {self.progress.step}. {where}. Lower the learning rate (lr), raise warmup_steps or use "
-            "precision bf16 or fp32, then run the same command to resume."
+            f"{what} at step {self.progress.step}. {self._what_is_kept()} Lower the learning rate (lr), raise "
+            "warmup_steps or use precision bf16 or fp32, then run the same command to resume."
         )
 
-    def _skipped_samples(self) -> dict[str, int]:
-        """Samples left out so far by every process, by reason."""
-        mine = sum((Counter(getattr(t, "skipped", None) or {}) for t in self._tracked.values()), Counter[str]())
-        return dict(sum(gather_object([mine]), Counter[str]()))
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def start_run(config: Any, modules: dict[str, torch.nn.Module]) -> TrainingRun:
@@ -328,51 +423,11 @@ def start_run(config: Any, modules: dict[str, torch.nn.Module]) -> TrainingRun:
     Raises ConfigError if the folder holds a checkpoint of a run with other settings: going on there would end with the
     old run's weights under the new run's name. The group ``run`` may change, and what only touches speed.
     """
-    folder = Path(config.run.output)
     settings = json.loads(json.dumps(asdict(config), default=str))
-    kept = folder / "config.json"
-    if config.run.resume and find_checkpoint(folder) and kept.is_file():
-        before = json.loads(kept.read_text())
-        other = [f"{k} {before[k]!r}, now {v!r}" for k, v in settings.items()
-                 if k in before and k not in _FREE and before[k] != v]  # fmt: skip
-        if other:
-            raise ConfigError(
-                f"{folder} holds a run with other settings: {'; '.join(other)}. Give another output folder, or start "
-                "anew with --no-resume."
-            )
-    run = TrainingRun(config.run, modules)
+    settings.pop("allow_commands", None)  # said on the command line each time
+    run = TrainingRun(config.run, modules, settings)
     if run.accelerator.is_main_process:
-        kept.write_text(json.dumps(settings, indent=2) + "\n")
+        with run.writing("config.json"):
+            text = json.dumps(settings, indent=2) + "\n"
+            write_atomically(run.folder / "config.json", lambda handle: handle.write(text.encode()))
     return run
-
-
-class _Averaged:
-    def __init__(self, run: TrainingRun):
-        self.run = run
-
-    def __enter__(self) -> None:
-        if self.run.ema is not None:
-            self.run.ema.store(self.run.parameters)
-            self.run.ema.copy_to(self.run.parameters)
-
-    def __exit__(self, *_: object) -> None:
-        if self.run.ema is not None:
-            self.run.ema.restore(self.run.parameters)
-
-
-def _check(config: RunConfig, precision: str) -> None:
-    if config.accumulate < 1 or config.batch_size < 1:
-        raise ConfigError("batch_size and accumulate are numbers of pictures and batches: at least 1.")
-    if config.lr < 0:
-        raise ConfigError(f"lr is 0 or above, not {config.lr:g}.")
-    if config.max_grad_norm <= 0:
-        raise ConfigError(f"max_grad_norm is above 0, not {config.max_grad_norm:g}: every gradient would become 0.")
-    if not 0 <= config.ema_decay < 1 or not all(0 <= beta < 1 for beta in config.betas):
-        raise ConfigError(f"ema_decay ({config.ema_decay:g}) and betas {config.betas} are from 0 to below 1.")
-    if config.lr_schedule not in ("constant", "cosine"):
-        raise ConfigError(f"lr_schedule is constant or cosine, not {config.lr_schedule!r}.")
-    if config.frozen not in ("fp32", precision):
-        raise ConfigError(
-            f"frozen = {config.frozen} needs precision = {config.frozen}: half-precision weights are only used by "
-            "arithmetic of the same format."
-        )

@@ -19,7 +19,8 @@ from .run import TrainingRun
 from .trajectories import TrajectoryBank, run_teacher
 
 if TYPE_CHECKING:
-    from .sun import SunTrainConfig, Teacher
+    from .config import SunTrainConfig
+    from .student import Teacher
 
 RowsModel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x [R, 4, h, w], t [R], rows [R] of the batch) -> predicted noise."""

@@ -144,17 +144,21 @@ class TrajectoryBank:
         return (x - goal).square().mean()
 
     def state_dict(self) -> dict[str, Any]:
-        if not self.rows:
-            return {}
-        return {
-            "states": torch.stack([r.states for r in self.rows]),
-            "guided": torch.stack([r.guided for r in self.rows]),
-            "prompts": [(r.positive, r.negative) for r in self.rows],
-            "w": torch.tensor([r.w for r in self.rows]),
-        }
+        # Row by row: one tensor of all of them would be a second bank in memory, and stay as long as one row of it.
+        return {"rows": [[r.states, r.guided, r.positive, r.negative, r.w] for r in self.rows]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for rows of other times, sizes or kinds."""
+        rows = [self._row(*row) for row in state["rows"]]
+        if len({row.states.shape for row in rows}) > 1:
+            raise ValueError("the trajectories are not all of one size")
         self.rows.clear()
-        if state:
-            prompts = state["prompts"]
-            self.add(state["states"], state["guided"], [p for p, _ in prompts], [n for _, n in prompts], state["w"])
+        self.rows.extend(rows)
+
+    def _row(self, states: Tensor, guided: Tensor, positive: str, negative: str, w: float) -> Trajectory:
+        count = len(self.times) - 1
+        if states.ndim != 4 or len(states) != count + 1 or guided.shape != (count, *states.shape[1:]):
+            raise ValueError(f"a trajectory of {tuple(states.shape)} where {count + 1} states belong")
+        if not isinstance(positive, str) or not isinstance(negative, str) or not isinstance(w, float) or w < 0:
+            raise ValueError("a trajectory without its prompts and guidance scale")
+        return Trajectory(states, guided, positive, negative, w)

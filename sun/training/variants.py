@@ -11,7 +11,8 @@ from typing import Any
 from ..common.atomic import file_name
 from ..common.reading import printable
 from ..common.settings import ConfigError, apply, assign
-from .sun import SunTrainConfig, check_settings, train_sun
+from .config import SunTrainConfig, check_settings
+from .sun import train_sun
 
 
 def variant_configs(

@@ -25,7 +25,7 @@ from sun.common.atomic import write_atomically
 from sun.common.settings import without_folders
 from sun.files import SunInfo
 from sun.pictures.png import grid, read_png_text, save_png
-from sun.training.sun import SunTrainConfig
+from sun.training.config import SunTrainConfig
 
 Run = Callable[..., Result]
 

@@ -16,7 +16,7 @@ from PIL import Image
 from sun.lab.emoji import sources
 from sun.lab.emoji.base import BaseConfig, build_text_encoder, build_tokenizer, sd15_scheduler
 from sun.lab.emoji.sources import METADATA_PACKAGE, STYLES, Emoji
-from sun.training.run import RunConfig
+from sun.training.config import RunConfig
 
 EMOJIS = [
     Emoji(f"1f{i:03x}", name, (name.split()[0],), "Animals & Nature", "animal")

@@ -21,8 +21,8 @@ from sun.training.algorithm import (
     substeps,
     teacher_rollout,
 )
+from sun.training.config import SunTrainConfig
 from sun.training.data.negatives import NegativePrompts
-from sun.training.sun import SunTrainConfig
 from sun.training.targets import draw_timesteps, start_timesteps, sun_losses
 
 SCHEDULER = DDIMScheduler(

@@ -13,10 +13,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sun.common.settings import apply, read_config
+from sun.training.config import RunConfig, SunTrainConfig
 from sun.training.cost.benchmark import Models, measure
 from sun.training.cost.estimate import estimate
-from sun.training.run import RunConfig
-from sun.training.sun import SunTrainConfig
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("sd15-*.toml"))
 

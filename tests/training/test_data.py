@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import os
 import random
 import tarfile
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +17,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sun.common.settings import ConfigError
+from sun.training.data import tars
+from sun.training.data.folder import list_folder
 from sun.training.data.negatives import NegativePrompts
 from sun.training.data.samples import DataError, Lanes, Order, Skipped, crop
 from sun.training.data.shards import ShardSource, list_shards
-from sun.training.data.sources import build_source, list_folder
+from sun.training.data.sources import build_source
 
 CPU = torch.device("cpu")
 
@@ -341,3 +347,242 @@ def test_a_list_of_negatives_without_a_phrase_stops(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(DataError, match="no phrase"):
         NegativePrompts.load(str(tmp_path / "empty.txt"), "photos", 5, 0.0)
+
+
+# --- captions that are none, and what is left out --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["ein großer Bär".encode("latin-1"), "赤い猫".encode("cp932"), "a cat".encode("utf-16-le"), b"\x00\x01",
+     b"a \xed\xa0\x80", "caf\ufffd".encode(), b"x" * 100_000],
+)  # fmt: skip
+def test_a_caption_that_is_no_text_stops_before_training(tmp_path: Path, content: bytes) -> None:
+    make_folder(tmp_path / "p", 3)
+    (tmp_path / "p" / "01.txt").write_bytes(content)
+    with pytest.raises(DataError, match=r"1 of the 3 captions.*01\.txt"):
+        source(tmp_path / "p")
+
+
+def test_a_caption_with_the_mark_of_its_encoding_is_read_in_it(tmp_path: Path) -> None:
+    make_folder(tmp_path / "p", 1)
+    (tmp_path / "p" / "00.txt").write_text("ein Bär", encoding="utf-16")
+    assert list_folder(tmp_path / "p")[0][1] == "ein Bär"
+    row = '{"file_name": "00.png", "text": "ein Bär"}\n'
+    (tmp_path / "p" / "metadata.jsonl").write_text(row, encoding="utf-16")
+    assert list_folder(tmp_path / "p")[0][1] == "ein Bär"
+
+
+@pytest.mark.parametrize(
+    "text", ['["a cat", "two cats"]', "7", "true", "1.5", '{"en": "a cat"}', '"\\ud800"', '"a\\u0000b"', "[" * 100_000]
+)
+def test_metadata_whose_text_is_none_stops_before_training(tmp_path: Path, text: str) -> None:
+    make_folder(tmp_path / "p", 2)
+    good = '{"file_name": "00.png", "text": "a"}\n'
+    (tmp_path / "p" / "metadata.jsonl").write_text(f'{good}{{"file_name": "01.png", "text": {text}}}\n')
+    with pytest.raises(DataError, match="line 2 of"):
+        source(tmp_path / "p")
+
+
+@pytest.mark.parametrize("name", ['["00.png"]', "7", '""', "null"])
+def test_metadata_without_a_file_name_stops_before_training(tmp_path: Path, name: str) -> None:
+    make_folder(tmp_path / "p", 1)
+    (tmp_path / "p" / "metadata.jsonl").write_text(f'{{"file_name": {name}, "text": "a"}}\n')
+    with pytest.raises(DataError, match="line 1 of"):
+        source(tmp_path / "p")
+
+
+def test_metadata_as_csv(tmp_path: Path) -> None:
+    make_folder(tmp_path / "p", 3)
+    metadata = tmp_path / "p" / "metadata.csv"
+    metadata.write_text(
+        '\ufefffile_name,text,x\n00.png,"a castle, on a hill",1\n02.png,"two\nlines",2\n', encoding="utf-8"
+    )
+    folder = tmp_path / "p"
+    assert list_folder(folder) == [(folder / "00.png", "a castle, on a hill"), (folder / "02.png", "two\nlines")]
+    assert source(folder).skipped == {"pictures that metadata.csv does not list": 1}
+    head = "file_name,text\n"
+    for wrong, match in ((f"{head}00.png\n", "empty"), (f"{head}00.png,a,b\n", "more columns"),
+                         ("name,text\n00.png,a\n", "line 2"), (f"{head}00.png,\x01\n", r"U\+0001")):  # fmt: skip
+        metadata.write_text(wrong)
+        with pytest.raises(DataError, match=match):
+            source(folder)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [{"json": b'{"caption": ["a cat", "two cats"]}'}, {"json": b'{"caption": 7}'}, {"json": b"[" * 200_000},
+     {"json": b'{"text": {"en": "cat"}}'}, {"json": b"[1]"}, {"txt": "Bär".encode("latin-1")},
+     {"txt": "cat".encode("utf-16-le")}, {"json": b'{"caption": "\\ud800"}'}, {"txt": b"x" * 100_000}],
+)  # fmt: skip
+def test_captions_of_shards_that_are_no_text_are_skipped_and_counted(tmp_path: Path, files: dict[str, bytes]) -> None:
+    samples = {"a": {"png": png(0), "txt": b"level 0"}, "b": {"png": png(10), **files}}
+    shards = shard_source(make_shard(tmp_path / "x.tar", samples))
+    assert set(shards(4)[1]) == {"level 0"}
+    assert set(shards.skipped) == {"captions that are no text"}
+
+
+def test_files_that_are_left_out_are_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_folder(tmp_path / "p", 1)
+    for suffix, kind in (("jfif", "JPEG"), ("tif", "TIFF"), ("gif", "GIF")):
+        brightness(90).save(folder / f"{suffix}.{suffix}", kind)
+        (folder / f"{suffix}.txt").write_text("level 90")
+    (folder / "x.avif").write_bytes(b"x")
+    (folder / "x.psd").write_bytes(b"x")
+    (folder / "words.txt").write_text("no picture")
+    (folder / "more.zip").write_bytes(b"x")
+    (folder / "below").mkdir()
+    make_shard(folder / "below" / "0.tar", {})
+    os.mkfifo(folder / "pipe.png")
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere")
+    read = source(folder)
+    assert read.skipped == {
+        "pictures of a kind that is not read (.avif)": 1, "pictures of a kind that is not read (.psd)": 1,
+        "captions without a picture": 1, "archives": 1, "shards in subfolders": 1,
+        "pictures that are no regular files": 2,
+    }  # fmt: skip
+    assert sorted(set(read(8)[1])) == ["level 0", "level 90"]
+    assert read.skipped.total() == 7
+    assert "is not read" in capsys.readouterr().out
+
+
+def test_pictures_beside_shards_are_counted_and_named(tmp_path: Path) -> None:
+    make_folder(tmp_path, 2)
+    make_shards(tmp_path, shards=1, each=2)
+    (tmp_path / "more").mkdir()
+    make_shard(tmp_path / "more" / "1.tar", {})
+    shards = source(tmp_path)
+    assert shards.skipped == {"pictures beside shards": 2, "shards in subfolders": 1}
+    assert shards(2)[1]
+    assert shards.skipped["pictures beside shards"] == 2
+
+
+# --- what a stranger's data may not do -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["pipe:touch {mark}; cat /dev/null #.tar", "PIPE:touch {mark} #.tar", "a.tar::pipe:touch {mark} #.tar",
+     "pi{{pe,xe}}:touch {mark} #.tar", " pipe:touch {mark} #.tar"],
+)  # fmt: skip
+def test_a_command_runs_only_where_it_is_allowed(tmp_path: Path, data: str) -> None:
+    mark = tmp_path / "RAN"
+    with pytest.raises((ConfigError, FileNotFoundError)):
+        source(data.format(mark=mark))(1)
+    assert not mark.exists()
+
+
+def test_a_command_that_is_allowed_gives_a_shard(tmp_path: Path) -> None:
+    make_shards(tmp_path, shards=1, each=2)
+    assert source(f"pipe:cat {tmp_path / '000.tar'}", allow_commands=True)(2)[1]
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["https://x/'; touch {mark}; '.tar", "https://x/$(touch {mark}).tar ", "file://{mark}", "ssh://x/a.tar",
+     "https://x/`touch {mark}`.tar", "gopen://x.tar"],
+)  # fmt: skip
+def test_an_address_that_is_none_is_refused(tmp_path: Path, address: str) -> None:
+    with pytest.raises(DataError, match="not an address of a shard"):
+        list_shards(address.format(mark=tmp_path / "RAN"))
+    assert not (tmp_path / "RAN").exists()
+
+
+@pytest.mark.parametrize("data", ["{0..99999999999}.tar", "{a,b}" * 40 + ".tar", "{0..999}{0..999}{0..999}.tar"])
+def test_a_range_without_end_is_refused(data: str) -> None:
+    with pytest.raises(DataError, match="more than 1,000,000 shards"):
+        list_shards(data)
+
+
+def test_a_pipe_or_a_folder_is_no_shard(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "0.tar")
+    (tmp_path / "1.tar").mkdir()
+    for data in ("0.tar", "1.tar"):
+        with pytest.raises(FileNotFoundError):
+            list_shards(str(tmp_path / data))
+
+
+def bomb(kind: str) -> bytes:
+    """A tar file of a few kilobytes, compressed, whose member or header is four times as long as is read of one."""
+    size = 4 * tars.MAX_MEMBER
+    info = tarfile.TarInfo("b.jpg" if kind != "other" else "b.bin")
+    info.size = size
+    if kind == "header":
+        info.type, info.name = tarfile.XHDTYPE, "PaxHeader"
+    packed = io.BytesIO()
+    with gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=1) as out:
+        good = io.BytesIO()
+        with tarfile.open(fileobj=good, mode="w") as tar:
+            for suffix, data in (("png", png(10)), ("txt", b"level 10")):
+                member = tarfile.TarInfo(f"a.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+        out.write(good.getvalue()[: 4 * tarfile.BLOCKSIZE])  # two headers with their contents, without the end
+        out.write(info.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(size // 2**20):
+            out.write(bytes(2**20))
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["picture", "other", "header"])
+def test_a_small_file_that_unpacks_to_a_large_one_takes_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(tars, "MAX_MEMBER", 4 * 2**20)
+    (tmp_path / "x.tar").write_bytes(bomb(kind))
+    assert (tmp_path / "x.tar").stat().st_size < 200_000
+    shards = shard_source(str(tmp_path / "x.tar"))
+    tracemalloc.start()
+    try:
+        assert shards(1)[1] == ["level 10"]
+        shards(1)
+        assert tracemalloc.get_traced_memory()[1] < 12 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert shards.skipped["unreadable shards or members"] >= 1
+
+
+def test_samples_wait_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tars, "_BUFFER_BYTES", 8 * 2**20)
+    samples = (tars.RawSample(str(i), str(i), {"jpg": bytes(10)}) for i in range(2000))
+    shuffled = list(tars.shuffled(samples, random.Random(0)))
+    assert sorted(int(s.key) for s in shuffled) == list(range(2000))
+    assert [int(s.key) for s in shuffled] != list(range(2000))
+    waiting: list[int] = []
+    big = (waiting.append(i) or tars.RawSample(str(i), str(i), {"jpg": bytes(2**20)}) for i in range(1000))
+    next(tars.shuffled(big, random.Random(0)))
+    assert len(waiting) <= 9
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "text", "other", "pipe", "link"])
+def test_a_damaged_cache_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    monkeypatch.setenv("SUN_CACHE", str(tmp_path / "cache"))
+    folder = make_folder(tmp_path / "p", 4)
+    right = source(folder, cache="latents")(4)
+    (file,) = (tmp_path / "cache").rglob("*.safetensors")
+    content = file.read_bytes()
+    file.unlink()
+    if how == "pipe":
+        os.mkfifo(file)
+    elif how == "link":
+        file.symlink_to(tmp_path / "nowhere")
+    elif how == "other":
+        save_file({"index": torch.tensor([0, 9]), "latents": torch.zeros(2, 4, 2, 2)}, file)
+    else:
+        file.write_bytes({"cut": content[:-9], "empty": b"", "text": b"not a cache"}[how])
+    again = source(folder, cache="latents")(4)
+    assert again[1] == right[1]
+    assert torch.equal(again[0], right[0])
+    assert "made again" in capsys.readouterr().out
+
+
+def test_a_cache_with_infinite_latents_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUN_CACHE", str(tmp_path / "cache"))
+    folder = make_folder(tmp_path / "p", 2)
+    source(folder, cache="latents")
+    (file,) = (tmp_path / "cache").rglob("*.safetensors")
+    save_file({"index": torch.arange(2), "latents": torch.full((2, 4, 2, 2), torch.inf).half()}, file)
+    with pytest.raises(DataError, match="NaN or infinity"):
+        source(folder, cache="latents")(1)

@@ -23,8 +23,9 @@ from sun.surgery import from_unet
 from sun.training import run as run_module
 from sun.training import sun as sun_module
 from sun.training.checkpoint import find_checkpoint, publish, start_checkpoint
-from sun.training.run import NonFiniteLoss, RunConfig, TrainingRun, start_run
-from sun.training.sun import SunTrainConfig, train_sun
+from sun.training.config import RunConfig, SunTrainConfig
+from sun.training.run import NonFiniteLoss, TrainingRun, start_run
+from sun.training.sun import train_sun
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,8 @@ from sun.lab.peers.setup import Batch
 from sun.pipelines.schedulers import make_scheduler
 from sun.surgery import from_unet
 from sun.training.algorithm import NoiseSchedule, pseudo_huber
-from sun.training.run import RunConfig, TrainingRun
+from sun.training.config import RunConfig
+from sun.training.run import TrainingRun
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 Train = Callable[[Any], Path]

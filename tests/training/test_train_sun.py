@@ -13,9 +13,10 @@ from diffusers import UNet2DConditionModel
 
 import sun
 from sun.pipelines.attach import attach
-from sun.training.data.sources import list_folder
-from sun.training.run import RunConfig
-from sun.training.sun import Student, SunTrainConfig, make_adapter, train_sun
+from sun.training.config import RunConfig, SunTrainConfig
+from sun.training.data.folder import list_folder
+from sun.training.student import Student, make_adapter
+from sun.training.sun import train_sun
 
 
 def config(model: Path, data: Path, output: Path, **run: object) -> SunTrainConfig:

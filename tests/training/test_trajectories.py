@@ -18,9 +18,10 @@ from sun.lab.emoji.base import sd15_scheduler
 from sun.lab.emoji.ship import ship_adapter
 from sun.surgery import from_unet
 from sun.training.algorithm import NoiseSchedule, ddim_update
+from sun.training.config import RunConfig, SunTrainConfig, check_settings
 from sun.training.models import FrozenModels
-from sun.training.run import RunConfig, TrainingRun
-from sun.training.sun import SunTrainConfig, check_settings, train_sun
+from sun.training.run import TrainingRun
+from sun.training.sun import train_sun
 from sun.training.targets import state_weights, weighted
 from sun.training.trajectories import TrajectoryBank, run_teacher
 from sun.training.variants import variant_configs

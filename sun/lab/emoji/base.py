@@ -27,8 +27,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ...pictures.png import save_grid
 from ...pipelines.schedulers import make_scheduler
 from ...pipelines.text import encode_texts
-from ...training.cost.speed import use_fast_attention
-from ...training.run import RunConfig, TrainingRun, start_run
+from ...training.config import RunConfig
+from ...training.models import use_fast_attention
+from ...training.run import TrainingRun, start_run
 from .latents import encode_scenes
 from .scenes import Scene, caption_of
 from .sources import Emoji, load_metadata

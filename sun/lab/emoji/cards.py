@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ...common.settings import without_folders
-from ...training.run import TrainingRun, describe_machine
+from ...training.run import TrainingRun
+from ...training.state import describe_machine
 from .sources import METADATA_PACKAGE, STYLES
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from ...shipped import EMOJI_DIFFUSION
-from ...training.run import RunConfig, TrainingRun, start_run
+from ...training.config import RunConfig
+from ...training.run import TrainingRun, start_run
 from .cards import data_section, licence_of, settings_of, training_section, write_json
 from .contrast import WEIGHTS, ContrastShape, EmojiContrast
 from .pairs import Pair, ScenePool, full_caption

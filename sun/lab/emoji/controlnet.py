@@ -23,8 +23,9 @@ from ...shipped import EMOJI_CONTROLNET
 from ...shipped.control_lora import OWN_LAYERS, controlnet_from_unet, to_control_lora
 from ...shipped.edges import find_edges
 from ...shipped.lowrank import add_low_rank, changes_of
-from ...training.cost.speed import use_fast_attention
-from ...training.run import RunConfig, TrainingRun, start_run
+from ...training.config import RunConfig
+from ...training.models import use_fast_attention
+from ...training.run import TrainingRun, start_run
 from .base import Batch, Losses, SceneConfig, denoising_loss, train_on_scenes
 from .cards import data_section, licence_of, settings_of, training_section, write_json
 from .checks import REFERENCE_STEPS, SUN_STEPS, Scenes, adapter_for, control_figures, draw, draw_scenes, sheet, table

@@ -22,8 +22,9 @@ from torch import Tensor
 from ...pictures.png import save_png
 from ...shipped import EMOJI_INPAINTING
 from ...shipped.lowrank import add_low_rank, changes_of, merge
-from ...training.cost.speed import use_fast_attention
-from ...training.run import RunConfig, TrainingRun, start_run
+from ...training.config import RunConfig
+from ...training.models import use_fast_attention
+from ...training.run import TrainingRun, start_run
 from .base import Batch, Losses, SceneConfig, denoising_loss, train_on_scenes
 from .cards import data_section, licence_of, settings_of, training_section, write_json
 from .checks import REFERENCE_STEPS, SUN_STEPS, Scenes, adapter_for, draw, draw_scenes, inpainting_figures, sheet, table

@@ -12,10 +12,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ...common.atomic import write_atomically
+from ...common.cache import cache_dir
 from ...common.devices import autocast
 from ...training.data.cache import hash_weights
 from .scenes import Scene, random_scene, render_scene
-from .sources import Emoji, cache_dir, load_pictures
+from .sources import Emoji, load_pictures
 from .vae import to_tensor
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from ...adapter import SunAdapter
 from ...pictures.png import grid, save_png
-from ...training.run import RunConfig, describe_machine
+from ...training.config import RunConfig
+from ...training.state import describe_machine
 from .base import SAMPLE_PROMPTS, sample_images
 from .cards import data_section
 from .sources import METADATA_PACKAGE, STYLES

@@ -21,6 +21,7 @@ from typing import Any
 
 from PIL import Image
 
+from ...common.cache import cache_dir
 from ...common.settings import ConfigError
 from ...user_pictures import open_picture
 
@@ -78,11 +79,6 @@ class Emoji:
 _SKIPPED_CATEGORIES = {"Flags", "Component"}
 _SKIPPED_SUBCATEGORIES = {"alphanum", "keycap", "family", "country-flag", "subdivision-flag", "gender", "time"}
 _GENDERED = re.compile(r"^(man|woman|women|men|male|female)[-_ ]")
-
-
-def cache_dir() -> Path:
-    """Folder for downloaded packages: ``$SUN_CACHE`` or ``~/.cache/sun``."""
-    return Path(os.environ.get("SUN_CACHE") or Path.home() / ".cache" / "sun")
 
 
 def fetch_package(spec: str) -> Path:

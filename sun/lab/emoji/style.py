@@ -17,8 +17,9 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from ...common.settings import ConfigError, last_name
+from ...training.config import RunConfig
 from ...training.models import load_frozen
-from ...training.run import RunConfig, TrainingRun, start_run
+from ...training.run import TrainingRun, start_run
 from .base import SceneConfig, save_base, save_samples, train_on_scenes
 from .cards import data_section, licence_of, settings_of, training_section, write_json
 from .ship import make_portable

@@ -13,7 +13,8 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 
 from ...pictures.png import save_grid, to_images
-from ...training.run import RunConfig, TrainingRun, start_run
+from ...training.config import RunConfig
+from ...training.run import TrainingRun, start_run
 from .scenes import random_scene, render_scene
 from .sources import load_metadata, load_pictures
 

@@ -20,11 +20,11 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ...pipelines.schedulers import make_scheduler
-from ...training.cost.speed import use_fast_attention
+from ...training.config import RunConfig, SunTrainConfig, check_settings
 from ...training.data.negatives import NegativePrompts
-from ...training.models import load_frozen
-from ...training.run import RunConfig, start_run
-from ...training.sun import SunTrainConfig, Teacher, check_settings
+from ...training.models import load_frozen, use_fast_attention
+from ...training.run import start_run
+from ...training.student import Teacher
 from ...training.targets import Prompts, make_objective
 from .setup import Distillation
 
@@ -47,6 +47,7 @@ class GuidedDistillConfig:
     )
     model: str = "emoji"
     data: str = "emoji:twemoji"
+    allow_commands: bool = field(default=False, metadata={"typed": True})  # as for SUN
     cache: str = ""  # as for SUN
     workers: int = 0
     resolution: int = 0  # 0: the model's own
@@ -96,6 +97,7 @@ def train_guided_distillation(config: GuidedDistillConfig) -> Path:
     run = start_run(config, {"student": Student(unet.train())})
     work = Distillation(config, pipe, run)
     use_fast_attention(unet, work.device)
+    run.calls.watch(unet)
     student = run.modules["student"]
     teacher = Teacher(pipe.unet, config.guidance_scale)
     scheduler = make_scheduler("ddim", pipe.scheduler.config)

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from ...common.settings import ConfigError
 from ...surgery import from_unet
 from ...training.algorithm import NoiseSchedule, add_noise, ddim_update, pseudo_huber
+from ...training.config import RunConfig
 from ...training.models import load_frozen
-from ...training.run import RunConfig, start_run
-from ...training.sun import Teacher
+from ...training.run import start_run
+from ...training.student import Teacher
 from .setup import Batch, Distillation
 
 ADAPTER = "lcm"
@@ -59,6 +60,7 @@ class LcmLoraConfig:
     )
     model: str = "emoji"
     data: str = "emoji:twemoji"
+    allow_commands: bool = field(default=False, metadata={"typed": True})  # as for SUN
     cache: str = ""  # as for SUN
     workers: int = 0
     resolution: int = 0  # 0: the model's own

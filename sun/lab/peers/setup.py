@@ -11,12 +11,14 @@ from torch import Tensor
 
 from ...common.settings import ConfigError, without_folders
 from ...pictures.png import save_grid, to_images
+from ...pipelines.latents import latent_scale
 from ...pipelines.text import encode_texts
 from ...training.algorithm import NoiseSchedule
-from ...training.cost.speed import use_fast_attention
+from ...training.config import DTYPES, RunConfig, SunTrainConfig
 from ...training.data.sources import Source, build_source
-from ...training.run import DTYPES, RunConfig, TrainingRun
-from ...training.sun import SunTrainConfig, latent_scale, sample_prompts
+from ...training.models import use_fast_attention
+from ...training.run import TrainingRun
+from ...training.sun import sample_prompts
 
 
 class PeerConfig(Protocol):
@@ -27,6 +29,7 @@ class PeerConfig(Protocol):
     data: str
     cache: str
     workers: int
+    allow_commands: bool
     resolution: int
     guidance_scale: float
     empty_captions: float
@@ -55,6 +58,7 @@ class Distillation:
         run.place(pipe.text_encoder)
         pipe.unet.to(self.device)
         use_fast_attention(pipe.unet, self.device)
+        run.calls.watch(pipe.unet)
         for parameter in pipe.unet.parameters():
             if not parameter.requires_grad:  # a LoRA on it stays in float32
                 parameter.data = parameter.data.to(DTYPES[config.run.frozen])
@@ -67,6 +71,7 @@ class Distillation:
             build_source(
                 config.data, pipe.vae, resolution, run.rng, self.device,
                 seed=config.run.seed, workers=config.workers, cache=config.cache, encode=self.encode,
+                allow_commands=config.allow_commands,
             ),
         )  # fmt: skip
         self._sampled = run.progress.seconds
@@ -116,7 +121,8 @@ class Distillation:
                 x = scheduler.step(predicted, t, x, return_dict=False)[0]
             pixels = self.pipe.vae.decode(x / self.pipe.vae.config.scaling_factor).sample
         path = self.run.folder / "samples" / f"{self.run.progress.step:06d}.png"
-        save_grid(to_images(pixels), len(prompts), path)
+        with self.run.writing("samples", needed=False):
+            save_grid(to_images(pixels), len(prompts), path)
         self.run.say(f"step {self.run.progress.step}: {self.run.average_losses()}")
 
     def write_card(self, title: str, usage: str, facts: dict[str, Any]) -> None:
@@ -127,7 +133,8 @@ class Distillation:
         content = {"base_model": base, **facts, "settings": settings, "progress": run.facts()}
         (run.folder / "training.json").write_text(json.dumps(content, indent=2) + "\n")
         rows = {"base model": base, **facts, "data": settings["data"], "guidance scale w": config.guidance_scale,
-                "steps": run.progress.step, "minutes": round(run.progress.seconds / 60, 1)}  # fmt: skip
+                "steps": run.progress.step, "U-Net calls of training (forward 1, backward 2)": run.progress.unet_calls,
+                "minutes": round(run.progress.seconds / 60, 1)}  # fmt: skip
         table = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in rows.items())
         (run.folder / "README.md").write_text(
             f"# {title}\n\n| | |\n|---|---|\n{table}\n\n{usage}\n\nAll settings are in `training.json`.\n"

@@ -18,9 +18,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from ...common.settings import ConfigError
 from ...pipelines.attach import attach, detach
 from ..algorithm import NoiseSchedule, stage_targets
+from ..config import SunTrainConfig
 from ..models import load_frozen
 from ..run import TrainingRun
-from ..sun import Student, SunTrainConfig, Teacher, make_adapter
+from ..student import Student, Teacher, make_adapter
 from ..targets import draw_guidance, draw_timesteps, rows_of, start_timesteps, sun_losses
 
 GIB = 2**30

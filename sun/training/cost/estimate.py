@@ -17,8 +17,8 @@ from ...common.devices import AUTO
 from ...pipelines.attach import attach
 from ...surgery import from_unet
 from ..algorithm import NoiseSchedule, step_noise, teacher_rollout
-from ..run import DTYPES
-from ..sun import Student, SunTrainConfig, Teacher
+from ..config import DTYPES, SunTrainConfig
+from ..student import Student, Teacher
 from .benchmark import GIB, Models, freeze, random_batch, random_sd15, settings_of
 
 

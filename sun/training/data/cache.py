@@ -7,6 +7,7 @@ fp16, and ``index`` [n], their numbers in the folder's list. The key is made of 
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...lab.emoji.sources import cache_dir
+from ...common.cache import cache_dir
+from ...common.reading import check_regular
 from ...user_pictures import open_picture
-from .samples import UNREADABLE, DataError, Encode, Lanes, Order, Skipped, crop, encode_pixels, to_tensor
+from .samples import (
+    UNREADABLE,
+    DataError,
+    Encode,
+    Lanes,
+    Order,
+    Skipped,
+    check_position,
+    crop,
+    encode_pixels,
+    to_tensor,
+)
 
 CHUNK = 256
 _BATCH = 8
@@ -42,7 +55,7 @@ class CachedFolder:
         key = broadcast_object_list([cache_key(pairs, vae, resolution, encode)])[0]
         self.folder = cache_dir() / "training" / key
         build_cache(self.folder, pairs, vae, resolution, device, encode)
-        self.files = [safe_open(self.folder / _name(i), "pt") for i in range(_chunks(pairs))]
+        self.files = [_open_chunk(self.folder, i, pairs, encode is not None) for i in range(_chunks(pairs))]
         self.places = [
             (chunk, row, index)
             for chunk, file in enumerate(self.files)
@@ -67,6 +80,10 @@ class CachedFolder:
 
     def _row(self, name: str, chunk: int, row: int) -> Tensor:
         tensor: Tensor = self.files[chunk].get_slice(name)[row : row + 1]
+        if not torch.isfinite(tensor).all():
+            raise DataError(
+                f"{self.folder / _name(chunk)} is damaged: it holds NaN or infinity. Remove it, then run again."
+            )
         return tensor.float()  # the CPU's bf16 autocast cannot join fp16 tensors
 
     def encoder(self, encode: Encode) -> Encode:
@@ -86,7 +103,7 @@ class CachedFolder:
         return {"calls": self.calls}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.calls = state["calls"]
+        self.calls = check_position(state["calls"])
 
 
 def cache_key(pairs: list[tuple[Path, str]], vae: Any, resolution: int, encode: Encode | None) -> str:
@@ -113,19 +130,68 @@ def hash_weights(made_from: Any, module: Any) -> None:
 def build_cache(
     folder: Path, pairs: list[tuple[Path, str]], vae: Any, resolution: int, device: torch.device, encode: Encode | None
 ) -> None:
-    """Write the chunks that are missing, divided among the processes. Goes on where an earlier call was stopped."""
+    """Write the chunks that are missing or damaged, divided among the processes. Goes on where an earlier call was
+    stopped. Raises DataError when a chunk cannot be put in its place, OSError without room."""
     state = PartialState()
     folder.mkdir(parents=True, exist_ok=True)
-    todo = [i for i in range(_chunks(pairs)) if i % state.num_processes == state.process_index]
-    todo = [i for i in todo if not (folder / _name(i)).exists()]
+    mine = [i for i in range(_chunks(pairs)) if i % state.num_processes == state.process_index]
+    todo = [i for i in mine if _must_encode(folder, i, pairs, encode is not None)]
     for chunk in tqdm(todo, desc=f"encode {len(pairs)} pictures", disable=not (todo and state.is_main_process)):
         tensors = _encode_chunk(
             chunk * CHUNK, pairs[chunk * CHUNK : (chunk + 1) * CHUNK], vae, resolution, device, encode
         )
-        unfinished = folder / f"{_name(chunk)}.part{state.process_index}"
-        save_file(tensors, unfinished)
-        unfinished.rename(folder / _name(chunk))
+        write_tensors(folder / _name(chunk), tensors)
     state.wait_for_everyone()
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a file of a cache: complete or not at all. Raises OSError."""
+    unfinished = file.with_name(f"{file.name}.part{os.getpid()}")
+    try:
+        save_file(tensors, unfinished)
+        unfinished.replace(file)
+    except Exception as error:  # safetensors has its own class for a full disk
+        raise OSError(f"the cache {file} could not be written: {error}. Make room, or set SUN_CACHE.") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _must_encode(folder: Path, chunk: int, pairs: list[tuple[Path, str]], text: bool) -> bool:
+    """Whether a chunk is not there yet; one that is damaged is removed, and said so."""
+    file = folder / _name(chunk)
+    if not file.exists() and not file.is_symlink():
+        return True
+    try:
+        _open_chunk(folder, chunk, pairs, text)
+    except DataError as error:
+        if file.is_dir():
+            raise
+        tqdm.write(f"{error} It is made again.")
+        file.unlink()
+        return True
+    return False
+
+
+def _open_chunk(folder: Path, chunk: int, pairs: list[tuple[Path, str]], text: bool) -> Any:
+    """The chunk's file, after comparing what it says it holds with what belongs there. Raises DataError."""
+    file = folder / _name(chunk)
+    first, last = chunk * CHUNK, min(len(pairs), (chunk + 1) * CHUNK)
+    try:
+        check_regular(file)
+        handle = safe_open(str(file), "pt")
+        index = handle.get_tensor("index")
+        numbers = index.tolist()
+        right = (
+            index.dtype == torch.int64 and numbers == sorted(set(numbers)) and set(numbers) <= set(range(first, last))
+        )
+        for name, sides in (("latents", 4), *((("text", 3),) if text else ())):
+            shape = handle.get_slice(name).get_shape() if numbers else [0] * sides
+            right = right and len(shape) == sides and shape[0] == len(numbers)
+    except Exception as error:  # a damaged header makes safetensors raise anything
+        raise DataError(f"the cache {file} is damaged ({type(error).__name__}).") from error
+    if not right:
+        raise DataError(f"the cache {file} is damaged: it does not hold what it was made for.")
+    return handle
 
 
 def _encode_chunk(

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...common.settings import read_lines
+from ...common.reading import ReadError, read_text
 from .samples import DataError, is_emoji
 
 _LISTS = Path(__file__).parent / "phrases"
@@ -31,7 +31,10 @@ class NegativePrompts:
             raise FileNotFoundError(
                 f"no list of negative phrases at {path}: give a text file with one phrase a line, or auto."
             )
-        lines = (line.strip() for line in read_lines(path))
+        try:
+            lines = (line.strip() for line in read_text(path).split("\n"))
+        except ReadError as error:
+            raise DataError(str(error)) from error
         phrases = list(dict.fromkeys(line for line in lines if line))
         if not phrases:
             raise DataError(

@@ -33,7 +33,19 @@ def is_emoji(data: str) -> bool:
 
 def is_address(data: str) -> bool:
     """An address or a command that gives a shard (``https:``, ``pipe:``), rather than a file."""
-    return "://" in data or data.startswith("pipe:")
+    return "://" in data or is_command(data)
+
+
+def is_command(shard: str) -> bool:
+    """Whether ``shard`` is the output of a program that this machine would have to run."""
+    return shard.strip().lower().startswith("pipe:")
+
+
+def check_position(value: Any) -> int:
+    """``value`` of a checkpoint as a place in the data or a count. Raises ValueError unless it is one, from 0 up."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**62:
+        raise ValueError(f"{str(value)[:40]!r} is no place in the data")
+    return value
 
 
 class DataError(ValueError):

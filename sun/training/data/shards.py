@@ -7,40 +7,84 @@ the very next sample after reading at most one shard again.
 
 from __future__ import annotations
 
-import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-import webdataset as wds
+from braceexpand import UnbalancedBracesError, braceexpand
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from webdataset.shardlists import expand_urls
 
+from ...common.settings import ConfigError
 from ...user_pictures import open_picture
-from .samples import UNREADABLE, DataError, Encode, Lanes, Skipped, crop, encode_pixels, is_address, to_tensor
+from .captions import NoCaption, caption_of_row, decode_caption
+from .samples import (
+    UNREADABLE,
+    DataError,
+    Encode,
+    Lanes,
+    Skipped,
+    check_position,
+    crop,
+    encode_pixels,
+    is_address,
+    is_command,
+    to_tensor,
+)
+from .tars import PICTURES, RawSample, check_address, read_samples, shuffled
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
-_BUFFER = 1000
+MAX_SHARDS = 1_000_000
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)(?:\.\.-?\d+)?\}")
+_CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
 
-def list_shards(data: str) -> list[str]:
+def list_shards(data: str, allow_commands: bool = False) -> list[str]:
     """The shards that ``data`` names: one, a brace range, several joined by ``::``, or a folder of ``*.tar``.
 
-    Raises FileNotFoundError when local ones are missing; addresses (``https:``, ``pipe:``) are found out when read.
+    Raises FileNotFoundError when local ones are missing (addresses are found out when read), DataError for more than a
+    million and for an address that is none, and ConfigError for the output of a command unless ``allow_commands``.
     """
     folder = Path(data)
-    shards = sorted(str(p) for p in folder.glob("*.tar")) if folder.is_dir() else list(expand_urls(data))
-    missing = [s for s in shards if not is_address(s) and not Path(s).exists()]
+    shards = sorted(str(p) for p in folder.glob("*.tar")) if folder.is_dir() else _expand(data)
+    if not allow_commands and (commands := [s for s in shards if is_command(s)]):
+        raise ConfigError(
+            f"data holds the command {commands[0][:80]!r}, which would run on this machine. If that is your own wish, "
+            "write it on the command line: --data 'pipe:...' --allow-commands."
+        )
+    for shard in shards:
+        if is_address(shard) and not is_command(shard):
+            check_address(shard)
+    missing = [s for s in shards if not is_address(s) and not Path(s).is_file()]
     if missing or not shards:
         raise FileNotFoundError(
-            f"{len(missing)} of the {len(shards)} shards of {data} do not exist, the first: {', '.join(missing[:3])}. "
-            "Check the path and the range, as in laion/{000000..000127}.tar."
+            f"{len(missing)} of the {len(shards)} shards of {data} do not exist or are no regular files, the first: "
+            f"{', '.join(missing[:3])}. Check the path and the range, as in laion/{{000000..000127}}.tar."
         )
+    return shards
+
+
+def _expand(data: str) -> list[str]:
+    too_many = DataError(f"data = {data[:80]} names more than {MAX_SHARDS:,} shards. Check its ranges.")
+    shards: list[str] = []
+    for pattern in data.split("::"):
+        sizes = [abs(int(end) - int(begin)) + 1 if len(begin + end) < 40 else MAX_SHARDS + 1
+                 for begin, end in _RANGE.findall(pattern)]  # fmt: skip
+        sizes += [inside.count(",") + 1 for inside in _CHOICE.findall(pattern)]
+        if prod(sizes) > MAX_SHARDS or pattern.count("{") > 100:  # before it is expanded: ranges are kept whole
+            raise too_many
+        try:
+            shards += islice(braceexpand(pattern), MAX_SHARDS + 1 - len(shards))
+        except UnbalancedBracesError as error:
+            raise DataError(f"data = {data[:80]} has a brace too many or too few ({error}).") from error
+        if len(shards) > MAX_SHARDS:
+            raise too_many
     return shards
 
 
@@ -55,6 +99,12 @@ class Position:
 
     def state(self) -> dict[str, Any]:
         return {"pass_": self.pass_, "shard": self.shard, "taken": self.taken, "skipped": dict(self.skipped)}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Position:
+        """The inverse of :meth:`state`. Raises ValueError for what is no position."""
+        numbers = {name: check_position(state.get(name, 0)) for name in ("pass_", "shard", "taken")}
+        return cls(**numbers, skipped={str(k): check_position(v) for k, v in state.get("skipped", {}).items()})
 
 
 class ShardReaders(IterableDataset):
@@ -107,59 +157,54 @@ class ShardReaders(IterableDataset):
                 raise DataError(f"the shards gave no sample to train on, all tried: {reasons}.")
             begin, taken, pass_ = 0, 0, pass_ + 1
 
-    def _samples(self, url: str, pass_: int, skipped: Skipped) -> Iterator[dict[str, Any]]:
-        def broken(error: Exception) -> bool:
-            skipped.add("unreadable shards or members", f"{url} ({error})")
-            return True  # go on with what else there is
-
-        yield from wds.DataPipeline(
-            wds.SimpleShardList([url]),
-            wds.tarfile_to_samples(handler=broken),
-            wds.shuffle(_BUFFER, rng=random.Random(f"{self.seed}/{pass_}/{url}")),
-        )
+    def _samples(self, url: str, pass_: int, skipped: Skipped) -> Iterator[RawSample]:
+        yield from shuffled(read_samples(url, skipped), random.Random(f"{self.seed}/{pass_}/{url}"))
 
 
-def decode(sample: dict[str, Any], resolution: int, skipped: Skipped) -> tuple[Tensor, str] | None:
+def decode(sample: RawSample, resolution: int, skipped: Skipped) -> tuple[Tensor, str] | None:
     """(picture [3, H, W], caption) of a raw sample, or None, counted in ``skipped``."""
-    name = f"{sample.get('__url__')}: {sample.get('__key__')}"
-    picture = next((sample[suffix] for suffix in PICTURES if suffix in sample), None)
+    picture = next((sample.parts[suffix] for suffix in PICTURES if suffix in sample.parts), None)
     if picture is None:
-        skipped.add("samples without a picture", name)
+        skipped.add("samples without a picture", sample.name)
         return None
-    caption = _caption(sample)
+    try:
+        caption = _caption(sample)
+    except NoCaption as error:
+        skipped.add("captions that are no text", f"{sample.name} {error}")
+        return None
     if not caption:
-        skipped.add("samples without a caption", name)
+        skipped.add("samples without a caption", sample.name)
         return None
     try:
-        return to_tensor(crop(open_picture(picture, name), resolution)), caption
+        return to_tensor(crop(open_picture(picture, sample.name), resolution)), caption
     except UNREADABLE as error:
-        skipped.add("unreadable pictures", f"{name} ({error})")
+        skipped.add("unreadable pictures", f"{sample.name} ({error})")
         return None
 
 
-def _caption(sample: dict[str, Any]) -> str:
+def _caption(sample: RawSample) -> str:
     """The sample's .txt, or ``caption`` or ``text`` of its .json (as img2dataset writes them)."""
-    if "txt" in sample:
-        return bytes(sample["txt"]).decode("utf-8", errors="replace").strip()
-    try:
-        row = json.loads(sample.get("json", b"{}"))
-        return str(row.get("caption") or row.get("text") or "").strip()
-    except (ValueError, AttributeError):
-        return ""
+    if "txt" in sample.parts:
+        return decode_caption(sample.parts["txt"], sample.name)
+    return caption_of_row(sample.parts["json"], sample.name) if "json" in sample.parts else ""
 
 
 class ShardSource:
-    """A :class:`~.data.Source` that streams shards. workers: processes that decode, 0 for none."""
+    """A :class:`~.sources.Source` that streams shards.
+
+    workers: processes that decode, 0 for none. left_out: what lies beside the shards and is not read.
+    """
 
     def __init__(
-        self, shards: list[str], vae: Any, resolution: int, device: torch.device, seed: int, workers: int, lanes: Lanes
-    ):
+        self, shards: list[str], vae: Any, resolution: int, device: torch.device, seed: int, workers: int, lanes: Lanes,
+        left_out: Skipped | None = None,
+    ):  # fmt: skip
         if len(shards) < lanes.processes:
             raise DataError(
                 f"{len(shards)} shards cannot be divided among {lanes.processes} processes: write at least as many."
             )
         self.shards, self.vae, self.resolution, self.device = shards, vae, resolution, device
-        self.seed, self.lanes = seed, lanes
+        self.seed, self.lanes, self.left_out = seed, lanes, left_out or Skipped()
         self.workers = min(workers, len(shards) // lanes.processes)  # a worker reads shards of its own
         self.positions = [Position() for _ in range(max(1, self.workers))]
         self.drawn = 0
@@ -167,8 +212,8 @@ class ShardSource:
 
     @property
     def skipped(self) -> Skipped:
-        """Sum over this process's readers, as of the last sample of each."""
-        return Skipped(sum((Counter(p.skipped) for p in self.positions), Counter[str]()))
+        """Sum over this process's readers, as of the last sample of each, and what lies beside the shards."""
+        return Skipped(sum((Counter(p.skipped) for p in self.positions), Counter[str](self.left_out)))
 
     def __call__(self, count: int) -> tuple[Tensor, list[str]]:
         if self._samples is None:
@@ -197,8 +242,9 @@ class ShardSource:
         return {"positions": [p.state() for p in self.positions], "drawn": self.drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if len(state["positions"]) != len(self.positions):
+        positions = [Position.of(position) for position in state["positions"]]
+        drawn = check_position(state["drawn"])
+        if len(positions) != len(self.positions):
             # Other workers now: each goes on in a pass of its own choosing rather than from the start.
-            state = {"positions": [{"pass_": state["positions"][0]["pass_"] + 1}] * len(self.positions), "drawn": 0}
-        self.positions = [Position(**p) for p in state["positions"]]
-        self.drawn, self._samples = state["drawn"], None
+            positions, drawn = [Position(positions[0].pass_ + 1) for _ in self.positions], 0
+        self.positions, self.drawn, self._samples = positions, drawn, None
