@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -81,7 +81,7 @@ def _expand(data: str) -> list[str]:
             raise too_many
         try:
             shards += islice(braceexpand(pattern), MAX_SHARDS + 1 - len(shards))
-        except UnbalancedBracesError as error:
+        except ValueError as error:  # braces that do not match
             raise DataError(f"data = {data[:80]} has a brace too many or too few ({error}).") from error
         if len(shards) > MAX_SHARDS:
             raise too_many

@@ -90,7 +90,7 @@ def _members(url: str) -> Iterator[tuple[str, bytes]]:
         plain = _Allowance(_unpacked(stream))
         with tarfile.open(fileobj=cast(Any, plain), mode="r|") as tar:
             for member in tar:
-                tar.members = []  # a stream keeps them all otherwise
+                tar.members = []  # type: ignore[attr-defined]  # a stream keeps them all otherwise
                 plain.renew()
                 name = member.name.rpartition("/")[2]
                 if not member.isreg() or (name.startswith("__") and name.endswith("__")):
@@ -147,7 +147,7 @@ def _unpacked(stream: BinaryIO) -> BinaryIO:
         return cast(BinaryIO, bz2.BZ2File(buffered))
     if head.startswith(b"\xfd7zXZ\x00"):
         raise ShardError("it is compressed with xz; unpack it, shards are plain tar files")
-    return cast(BinaryIO, buffered)
+    return buffered
 
 
 @contextmanager
