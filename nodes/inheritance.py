@@ -22,10 +22,12 @@ from ..sun.inheritance import (
     places_of,
     roles_of,
 )
+from . import merging, notices
 
 log = logging.getLogger(__name__)
 
 KEY = "sun_inheritance"
+NODE = "sun_inheritance_node"  # where the page shows what a run did
 
 
 @dataclass
@@ -54,6 +56,8 @@ def apply(model: ModelPatcher, plan: Plan) -> ModelPatcher:
     if patched.get_attachment(KEY) is not None:
         log.warning("Feature inheritance: the model had a plan already; %s takes its place.", plan)
     patched.set_attachments(KEY, plan)
+    patched.set_attachments(NODE, notices.running_node())
+    merging.speak_up(patched)
     for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, _outer_sample), (WrappersMP.DIFFUSION_MODEL, _diffusion_model)):
         patched.remove_wrappers_with_key(kind, KEY)
         patched.add_wrapper_with_key(kind, KEY, wrapper)
@@ -74,7 +78,11 @@ def _outer_sample(
     try:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     finally:
-        for run, _ in state.runs.values():
+        runs = [run for run, _ in state.runs.values()]
+        full, inherited = sum(run.full for run in runs), sum(run.inherited for run in runs)
+        node = guider.model_patcher.get_attachment(NODE)
+        notices.tell(node, "inherited", full=full, inherited=inherited, calls=full + inherited)
+        for run in runs:
             log.info("%s", run.finish())
 
 

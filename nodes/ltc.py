@@ -22,6 +22,7 @@ from comfy.patcher_extension import WrappersMP
 from ..sun.ltc import LtcKey, LtcSettings, TableStore, fingerprint, kdiffusion
 from ..sun.ltc.kdiffusion import SamplerRun
 from ..sun.ltc.keep import AUTOMATIC, keep_measured, open_run
+from . import merging, notices
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class LtcChoice:
 
     settings: LtcSettings
     calibration: str
+    node: str | None = None  # where the page shows what a run did
 
 
 def tables_folder() -> Path:
@@ -48,7 +50,8 @@ def apply(model: ModelPatcher, settings: LtcSettings, calibration: str = AUTOMAT
     patched = model.clone()
     if patched.get_attachment(KEY) is not None:
         log.warning("LTC-Accel: the model had it already; the later node takes its place.")
-    patched.set_attachments(KEY, LtcChoice(settings, calibration))
+    patched.set_attachments(KEY, LtcChoice(settings, calibration, notices.running_node()))
+    merging.speak_up(patched)
     for kind, wrapper in ((WrappersMP.SAMPLER_SAMPLE, _sampler_sample), (WrappersMP.PREDICT_NOISE, _predict_noise)):
         patched.remove_wrappers_with_key(kind, KEY)
         patched.add_wrapper_with_key(kind, KEY, wrapper)
@@ -89,7 +92,12 @@ def _sampler_sample(
     if levels[-1] == 0:  # otherwise another sampler goes on from here, and the last step was not seen
         run.finish(samples)
     if run.measure is not None:
-        keep_measured(run.measure, key, store)
+        table = keep_measured(run.measure, key, store)
+        text = "ltc_measured" if table.coefficients else "ltc_nothing"
+        notices.tell(choice.node, text, calls=table.calls, steps=key.steps)
+    else:
+        saved = round(100 * run.skips_made / key.steps)
+        notices.tell(choice.node, "ltc_saved", calls=key.steps - run.skips_made, steps=key.steps, saved=saved)
     return samples
 
 

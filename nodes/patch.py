@@ -35,7 +35,7 @@ from ..sun.attention import sun_attention
 from ..sun.conditioning import AdapterTexts, repeated_in_turn
 from ..sun.kept import Negative, SunRun
 from ..sun.layers import AttentionLayer
-from . import checks
+from . import checks, merging
 from .loading import LoadedAdapter, check_base, load_adapter
 from .run import WHOLE_RUN, RunReport, SunSettings, interval
 
@@ -96,6 +96,7 @@ def apply(
         log.warning("SUN: the model had a SUN adapter already; %s takes its place.", loaded.name)
     patched.set_attachments(KEY, SunSettings(loaded.name, float(strength), negative, layers, effect, guidance))
     patched.set_additional_models(KEY, [loaded.patcher])
+    merging.speak_up(patched)
     for wrapper_type, wrapper in (
         (WrappersMP.OUTER_SAMPLE, _outer_sample),
         (WrappersMP.APPLY_MODEL, _apply_model),

@@ -1,6 +1,7 @@
 /*
  * What the page adds to SUN's nodes: facts of the chosen adapter under its loader, the text of SUN Adapter Info in the
- * node, a line over the sampler about its run, and an orange frame on samplers whose cfg or scheduler does not fit SUN.
+ * node, what a run did at the nodes it concerns, and an orange word on samplers whose cfg or scheduler does not fit SUN,
+ * through subgraphs too. The example workflows it shows in the language of the page.
  * Asks only ComfyUI's own server. Whatever a page lacks (badges, stroke styles) is left out; no node stops working for it.
  */
 import { app } from "../../scripts/app.js";
@@ -19,12 +20,20 @@ const BYPASSED = 4;
 // ------------------------------------------------------------------------------------------------------------- words
 
 let words = {};
+let workflowTexts = {}; // text of an example workflow in any language -> the same in the page's
 
-/** Reads this pack's texts (locales/LANGUAGE/main.json, key "sun") in the language of the page, else English. */
+/** Reads this pack's texts (locales/LANGUAGE/main.json) in the language of the page, else English. */
 async function loadWords() {
   const translations = await (await api.fetchApi("/i18n")).json();
   const locale = app.ui?.settings?.getSettingValue?.("Comfy.Locale") || navigator.language || "en";
-  words = { ...translations.en?.sun, ...translations[locale.split("-")[0]]?.sun, ...translations[locale]?.sun };
+  const language = locale.split("-")[0];
+  words = { ...translations.en?.sun, ...translations[language]?.sun, ...translations[locale]?.sun };
+  const here = { ...translations[language]?.sun_workflows, ...translations[locale]?.sun_workflows };
+  for (const { sun_workflows: texts = {} } of Object.values(translations)) {
+    for (const [english, translated] of Object.entries(texts)) {
+      for (const text of [english, translated]) workflowTexts[text] = here[english] ?? english;
+    }
+  }
 }
 
 /** The text `key` with {names} filled in; empty when it is not known. */
@@ -65,7 +74,7 @@ function wrap(text, width) {
  * text fills the room there is, so that no node of an old graph comes to lie on its neighbour.
  * `beforeDraw` is called each time they are drawn.
  */
-function addText(node, beforeDraw = () => {}) {
+function addText(node, beforeDraw = () => {}, name = "sun_text") {
   let text = "";
   let needed = false;
   let colour;
@@ -82,7 +91,7 @@ function addText(node, beforeDraw = () => {}) {
   };
   const widget = {
     type: "sun_text",
-    name: "sun_text",
+    name,
     value: "",
     serialize: false, // neither in the saved workflow
     options: { serialize: false }, // nor in the prompt
@@ -168,7 +177,10 @@ function adapterLoader(node) {
   let current = null;
   // Drawing follows every way a value changes on the canvas: a click, a loaded workflow, undo, a script.
   const show = addText(node, follow);
-  node.setSize([node.size[0], node.size[1] + 3 * LINE_HEIGHT]); // a new node has room; a loaded one its saved size
+  measure.font = FONT;
+  const longest = Math.max(...[combo.value, ...[combo.options?.values].flat().filter((name) => typeof name === "string")].map((name) => measure.measureText(name).width));
+  // A new node has room for its text and the longest name, up to a bound; a loaded one has its saved size.
+  node.setSize([Math.min(Math.max(node.size[0], longest + 150), 500), node.size[1] + 3 * LINE_HEIGHT]);
   for (const [object, method] of [[combo, "callback"], [node, "onConfigure"]]) { // nodes made of HTML are not drawn
     const original = object[method];
     object[method] = function () {
@@ -194,38 +206,127 @@ function adapterInfo(node) {
   afterRun(node, (text) => show(text, true));
 }
 
-function sampler(node) {
+/** A line about a node's run: over it or, in nodes made of HTML, in it. Returns show(text). */
+function addLine(node) {
   let line = "";
   addBadge(node, () => line, "#2d4a36");
-  const show = globalThis.LiteGraph?.vueNodesMode ? addText(node) : null; // in the badge's place
-  afterRun(node, (text) => {
-    line = text.split("\n")[0];
+  const show = globalThis.LiteGraph?.vueNodesMode ? addText(node, undefined, "sun_line") : null;
+  return (text) => {
+    line = text;
     show?.(line, false);
     app.graph?.setDirtyCanvas(true, true);
-  });
+  };
+}
+
+function sampler(node) {
+  const show = addLine(node);
+  afterRun(node, (text) => show(text.split("\n")[0]));
+}
+
+// --------------------------------------------------------------------------------- what the server says of other nodes
+
+const NOTICES = ["ltc_saved", "ltc_measured", "ltc_nothing", "inherited", "ran", "merged", "saved"];
+const WARNINGS = ["merged", "saved"];
+const noticed = new WeakMap(); // node -> its show(text, warning)
+
+/** The node behind an id of the server; "12:5" is node 5 of the subgraph that node 12 stands for. */
+function nodeOf(id) {
+  let graph = app.rootGraph ?? app.graph;
+  let node = null;
+  for (const part of String(id).split(":")) {
+    node = graph?.getNodeById(part) ?? graph?.getNodeById(Number(part)) ?? null;
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+function noticeOn(node) {
+  if (!noticed.has(node)) {
+    const overIt = watched.get(node)?.line; // samplers: in the same place as the pack's own
+    const inIt = overIt ? null : addText(node, undefined, "sun_notice");
+    noticed.set(node, (text, warning) => (overIt ? overIt(text) : inIt(text, Boolean(text), warning ? ORANGE : undefined)));
+  }
+  return noticed.get(node);
+}
+
+function onNotice({ detail }) {
+  const { node: id, text, values } = detail;
+  const node = NOTICES.includes(text) ? nodeOf(id) : null;
+  if (node) noticeOn(node)(say(text, values), WARNINGS.includes(text));
+}
+
+/** A node that runs anew says nothing any more of what it did before. */
+function onExecuting({ detail }) {
+  const node = detail == null ? null : nodeOf(detail.node ?? detail);
+  if (node && noticed.has(node)) noticed.get(node)("", false);
 }
 
 // ------------------------------------------------------------------------------------------- settings that do not fit
+
+const SUBGRAPH_INPUT = -10; // what ComfyUI names the place where wires enter a subgraph
 
 function carriesModel(input) {
   return input.type === "MODEL" || input.type === "*"; // "*": Reroute
 }
 
-/** Whether the model that reaches `node` has come through Apply SUN to Model. */
-function fedBySun(node, visited = new Set()) {
-  return (node.inputs ?? []).some((input, slot) => {
-    const source = carriesModel(input) && node.isInputConnected(slot) ? node.getInputNode(slot) : null;
-    if (!source || visited.has(source)) return false;
-    visited.add(source);
+/** The link that ends in an input of a node. Nodes that stand for a subgraph give another one of their own. */
+function linkInto(node, slot) {
+  const getInputLink = globalThis.LiteGraph?.LGraphNode?.prototype.getInputLink ?? node.getInputLink;
+  return getInputLink?.call(node, slot) ?? null;
+}
+
+/** The nodes that stand for a subgraph, in every graph of the workflow. */
+function instancesOf(subgraph) {
+  const root = app.rootGraph ?? app.graph;
+  const graphs = [root, ...(root?.subgraphs?.values() ?? [])];
+  return graphs.flatMap((graph) => (graph?.nodes ?? []).filter((node) => node.subgraph === subgraph));
+}
+
+/** Where the link `link` in `graph` comes from, as [node, output] pairs; more than one where a subgraph is used often. */
+function origins(graph, link) {
+  if (!link) return [];
+  if (Number(link.origin_id) === SUBGRAPH_INPUT) {
+    return instancesOf(graph).flatMap((node) => origins(node.graph, linkInto(node, link.origin_slot)));
+  }
+  const node = graph.getNodeById(link.origin_id);
+  return node ? [[node, link.origin_slot]] : [];
+}
+
+/** Links inside a subgraph that end in its output `slot`. */
+function linksToOutput(subgraph, slot) {
+  const ids = subgraph.outputs?.[slot]?.linkIds ?? [];
+  return ids.map((id) => subgraph.getLink?.(id) ?? subgraph.links?.get?.(id)).filter(Boolean);
+}
+
+/** Whether the model that link `link` in `graph` carries has come through Apply SUN to Model. */
+function carriesSun(graph, link, visited) {
+  return origins(graph, link).some(([source, slot]) => {
     const acts = source.mode !== MUTED && source.mode !== BYPASSED;
-    return (acts && source.comfyClass === "SUN_Apply") || fedBySun(source, visited);
+    if (acts && source.comfyClass === "SUN_Apply") return true;
+    if (acts && source.subgraph) {
+      return linksToOutput(source.subgraph, slot).some((inner) => carriesSun(source.subgraph, inner, visited));
+    }
+    return fedBySun(source, visited);
   });
 }
 
-/** The value in a node's widget; undefined when there is none, or when a link takes its place. */
+/** Whether a model that reaches `node` has come through Apply SUN to Model. */
+function fedBySun(node, visited = new Set()) {
+  if (visited.has(node)) return false;
+  visited.add(node);
+  return (node.inputs ?? []).some(
+    (input, slot) => carriesModel(input) && carriesSun(node.graph, linkInto(node, slot), visited),
+  );
+}
+
+/** The value in a node's widget, or in that of the subgraph it is led out to; undefined when another node gives it. */
 function setting(node, name) {
-  const linked = node.inputs?.some((input, slot) => input.widget?.name === name && node.isInputConnected(slot));
-  return linked ? undefined : node.widgets?.find((widget) => widget.name === name)?.value;
+  const slot = node.inputs?.findIndex((input) => input.widget?.name === name) ?? -1;
+  const link = slot < 0 ? null : linkInto(node, slot);
+  if (!link) return node.widgets?.find((widget) => widget.name === name)?.value;
+  if (Number(link.origin_id) !== SUBGRAPH_INPUT) return undefined;
+  const values = instancesOf(node.graph).map((outer) => setting(outer, outer.inputs[link.origin_slot]?.widget?.name));
+  return values.every((value) => value === values[0]) ? values[0] : undefined;
 }
 
 /** What a sampler behind Apply SUN has to change, as a sentence; empty when all is well. */
@@ -240,17 +341,78 @@ function advice(node) {
   return say("set", { what: wrong.map((name) => say(name)).join(say("and")) });
 }
 
-function watchSettings(node) {
+function isSampler(node) {
   const names = (node.widgets ?? []).map((widget) => widget.name);
-  const isSampler = names.includes("cfg") || names.includes("scheduler");
-  if (!isSampler || !node.inputs?.some((input) => input.type === "MODEL")) return;
-  addBadge(node, () => advice(node), "#8a4b08");
+  const settings = names.includes("cfg") || names.includes("scheduler");
+  return settings && (node.inputs ?? []).some((input) => input.type === "MODEL");
+}
+
+/** What a node has to say of settings: its own or, for a subgraph, those of the samplers in it. */
+function adviceOf(node, depth = 0) {
+  if (!node.subgraph) return isSampler(node) && node.mode !== MUTED && node.mode !== BYPASSED ? advice(node) : "";
+  if (depth > 8) return "";
+  return (node.subgraph.nodes ?? []).map((inner) => adviceOf(inner, depth + 1)).find(Boolean) ?? "";
+}
+
+const watched = new Map(); // node -> {line, advise}
+
+function watchSettings(node) {
+  if (!isSampler(node) && !node.subgraph) return;
+  const entry = { line: node.subgraph ? null : addLine(node) };
+  addBadge(node, () => adviceOf(node), "#8a4b08");
   if (node.strokeStyles) {
-    node.strokeStyles.sunAdvice = () => (advice(node) ? { color: ORANGE, lineWidth: 3 } : undefined);
+    node.strokeStyles.sunAdvice = () => (adviceOf(node) ? { color: ORANGE, lineWidth: 3 } : undefined);
   }
+  if (globalThis.LiteGraph?.vueNodesMode) {
+    const show = addText(node, undefined, "sun_advice");
+    let shown = "";
+    entry.advise = () => {
+      const now = adviceOf(node);
+      if (now !== shown) show((shown = now), false, ORANGE);
+    };
+  }
+  watched.set(node, entry);
+  const original = node.onRemoved;
+  node.onRemoved = function () {
+    watched.delete(node);
+    return original?.apply(this, arguments);
+  };
+}
+
+/** Nodes made of HTML are not drawn again when something before them changes: they are looked after. */
+function adviseAll() {
+  if (!globalThis.LiteGraph?.vueNodesMode || document.hidden) return;
+  for (const { advise } of watched.values()) advise?.();
+}
+
+// ----------------------------------------------------------------------------- example workflows in the page's language
+
+/** Notes, and titles of nodes and groups, of an example workflow; what its user has written stays. */
+function translateExample(graph) {
+  if (!graph?.extra?.sun_example) return;
+  const translated = (text) => (Object.hasOwn(workflowTexts, text) ? workflowTexts[text] : text);
+  for (const node of graph.nodes ?? []) {
+    node.title = translated(node.title);
+    if (node.type !== "MarkdownNote") continue;
+    for (const widget of node.widgets ?? []) {
+      if (typeof widget.value === "string") widget.value = translated(widget.value);
+    }
+  }
+  for (const group of graph.groups ?? []) group.title = translated(group.title);
 }
 
 const HELPERS = { SUN_LoadAdapter: adapterLoader, SUN_AdapterInfo: adapterInfo, SUN_Sampler: sampler };
+
+/** `callback`, whose failure is written to the console and stops nothing of the page. */
+function guarded(callback) {
+  return (...given) => {
+    try {
+      callback(...given);
+    } catch (error) {
+      console.warn("SUN: something of the page's extras failed", error);
+    }
+  };
+}
 
 app.registerExtension({
   name: "SUN.nodes",
@@ -260,6 +422,12 @@ app.registerExtension({
     } catch (error) {
       console.warn("SUN: its texts could not be loaded", error);
     }
+    api.addEventListener("sun.notice", guarded(onNotice));
+    api.addEventListener("executing", guarded(onExecuting));
+    setInterval(guarded(adviseAll), 700);
+  },
+  afterConfigureGraph() {
+    guarded(translateExample)(app.rootGraph ?? app.graph);
   },
   nodeCreated(node) {
     try {

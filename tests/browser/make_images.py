@@ -16,7 +16,7 @@ from serving import serving
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "docs" / "images"
-WORKFLOW = json.loads((ROOT / "example_workflows" / "sun_emoji_txt2img.json").read_text(encoding="utf-8"))
+WORKFLOW = json.loads((ROOT / "example_workflows" / "SUN text to image.json").read_text(encoding="utf-8"))
 
 
 def save(page: Page, name: str, box: tuple[int, int, int, int], width: int = 1000) -> None:
@@ -30,7 +30,7 @@ def save(page: Page, name: str, box: tuple[int, int, int, int], width: int = 100
 
 
 def run_and_help(page: Page) -> None:
-    page.drop(WORKFLOW, "sun_emoji_txt2img")
+    page.drop(WORKFLOW, "SUN text to image")
     page.run()
     page.wait(lambda: page.node("SaveImage", "(node.imgs ?? []).length"), "show the picture")
     page.wait(lambda: any("U-Net" in text for text in page.badges("SUN_Sampler")), "tell of the run")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from selenium.webdriver.remote.webelement import WebElement
 
 WORKFLOWS = sorted(path.stem for path in (REPOSITORY / "example_workflows").glob("*.json"))
-FIRST = "sun_emoji_txt2img"
+FIRST = "SUN text to image"
 TITLE = 30  # height of a node's title, which stands over its position
 
 

@@ -1,7 +1,7 @@
 """Makes the thumbnails ComfyUI's template browser shows for example_workflows/.
 
 python tests/comfy/make_thumbnails.py                                     draws every workflow that has no thumbnail
-python tests/comfy/make_thumbnails.py sun_emoji_txt2img=picture.png ...   takes the picture as thumbnail
+python tests/comfy/make_thumbnails.py SUN text to image=picture.png ...   takes the picture as thumbnail
 
 SUN_PICTURES=FOLDER pytest -c tests/pytest.ini tests/comfy/test_comfy_workflows.py leaves each workflow's picture there.
 """

@@ -51,7 +51,7 @@ class EmojiGraph(Graph):
         """VAE Decode and the picture."""
         image = self.add("VAEDecode", samples=samples, vae=vae)[0]
         if save:
-            self.add("SaveImage", images=image, filename_prefix=self.name.replace("sun_", "SUN_", 1))
+            self.add("SaveImage", images=image, filename_prefix=self.name.replace(" ", "_"))
         else:
             self.add("PreviewImage", images=image)
         return image
@@ -125,9 +125,9 @@ def image_to_image(g: EmojiGraph) -> None:
 def inpaint_mask(g: EmojiGraph) -> None:
     loader, applied = g.model(
         "# Inpainting with a mask\n\nWorks with every model: only what is white in the mask is painted, the rest of the "
-        "picture is put back at every step.\n\nThe mask is made by the three nodes of the group in the middle. For your "
+        "picture is put back at every step.\n\nThe mask is made by the three nodes of the group below. For your "
         "own, use **Load Image**, right-click it, *Open in MaskEditor*, and connect its two outputs.\n\nThe graph "
-        "`sun_emoji_inpaint_model` does the same with an inpainting model, which sees the rest of the picture."
+        "*SUN inpainting model* does the same with an inpainting model, which sees the rest of the picture."
     )
     image, negative = g.first_picture(loader, applied, "soccer ball, white background")
     with g.group("What to paint: white in the mask", below=True):
@@ -298,7 +298,7 @@ def ltc_accel(g: EmojiGraph) -> None:
         g,
         "LTC-Accel skips whole steps of **any** model; nothing is trained.\n\n"
         "The first run measures at full cost and gives the usual picture. From the second run on (change the seed) steps "
-        "are skipped, until steps, sampler, scheduler, cfg or model change. The log says how many steps call the model.",
+        "are skipped, until steps, sampler, scheduler, cfg or model change. The node says how many steps called the model.",
         "SUN_ApplyLtcAccel",
     )
 
@@ -330,41 +330,27 @@ def together(g: EmojiGraph) -> None:
         g.picture(g.sampler(model, positive, negative, latent, steps=8), loader["vae"])
 
 
+# Names are the titles that ComfyUI shows under Templates.
 GRAPHS: dict[str, Callable[[EmojiGraph], None]] = {
-    "sun_emoji_txt2img": text_to_image,
-    "sun_emoji_img2img": image_to_image,
-    "sun_emoji_inpaint_mask": inpaint_mask,
-    "sun_emoji_inpaint_model": inpaint_model,
-    "sun_emoji_controlnet": controlnet,
-    "sun_emoji_lora": lora,
-    "sun_emoji_regions": regions,
-    "sun_emoji_long_prompts": long_prompts,
-    "sun_emoji_custom_sampler": custom_sampler,
-    "sun_emoji_upscale": upscale,
-    "sun_emoji_ltc_accel": ltc_accel,
-    "sun_emoji_inheritance": inheritance,
-    "sun_emoji_accelerators": together,
-    "sun_sd15_txt2img": sd15,
+    "SUN text to image": text_to_image,
+    "SUN image to image": image_to_image,
+    "SUN inpainting with a mask": inpaint_mask,
+    "SUN inpainting model": inpaint_model,
+    "SUN with ControlNet": controlnet,
+    "SUN with a LoRA": lora,
+    "SUN two regions": regions,
+    "SUN long prompts": long_prompts,
+    "SUN custom sampler": custom_sampler,
+    "SUN upscaling": upscale,
+    "LTC-Accel skips steps": ltc_accel,
+    "Feature inheritance": inheritance,
+    "SUN with both accelerators": together,
+    "SUN with Stable Diffusion 1.5": sd15,
 }
-
-_PROMPTS = {"model": ("MODEL",), "positive": ("CONDITIONING",), "negative": ("CONDITIONING",)}
-# The workflows name nodes that a checkout may not have yet; a node ComfyUI lists is taken as it is there.
-AGREED: dict[str, Any] = {
-    "SUN_Scheduler": {
-        "input": {
-            "required": {
-                "model": ("MODEL",), "steps": ("INT", {"default": 4}), "denoise": ("FLOAT", {"default": 1.0}),
-                "denoise_mode": (["trained", "respaced"], {"default": "trained"}),
-            }
-        },
-        "output": ["SIGMAS"], "output_name": ["sigmas"],
-    },
-    "SUN_Guider": {"input": {"required": _PROMPTS}, "output": ["GUIDER"], "output_name": ["guider"]},
-}  # fmt: skip
 
 
 def build(name: str, schemas: Mapping[str, Any]) -> EmojiGraph:
-    graph = EmojiGraph(name, {**AGREED, **schemas})
+    graph = EmojiGraph(name, schemas)
     GRAPHS[name](graph)
     return graph
 

@@ -90,6 +90,24 @@ def test_the_page_s_own_texts_have_the_same_gaps_to_fill() -> None:
     assert {"SUN_ADAPTER"} == read("en", "main")["dataTypes"].keys() == read("zh", "main")["dataTypes"].keys()
 
 
+def test_texts_of_the_example_workflows_are_chinese_too() -> None:
+    """Notes, and titles of nodes and groups: each has its translation, and none is left over."""
+    shown = set()
+    for file in (REPOSITORY / "example_workflows").glob("*.json"):
+        workflow = json.loads(file.read_text(encoding="utf-8"))
+        assert workflow["extra"]["sun_example"], "the page translates what is marked"
+        shown |= {node["title"] for node in workflow["nodes"] if "title" in node}
+        shown |= {node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote"}
+        shown |= {group["title"] for group in workflow["groups"]}
+    chinese = read("zh", "main")["sun_workflows"]
+    assert chinese.keys() == shown
+    # Code, file names and names of options are the same in every language.
+    code = re.compile(r"`[^`]+`")
+    for english, text in chinese.items():
+        assert CHINESE.search(text)
+        assert set(code.findall(english)) == set(code.findall(text))
+
+
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_every_node_has_a_page_that_tells_of_every_input_and_output(schemas: dict[str, Any], language: str) -> None:
     """The page's places: NODE/LANGUAGE.md, and NODE.md for English and languages without one of their own."""

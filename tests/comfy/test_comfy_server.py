@@ -59,7 +59,7 @@ def test_the_shipped_workflow_makes_the_picture_sun_generate_makes(server: Serve
     from sun.pictures.recipe import Recipe
     from sun.pipelines.schedulers import make_scheduler
 
-    prompt = to_prompt(workflow("sun_emoji_txt2img"), server.get("/object_info"))
+    prompt = to_prompt(workflow("SUN text to image"), server.get("/object_info"))
     (picture,) = server.run(prompt)
     sampler, latent = node_of(prompt, "SUN_Sampler"), node_of(prompt, "EmptyLatentImage")
     recipe = Recipe(
@@ -115,14 +115,14 @@ def test_help_pages_are_served(server: Server) -> None:
 
 
 def test_a_missing_adapter_is_explained_before_anything_runs(server: Server) -> None:
-    prompt = to_prompt(workflow("sun_emoji_txt2img"), server.get("/object_info"))
+    prompt = to_prompt(workflow("SUN text to image"), server.get("/object_info"))
     node_of(prompt, "SUN_LoadAdapter")["adapter_name"] = "gone.safetensors"
     with pytest.raises(AssertionError, match=r"(?s)No SUN adapter named 'gone.safetensors'.*models/sun"):
         server.run(prompt)
 
 
 def test_a_queued_prompt_is_right_after_an_interrupted_one(server: Server) -> None:
-    prompt = to_prompt(workflow("sun_emoji_txt2img"), server.get("/object_info"))
+    prompt = to_prompt(workflow("SUN text to image"), server.get("/object_info"))
     node_of(prompt, "SUN_Sampler")["seed"] += 100  # what ran before comes from ComfyUI's cache, without a picture
     (expected,) = server.run(prompt)
     long = copy.deepcopy(prompt)
@@ -139,7 +139,7 @@ def test_a_queued_prompt_is_right_after_an_interrupted_one(server: Server) -> No
 
 
 def test_what_happened_reaches_the_page(server: Server) -> None:
-    prompt = to_prompt(workflow("sun_emoji_txt2img"), server.get("/object_info"))
+    prompt = to_prompt(workflow("SUN text to image"), server.get("/object_info"))
     node_of(prompt, "SUN_Sampler")["seed"] += 1  # else the result comes from ComfyUI's cache
     outputs = server.result(server.queue(prompt))["outputs"]
     lines = [output["text"] for output in outputs.values() if "text" in output]
@@ -187,7 +187,7 @@ def test_the_sd15_workflow_runs_on_stock_loaders(server: Server, host: Any) -> N
     """Random weights: CheckpointLoaderSimple, the authors' file layout, 16 layers at text width 768."""
     from sun import SunAdapter
 
-    prompt = to_prompt(workflow("sun_sd15_txt2img"), server.get("/object_info"))
+    prompt = to_prompt(workflow("SUN with Stable Diffusion 1.5"), server.get("/object_info"))
     checkpoint = server.base / "models/checkpoints" / node_of(prompt, "CheckpointLoaderSimple")["ckpt_name"]
     adapter = server.base / "models/sun" / node_of(prompt, "SUN_LoadAdapter")["adapter_name"]
     random_sd15(checkpoint)

@@ -19,27 +19,27 @@ import pytest
 import torch
 from comfy_helpers import make_lora
 from comfyui_host import REPOSITORY, load_builtin_extras, schemas
-from make_workflows import AGREED, GRAPHS, LORA_FILE, build
+from make_workflows import GRAPHS, LORA_FILE, build
 from PIL import Image
 from workflows import NOTES, to_prompt, with_defaults
 
 WORKFLOWS = REPOSITORY / "example_workflows"
-STOCK = {"sun_sd15_txt2img"}  # needs a checkpoint of 475 MB: see test_comfy_server.py
+STOCK = {"SUN with Stable Diffusion 1.5"}  # needs a checkpoint of 475 MB: see test_comfy_server.py
 # Workflow: (U-Net calls, sampling runs with SUN, size of the picture saved)
 EXPECTED = {
-    "sun_emoji_txt2img": (4, 1, (128, 128)),
-    "sun_emoji_img2img": (4 + 3, 2, (128, 128)),
-    "sun_emoji_inpaint_mask": (4 + 4, 2, (128, 128)),
-    "sun_emoji_inpaint_model": (4 + 4, 2, (128, 128)),
-    "sun_emoji_controlnet": (4 + 4, 2, (128, 128)),
-    "sun_emoji_lora": (4, 1, (128, 128)),
-    "sun_emoji_regions": (2 * 4, 1, (256, 128)),
-    "sun_emoji_long_prompts": (4, 1, (128, 128)),
-    "sun_emoji_custom_sampler": (4, 1, (128, 128)),
-    "sun_emoji_upscale": (4 + 1, 2, (160, 160)),
-    "sun_emoji_ltc_accel": (25, 0, (128, 128)),  # both passes of guidance in a call; the first run skips nothing
-    "sun_emoji_inheritance": (25, 0, (128, 128)),
-    "sun_emoji_accelerators": (8, 1, (128, 128)),
+    "SUN text to image": (4, 1, (128, 128)),
+    "SUN image to image": (4 + 3, 2, (128, 128)),
+    "SUN inpainting with a mask": (4 + 4, 2, (128, 128)),
+    "SUN inpainting model": (4 + 4, 2, (128, 128)),
+    "SUN with ControlNet": (4 + 4, 2, (128, 128)),
+    "SUN with a LoRA": (4, 1, (128, 128)),
+    "SUN two regions": (2 * 4, 1, (256, 128)),
+    "SUN long prompts": (4, 1, (128, 128)),
+    "SUN custom sampler": (4, 1, (128, 128)),
+    "SUN upscaling": (4 + 1, 2, (160, 160)),
+    "LTC-Accel skips steps": (25, 0, (128, 128)),  # both passes of guidance in a call; the first run skips nothing
+    "Feature inheritance": (25, 0, (128, 128)),
+    "SUN with both accelerators": (8, 1, (128, 128)),
 }
 
 
@@ -88,11 +88,9 @@ def saved(name: str) -> dict[str, Any]:
 
 
 def prompt_of(name: str, known: dict[str, Any]) -> dict[str, Any]:
-    """The workflow's prompt. Skips while a node of the pack that it names is not in it yet."""
+    """The workflow's prompt."""
     workflow = saved(name)
     missing = {node["type"] for node in workflow["nodes"]} - set(known) - set(NOTES)
-    if missing and missing <= set(AGREED):
-        pytest.skip(f"{', '.join(sorted(missing))} is not among the pack's nodes yet")
     assert not missing, f"ComfyUI has no {sorted(missing)}"
     return to_prompt(workflow, known)
 
@@ -159,9 +157,8 @@ def test_every_workflow_is_run_by_a_test_and_made_by_the_script() -> None:
 @pytest.mark.parametrize("name", sorted(GRAPHS))
 def test_a_workflow_is_what_the_script_makes_of_the_nodes_schemas(name: str, known: dict[str, Any]) -> None:
     """A node whose inputs were renamed or reordered shows here: run tests/comfy/make_workflows.py."""
-    both = {**AGREED, **known}
     made = build(name, known).workflow()
-    old, new = (with_defaults(to_prompt(workflow, both), both) for workflow in (saved(name), made))
+    old, new = (with_defaults(to_prompt(workflow, known), known) for workflow in (saved(name), made))
     assert old == new
     assert [n["widgets_values"] for n in saved(name)["nodes"] if n["type"] in NOTES] == [
         n["widgets_values"] for n in made["nodes"] if n["type"] in NOTES
@@ -230,14 +227,14 @@ def test_wires_run_left_to_right_and_behind_no_node(name: str) -> None:
 
 
 def test_long_prompts_are_long_on_both_sides(known: dict[str, Any], execute) -> None:
-    ran = execute(prompt_of("sun_emoji_long_prompts", known))
+    ran = execute(prompt_of("SUN long prompts", known))
     assert all(tokens > 77 and tokens % 77 == 0 for tokens in ran.texts)
     (line,) = ran.sun_lines
     assert "negative 77 tokens" not in line
 
 
 def test_the_masked_part_alone_is_painted(known: dict[str, Any], execute, host: SimpleNamespace) -> None:
-    prompt = prompt_of("sun_emoji_inpaint_mask", known)
+    prompt = prompt_of("SUN inpainting with a mask", known)
     preview = next(n for n in prompt.values() if n["class_type"] == "PreviewImage")
     preview["class_type"] = "SaveImage"
     preview["inputs"]["filename_prefix"] = "before"
@@ -248,7 +245,7 @@ def test_the_masked_part_alone_is_painted(known: dict[str, Any], execute, host: 
     assert difference[:, 64:].mean() > 10
 
 
-@pytest.mark.parametrize(("name", "fewer"), [("sun_emoji_ltc_accel", 25), ("sun_emoji_accelerators", 8)])
+@pytest.mark.parametrize(("name", "fewer"), [("LTC-Accel skips steps", 25), ("SUN with both accelerators", 8)])
 def test_ltc_accel_calls_the_model_less_often_in_the_second_run(
     name: str, fewer: int, known: dict[str, Any], execute
 ) -> None:
@@ -264,7 +261,7 @@ def test_ltc_accel_calls_the_model_less_often_in_the_second_run(
 
 def test_inheritance_leaves_out_inner_parts(known: dict[str, Any], execute) -> None:
     """Its picture differs from the plain one a little."""
-    prompt = prompt_of("sun_emoji_inheritance", known)
+    prompt = prompt_of("Feature inheritance", known)
     fast = execute(prompt).pictures[-1]
     loader = next(key for key, n in prompt.items() if n["class_type"] == "SUN_LoadEmojiDiffusion")
     next(n for n in prompt.values() if n["class_type"] == "KSampler")["inputs"]["model"] = [loader, 0]
@@ -274,7 +271,7 @@ def test_inheritance_leaves_out_inner_parts(known: dict[str, Any], execute) -> N
 
 
 def test_the_custom_sampler_gives_the_samplers_picture(known: dict[str, Any], execute) -> None:
-    custom, plain = (prompt_of(f"sun_emoji_{name}", known) for name in ("custom_sampler", "txt2img"))
+    custom, plain = (prompt_of(name, known) for name in ("SUN custom sampler", "SUN text to image"))
     first = execute(custom).pictures[-1]
     second = execute(plain).pictures[-1]
     assert np.abs(np.asarray(first, dtype=int) - np.asarray(second, dtype=int)).max() <= 1

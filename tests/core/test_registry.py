@@ -17,7 +17,7 @@ import sun
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NEEDED = ["__init__.py", "nodes/extension.py", "sun/files.py", "web/sun.js", "web/icon.svg", "web/docs/SUN_Apply.md",
-          "locales/zh/nodeDefs.json", "example_workflows/sun_emoji_txt2img.json", "sun/models/emoji-sun.safetensors",
+          "locales/zh/nodeDefs.json", "example_workflows/SUN text to image.json", "sun/models/emoji-sun.safetensors",
           "pyproject.toml", "README.md", "LICENSE", "install.py"]  # fmt: skip
 
 
