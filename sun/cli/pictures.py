@@ -161,11 +161,11 @@ def compare(
 ) -> None:
     """Put SUN beside the model's own 25-step pictures: same noise, same prompts, calls counted, distances measured."""
     engine = _engine()
+    from ..evaluation import parse_method
     from ..pictures.compare import compare as run
     from ..pictures.compare import picture
 
-    methods = [f"sun-{steps}", *(also or [])]
-    _check_methods(methods)
+    methods = [parse_method(name) for name in (f"sun-{steps}", *(also or []))]
     numbered(target, 1)
     width, height = parse_size(size)
     recipe = Recipe(
@@ -253,16 +253,3 @@ def _recipe(ctx: typer.Context, source: Path | None) -> tuple[Recipe, dict[str, 
     if given.get("seed", 0) is None:
         given["seed"] = random.SystemRandom().randrange(2**32)
     return replace(base, **{k: v for k, v in given.items() if k in known}), content
-
-
-def _check_methods(methods: list[str]) -> None:
-    for method in methods:
-        name, _, steps = method.rpartition("-")
-        if (
-            name not in ("sun", "ddim", "dpmpp", "unipc", "euler", "cond")
-            or not steps.isdigit()
-            or not 1 <= int(steps) <= 1000
-        ):
-            raise typer.BadParameter(
-                f"{method!r} is no method; write for example ddim-4, dpmpp-8 or cond-25", param_hint="--also"
-            )

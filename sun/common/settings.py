@@ -102,16 +102,21 @@ def read_lines(path: Path) -> list[str]:
 
 
 def without_folders(config: Any) -> dict[str, Any]:
-    """All settings by name, groups nested, for a file that travels: of a path its :func:`last_name` alone."""
-    settings = asdict(config)
-    for name, value in settings.items():
-        if isinstance(value, str):
-            settings[name] = last_name(value)
-        elif isinstance(value, tuple):
-            settings[name] = tuple(last_name(part) if isinstance(part, str) else part for part in value)
-    settings.get("run", {}).pop("output", None)
-    settings.pop("allow_commands", None)  # of the machine it was said on
+    """All settings by name, groups nested, for a file that travels: of a path its :func:`last_name` alone, of where
+    the results went and of what was allowed on this machine nothing."""
+    settings: dict[str, Any] = _without_folders(asdict(config))
+    for group in (settings, settings.get("run", {})):
+        group.pop("output", None)
+    settings.pop("allow_commands", None)
     return settings
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, str):
+        return last_name(value)
+    if isinstance(value, dict):
+        return {name: _without_folders(part) for name, part in value.items()}
+    return tuple(map(_without_folders, value)) if isinstance(value, (tuple, list)) else value
 
 
 def last_name(value: str) -> str:

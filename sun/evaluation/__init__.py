@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from ..common import lazy
 from .config import EvaluateConfig, ModelSpec
-from .methods import METHODS, REFERENCE, parse_method, split_method
+from .names import METHODS, REFERENCE, MethodCall, parse_method
 from .sampler import CallCounter, Sample, Sampler
 
 if TYPE_CHECKING:
-    from .metrics import bootstrap_interval, frechet_distance, kernel_distance
+    from .metrics import bootstrap_interval, frechet_distance
     from .prompts import PromptSet, build_prompts
     from .run import evaluate, report
 
@@ -29,7 +29,6 @@ _HOME_OF = {
     "build_prompts": "prompts",
     "evaluate": "run",
     "frechet_distance": "metrics",
-    "kernel_distance": "metrics",
     "report": "run",
 }
 
@@ -38,6 +37,7 @@ __all__ = [
     "REFERENCE",
     "CallCounter",
     "EvaluateConfig",
+    "MethodCall",
     "ModelSpec",
     "PromptSet",
     "Sample",
@@ -46,10 +46,8 @@ __all__ = [
     "build_prompts",
     "evaluate",
     "frechet_distance",
-    "kernel_distance",
     "parse_method",
     "report",
-    "split_method",
 ]
 
 __getattr__ = lazy.attributes(__name__, _HOME_OF)

@@ -5,20 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import inheritance
 from ..common.settings import ConfigError
 from ..inheritance import PRESETS, InheritanceError, Plan
 from ..inheritance.plan import changed
 from ..ltc import LtcError, LtcSettings
-
-if TYPE_CHECKING:
-    from .methods import MethodCall
-
-LTC_OPTIONS = ("tau", "every", "first", "last", "terms")
-INHERIT_OPTIONS = ("stages", "outer", "every", "forecast", "early", "late")
-PRESET_NAMES = tuple(PRESETS)
+from .names import MethodCall
 
 
 def ltc_settings(call: MethodCall) -> LtcSettings:
@@ -43,7 +37,7 @@ def plan_of(call: MethodCall) -> Plan:
     """
     given: dict[str, Any] = {key: int(call.number(key, 0)) for key in ("stages", "outer") if key in call.options}
     plan = Plan(outer=1) if given and not call.variant else PRESETS[call.variant or "balanced"]
-    if "every" in call.options and "ltc" not in call.method.name:
+    if "every" in call.options and not call.method.ltc:
         given["every"] = int(call.number("every", 2))
     for word in ("early", "late"):
         if word in call.options:

@@ -6,19 +6,19 @@ A prompt's starting picture is the reference's picture of the prompt before it, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..common.settings import ConfigError
 from .cells import Tensors
-from .methods import REFERENCE, parse_method
 from .metrics import map_distance, mean_and_interval, psnr, ssim
+from .model import ModelEvaluation
+from .names import REFERENCE, MethodCall
+from .prompts import Drawn
 from .sampler import Edit
-
-if TYPE_CHECKING:
-    from .model import ModelEvaluation
 
 KINDS = ("img2img", "inpaint")
 
@@ -50,6 +50,11 @@ class Edits:
         self.count = min(evaluation.config.edit_prompts, len(evaluation.prompts.positives))
         self.methods = evaluation.methods_among(evaluation.config.edit_methods)
 
+    def _first(self, other_noise: bool = False) -> Drawn:
+        """The prompts that are edited."""
+        drawn = self.of.all_prompts(other_noise)
+        return replace(drawn, positives=drawn.positives[: self.count], negatives=drawn.negatives[: self.count])
+
     def starts(self) -> Tensor:
         """Latents [N, 4, h, w] that the edits begin at."""
         return self.of.run(REFERENCE)["latents"][: self.count].roll(1, 0)
@@ -60,36 +65,35 @@ class Edits:
         mask = centre_mask(*starts.shape[2:]).to(starts.device) if kind == "inpaint" else None
         return Edit(starts, strength, mask)
 
-    def run(self, name: str, method: str, seed_offset: int = 0) -> Tensors:
+    def run(self, name: str, method: MethodCall, other_noise: bool = False) -> Tensors:
         """``latents`` [N, 4, h, w] and ``unet_calls`` [N] of ``method``."""
-        evaluation, seed = self.of, self.of.config.seed + seed_offset
-        positives, negatives = (t[: self.count] for t in (evaluation.prompts.positives, evaluation.prompts.negatives))
+        evaluation, drawn = self.of, self._first(other_noise)
         edit = self.edit(name)
 
         def compute(rows: slice) -> Tensors:
-            noise = evaluation.sampler.noise(rows.stop - rows.start, seed + rows.start)
+            noise = evaluation.sampler.noise(rows.stop - rows.start, drawn.seed + rows.start)
             with evaluation.sampler.autocast(evaluation.config.precision):
-                made = evaluation.sampler(method, positives[rows], negatives[rows], noise, edit=edit[rows])
+                made = evaluation.sampler(method, drawn.positives[rows], drawn.negatives[rows], noise, edit=edit[rows])
             return {"latents": made.latents, "unet_calls": torch.full((len(noise),), made.unet_calls)}
 
         key = {
             "edit": name,
-            "sample": evaluation.sample_key(method, positives, negatives, seed),
-            "start": evaluation.sample_key(REFERENCE, positives, negatives, evaluation.config.seed),
+            "sample": evaluation.sample_key(method, drawn),
+            "start": evaluation.sample_key(REFERENCE, self._first()),
         }
-        label = f"{evaluation.name} {name} {method}{' other noise' if seed_offset else ''}"
+        label = f"{evaluation.name} {name} {method}{drawn.label}"
         return evaluation.store.get(label, key, self.count, evaluation.config.batch_size, compute)
 
-    def figures(self, floor_offset: int) -> dict[str, dict[str, Any]]:
+    def figures(self) -> dict[str, dict[str, Any]]:
         """For every edit, a row a method and ``floor``, the reference's edit with other noise."""
         found: dict[str, dict[str, Any]] = {}
         for name in self.of.config.edits:
             reference = self.run(name, REFERENCE)
-            table = {REFERENCE: {"unet_calls": float(reference["unet_calls"].mean())}}
+            table = {REFERENCE.text: {"unet_calls": float(reference["unet_calls"].mean())}}
             for method in self.methods:
-                if parse_method(method).text != REFERENCE:
-                    table[method] = self._row(self.run(name, method), reference)
-            table["floor"] = self._row(self.run(name, REFERENCE, floor_offset), reference)
+                if method != REFERENCE:
+                    table[method.text] = self._row(self.run(name, method), reference)
+            table["floor"] = self._row(self.run(name, REFERENCE, other_noise=True), reference)
             found[name] = table
         return found
 

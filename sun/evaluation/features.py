@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,13 +16,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..common import worlds
 from ..common.identity import fingerprint
 from ..common.settings import ConfigError
+from ..common.worlds import EMOJI
 from ..pictures.png import to_images
 from ..shipped import EMOJI_CONTRAST
 from .sampler import Sampler
 
-FEATURES = ("auto", "emoji", "clip", "none")
+FEATURES = ("auto", EMOJI, "clip", "none")
 INCEPTION_SIZE = 299
 
 
@@ -62,24 +63,22 @@ def load_features(
     ``inception``: file with the Inception weights of torch-fidelity. Raises ConfigError.
     """
     if name == "auto":
-        name = "emoji" if emoji_model and EMOJI_CONTRAST.is_dir() else "none"
+        name = EMOJI if emoji_model and (contrast or EMOJI_CONTRAST.is_dir()) else "none"
     if name == "none":
         return Features("none", None, lambda _pixels, latents: sampler.features(latents), "unet", "own U-Net")
-    if name == "emoji":
+    if name == EMOJI:
         network = _load_contrast(contrast).to(sampler.device).eval()
         where = Path(contrast) if contrast else EMOJI_CONTRAST
-        return Features("emoji", network, lambda pixels, _: _spread(network, pixels), fingerprint(where), "emoji")
-    if name == "clip":
-        clip = ClipFeatures(clip_model, sampler.device)
-        mark = fingerprint(clip_model)
-        if inception:
-            extractor = _load_inception(inception).to(sampler.device)
-            return Features(
-                "clip", clip, lambda pixels, _: inception_features(extractor, pixels), mark + fingerprint(inception),
-                "Inception",
-            )  # fmt: skip
+        return Features(EMOJI, network, lambda pixels, _: _spread(network, pixels), fingerprint(where), EMOJI)
+    if name != "clip":
+        raise ConfigError(f"features takes {', '.join(FEATURES)}, not {name!r}.")
+    clip = ClipFeatures(clip_model, sampler.device)
+    mark = fingerprint(clip_model)
+    if not inception:
         return Features("clip", clip, lambda pixels, _: _spread(clip, pixels), mark, "CLIP")
-    raise ConfigError(f"features takes {', '.join(FEATURES)}, not {name!r}.")
+    extractor = _load_inception(inception).to(sampler.device)
+    mark += fingerprint(inception)
+    return Features("clip", clip, lambda pixels, _: inception_features(extractor, pixels), mark, "Inception")
 
 
 def _spread(network: FeatureNetwork, pixels: Tensor) -> Tensor:
@@ -89,21 +88,12 @@ def _spread(network: FeatureNetwork, pixels: Tensor) -> Tensor:
 
 
 def _load_contrast(folder: str) -> Any:
-    try:
-        module = import_module("..lab.emoji.contrast", __package__)
-    except ModuleNotFoundError as error:
-        if error.name and not error.name.endswith("contrast"):
-            raise
-        raise ConfigError(
-            'features = "emoji" needs the module sun.lab.emoji.contrast, which this installation lacks. '
-            'Install the whole package again, or use features = "none".'
-        ) from error
     if not folder and not EMOJI_CONTRAST.is_dir():
         raise ConfigError(
-            'features = "emoji": this installation has no shipped network. Train one with `sun train-emoji contrast` '
-            'and name its folder with the setting contrast, or use features = "none".'
+            f'features = "{EMOJI}": this installation has no shipped network. Train one with `sun train-emoji '
+            'contrast` and name its folder with the setting contrast, or use features = "none".'
         )
-    return module.EmojiContrast.load(folder or None)
+    return worlds.find(EMOJI, "features").load(folder or None)
 
 
 class ClipFeatures:

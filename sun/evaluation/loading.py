@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ..adapter import SunAdapter
 from ..common.settings import ConfigError
-from ..pictures.recipe import Recipe, split_lora
+from ..common.worlds import EMOJI
+from ..pictures.recipe import Recipe
 from ..shipped import EMOJI_SUN, SINGLE_FILE_CONFIG
 from ..surgery import from_unet
 from .cells import processes
-from .config import EvaluateConfig, ModelSpec, method_names
-from .methods import MethodCall, parse_method
+from .config import EvaluateConfig, ModelSpec
 from .sampler import WEIGHTS, Sampler
 
 DEFAULT_W = 8.0
-PEERS = ("lcm_lora", "guided_distill")
 
 
 def device_of(config: EvaluateConfig) -> torch.device:
@@ -44,7 +41,7 @@ def load_sampler(config: EvaluateConfig, spec: ModelSpec | None = None) -> Sampl
         module.to(device).eval().requires_grad_(False)
         if dtype != module.dtype:
             module.to(dtype)
-    adapter = _load_adapter(spec.adapter, pipe.unet, optional=spec.model != "emoji")
+    adapter = _load_adapter(spec.adapter, pipe.unet, optional=spec.model != EMOJI)
     more = {name: _load_adapter(file, pipe.unet) for name, file in config.adapters.items()}
     w = spec.guidance_scale or (adapter and adapter.info.guidance_scale) or DEFAULT_W
     return Sampler(
@@ -103,7 +100,7 @@ def _load_adapter(name: str, unet: Any, optional: bool = False) -> SunAdapter | 
     device = next(unet.parameters()).device
     if name == "init":
         return from_unet(unet).eval().requires_grad_(False)
-    adapter = SunAdapter.load(name if name not in ("", "emoji") else EMOJI_SUN, dtype=torch.float32).to(device)
+    adapter = SunAdapter.load(name if name not in ("", EMOJI) else EMOJI_SUN, dtype=torch.float32).to(device)
     if not name and optional:
         from ..layers import layers_of_unet
 
@@ -111,61 +108,3 @@ def _load_adapter(name: str, unet: Any, optional: bool = False) -> SunAdapter | 
         if (widths, unet.config.cross_attention_dim) != (adapter.channels, adapter.text_width):
             return None
     return adapter.requires_grad_(False)
-
-
-def missing_asset(spec: ModelSpec, method: str, adapters: Mapping[str, str], shipped_fits: bool) -> str:
-    """The setting a method lacks on a model, or nothing."""
-    call: MethodCall = parse_method(method)
-    name = call.method.name
-    if name == "sun" and call.variant:
-        return "" if call.variant in adapters else f"adapters.{call.variant}"
-    if call.method.adapter:
-        return "" if spec.adapter or shipped_fits else "adapter"
-    return {"lcm-lora": "" if spec.lcm_lora else "lcm_lora",
-            "guided-distill": "" if spec.guided_distill else "guided_distill"}.get(name, "")  # fmt: skip
-
-
-def check_models(config: EvaluateConfig, specs: Mapping[str, ModelSpec]) -> None:
-    """Look for every file of every model before the first is measured; with ``skip_missing`` a peer may lack its own.
-
-    Raises ConfigError.
-    """
-    for name, spec in specs.items():
-        methods = method_names(spec.within(config))
-        files = {
-            "model": "" if spec.model in ("emoji", "random") else spec.model,
-            "lora": split_lora(spec.lora)[0],
-            "adapter": "" if spec.adapter in ("emoji", "init") else spec.adapter,
-            "unet": spec.unet,
-            **{kind: getattr(spec, kind) for kind in PEERS},
-        }
-        for setting, path in files.items():
-            if path and not Path(path).exists():
-                if config.skip_missing and setting in PEERS:
-                    setattr(spec, setting, "")
-                    tqdm.write(f"{name}: no {setting}, {path} is not there")
-                    continue
-                raise ConfigError(f"models.{name}: {setting} = {path} does not exist. Check the path.")
-        if not config.skip_missing:
-            for method in methods:
-                _need(name, method, missing_asset(spec, method, config.adapters, True))
-
-
-def _need(name: str, method: str, lacking: str) -> None:
-    if lacking:
-        raise ConfigError(
-            f"{method} on the model {name!r} needs the setting {lacking}. Give it, leave the method out, "
-            "or set skip_missing = true."
-        )
-
-
-def methods_of(config: EvaluateConfig, name: str, spec: ModelSpec, methods: list[str], sampler: Sampler) -> list[str]:
-    """The methods that can run on a model. Those that lack a file are an error, or left out with ``skip_missing``."""
-    kept = []
-    for method in methods:
-        lacking = missing_asset(spec, method, config.adapters, sampler.adapter is not None)
-        if not lacking:
-            kept.append(method)
-        elif not config.skip_missing:
-            _need(name, method, lacking)
-    return kept

@@ -1,17 +1,11 @@
-"""Every way of sampling that can be measured, by name: ``ddim-4``, ``sun[NAME]-4``, ``nag[phi=3]-8``.
-
-A method is the scheduler it steps with and a function that makes a U-Net ready for it. Names end in the number of
-steps; brackets hold the name of an adapter (SUN) and options as ``key=value``, separated by commas.
-"""
+"""How a U-Net is made ready for each method of :mod:`.names`, and the scheduler a method steps with."""
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +17,11 @@ from ..common.settings import ConfigError
 from ..ltc import LtcSettings
 from ..pipelines import NEGATIVE, RUN, new_run
 from ..pipelines.attach import attach, detach
-from ..pipelines.schedulers import SCHEDULERS, make_scheduler
-from .accelerators import INHERIT_OPTIONS, LTC_OPTIONS, PRESET_NAMES, deepcache, inheriting, ltc_settings
-
-REFERENCE = "dpmpp-25"
+from ..pipelines.schedulers import make_scheduler
+from .accelerators import deepcache, inheriting, ltc_settings
+from .names import MethodCall
+from .peers.nag import attach_nag, detach_nag
+from .peers.nasa import attach_nasa, detach_nasa
 
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(x [B, 4, h, w], t, positive [B, L, D], negative [B, L, D]) -> predicted noise [B, 4, h, w] in float32."""
@@ -48,6 +43,10 @@ class Assets:
     guided_distill: str = ""
     loaded: dict[str, Any] = field(default_factory=dict)
 
+    def peer_folder(self, call: MethodCall) -> str:
+        """The folder of the files that a peer needs, or nothing."""
+        return {"lcm_lora": self.lcm_lora, "guided_distill": self.guided_distill}.get(call.method.peer, "")
+
     def adapter_of(self, call: MethodCall) -> SunAdapter | None:
         """The adapter a method puts on the U-Net, if it has one and it is there."""
         return self.adapters.get(call.variant if call.method.named else "") if call.method.adapter else None
@@ -64,50 +63,6 @@ class Prepared:
     predict: Predict
     begin: Callable[[Any], None] = lambda _scheduler: None
     ltc: LtcSettings | None = None
-
-
-@dataclass(frozen=True)
-class Method:
-    """``guided``: two U-Net rows a picture and step. ``options``: what brackets may set, beside ``scheduler``."""
-
-    name: str
-    scheduler: str
-    title: str
-    prepare: Callable[[Assets, MethodCall], AbstractContextManager[Prepared]]
-    guided: bool = False
-    uses_negative: bool = False
-    options: tuple[str, ...] = ()
-    named: bool = False  # brackets may name an adapter
-    presets: tuple[str, ...] = ()  # names that brackets may hold
-    adapter: bool = False  # needs a SUN adapter
-    inside: bool = False  # what it leaves out is inside of a U-Net call
-
-
-@dataclass(frozen=True)
-class MethodCall:
-    """A method's name taken apart."""
-
-    text: str
-    method: Method
-    steps: int
-    variant: str = ""
-    options: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def scheduler(self) -> str:
-        return self.options.get("scheduler", self.method.scheduler)
-
-    @property
-    def family(self) -> str:
-        """The name without steps: what one line of a plot joins."""
-        return self.text.rpartition("-")[0]
-
-    def number(self, option: str, default: float) -> float:
-        return float(self.options.get(option, default))
-
-    def numbers(self) -> dict[str, float]:
-        """The options that are keyword arguments of a peer's ``attach``."""
-        return {key: float(value) for key, value in self.options.items() if key != "scheduler"}
 
 
 Prepare = Callable[[Assets, MethodCall], AbstractContextManager[Prepared]]
@@ -180,29 +135,20 @@ def _adapter(assets: Assets, call: MethodCall) -> SunAdapter:
     )
 
 
-def load_peer(module: str, call: MethodCall) -> Any:
-    """A module of ``sun.evaluation.peers``. Raises ConfigError if this installation lacks it."""
-    try:
-        return import_module(f".peers.{module}", __package__)
-    except ModuleNotFoundError as error:
-        if error.name and ".peers" not in error.name:
-            raise
-        raise ConfigError(
-            f"{call.text} needs the module sun.evaluation.peers.{module}, which this installation lacks. "
-            "Install the whole package again, or leave the method out."
-        ) from error
+_TRAINING_FREE: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
+    "nasa": (attach_nasa, detach_nasa),
+    "nag": (attach_nag, detach_nag),
+}
 
 
 @contextmanager
 def _training_free(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
-    """NASA or NAG: ``attach_NAME`` and ``detach_NAME`` of ``sun.evaluation.peers.NAME``."""
-    name = call.method.name
-    peer = load_peer(name, call)
-    getattr(peer, f"attach_{name}")(assets.unet, **call.numbers())
+    put_on, take_off = _TRAINING_FREE[call.method.name]
+    put_on(assets.unet, **call.numbers())
     try:
         yield _steered(assets.unet, "negative")
     finally:
-        getattr(peer, f"detach_{name}")(assets.unet)
+        take_off(assets.unet)
 
 
 @contextmanager
@@ -268,74 +214,29 @@ def _existing(path: str, setting: str, what: str, call: MethodCall) -> Path:
     return Path(path)
 
 
-# fmt: off
-METHODS = {
-    m.name: m
-    for m in (
-        Method("ddim", "ddim", "DDIM with CFG", _guided, guided=True, uses_negative=True),
-        Method("dpmpp", "dpmpp_2m", "DPM-Solver++ with CFG", _guided, guided=True, uses_negative=True),
-        Method("unipc", "unipc", "UniPC with CFG", _guided, guided=True, uses_negative=True),
-        Method("euler", "euler", "Euler with CFG", _guided, guided=True, uses_negative=True),
-        Method("cond", "dpmpp_2m", "DPM-Solver++ without guidance", _conditional),
-        Method("sun", "ddim", "SUN", _sun, uses_negative=True, options=("strength",), named=True, adapter=True),
-        Method("nasa", "ddim", "NASA", _training_free, uses_negative=True, options=("scale",)),
-        Method("nag", "ddim", "NAG", _training_free, uses_negative=True, options=("phi", "tau", "alpha")),
-        Method("lcm-lora", "lcm", "LCM-LoRA", _lcm_lora),
-        Method("guided-distill", "ddim", "guided distillation", _guided_distill),
-        Method("ltc", "dpmpp_2m", "LTC-Accel", _with_ltc(_guided), True, True, LTC_OPTIONS),
-        Method("inherit", "dpmpp_2m", "feature inheritance", _inheriting(_guided), True, True, INHERIT_OPTIONS,
-               presets=PRESET_NAMES, inside=True),
-        Method("ltc+inherit", "dpmpp_2m", "LTC-Accel and feature inheritance", _with_ltc(_inheriting(_guided)),
-               True, True, (*LTC_OPTIONS, *INHERIT_OPTIONS), presets=PRESET_NAMES, inside=True),
-        Method("sun+ltc", "ddim", "SUN and LTC-Accel", _with_ltc(_sun), False, True, LTC_OPTIONS, adapter=True),
-        Method("sun+inherit", "ddim", "SUN and feature inheritance", _inheriting(_sun), False, True, INHERIT_OPTIONS,
-               presets=PRESET_NAMES, adapter=True, inside=True),
-        Method("deepcache", "dpmpp_2m", "DeepCache", _deepcache, True, True, ("interval", "branch"), inside=True),
-    )
+_PREPARE: dict[str, Prepare] = {
+    "ddim": _guided,
+    "dpmpp": _guided,
+    "unipc": _guided,
+    "euler": _guided,
+    "cond": _conditional,
+    "sun": _sun,
+    "nasa": _training_free,
+    "nag": _training_free,
+    "lcm-lora": _lcm_lora,
+    "guided-distill": _guided_distill,
+    "ltc": _with_ltc(_guided),
+    "inherit": _inheriting(_guided),
+    "ltc+inherit": _with_ltc(_inheriting(_guided)),
+    "sun+ltc": _with_ltc(_sun),
+    "sun+inherit": _inheriting(_sun),
+    "deepcache": _deepcache,
 }
-# fmt: on
-_PATTERN = re.compile(r"(?P<name>[a-z][a-z+-]*?)(?:\[(?P<inside>[^\[\]]*)\])?-(?P<steps>[1-9]\d*)")
 
 
-def parse_method(text: str) -> MethodCall:
-    """``"sun[late,strength=0.5]-4"`` -> its method, steps, adapter name and options.
-
-    Raises ConfigError (a ValueError) that lists the known methods or options.
-    """
-    match = _PATTERN.fullmatch(text)
-    if match is None or match["name"] not in METHODS:
-        known = ", ".join(f"{name}-STEPS" for name in METHODS)
-        raise ConfigError(f"unknown method {text!r}: choose from {known}")
-    method = METHODS[match["name"]]
-    variant, options = "", {}
-    for part in filter(None, (p.strip() for p in (match["inside"] or "").split(","))):
-        key, equals, value = part.partition("=")
-        if not equals and not variant and (method.named or part in method.presets):
-            variant = part
-        elif equals and (key in method.options or key == "scheduler"):
-            options[key] = _checked(key, value, text)
-        else:
-            known = ", ".join((*method.presets, *(f"{o}=VALUE" for o in (*method.options, "scheduler"))))
-            raise ConfigError(f"{text}: {part!r} is no option of {method.name}; it takes {known}")
-    return MethodCall(text, method, int(match["steps"]), variant, options)
-
-
-def _checked(key: str, value: str, text: str) -> str:
-    if key == "scheduler":
-        if value not in (*SCHEDULERS, "lcm"):
-            raise ConfigError(f"{text}: scheduler takes {', '.join(SCHEDULERS)} or lcm, not {value!r}")
-        return value
-    try:
-        float(value)
-    except ValueError:
-        raise ConfigError(f"{text}: {key} takes a number, not {value!r}") from None
-    return value
-
-
-def split_method(method: str) -> tuple[str, int]:
-    """``"dpmpp-25"`` -> ("dpmpp", 25). Raises ``ValueError`` that lists the known methods."""
-    call = parse_method(method)
-    return call.method.name, call.steps
+def prepare(assets: Assets, call: MethodCall) -> AbstractContextManager[Prepared]:
+    """A context in which the U-Net is ready for a method. Raises ConfigError for files or packages it lacks."""
+    return _PREPARE[call.method.name](assets, call)
 
 
 def scheduler_of(call: MethodCall, config: Mapping[str, Any]) -> Any:

@@ -54,13 +54,9 @@ def frechet_interval(features: Tensor, reference: Tensor, draws: int = 40) -> tu
     return max(0.0, centre - half), centre + half
 
 
-def kernel_distance(features: Tensor, reference: Tensor) -> float:
-    """KID (Binkowski et al. 2018; unbiased at small N) on given features [N, D]."""
-    return kernel_statistics(features, reference)[0]
-
-
 def kernel_statistics(features: Tensor, reference: Tensor) -> tuple[float, float]:
-    """(mean, standard deviation) of KID over random subsets of half the pictures, 256 at most."""
+    """KID (Binkowski et al. 2018; unbiased at small N) on given features [N, D]: its mean and standard deviation over
+    random subsets of half the pictures, 256 at most."""
     size = min(256, max(2, min(len(features), len(reference)) // 2))
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # that it keeps the features, which is wanted

@@ -6,7 +6,9 @@ import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..common import worlds
 from ..common.settings import ConfigError, read_lines
+from ..common.worlds import EMOJI, PHOTO
 from .config import EvaluateConfig
 
 
@@ -19,23 +21,31 @@ class PromptSet:
     groups: dict[str, list[str]] = field(default_factory=dict)
 
 
+@dataclass
+class Drawn:
+    """What is drawn: texts, the seed of the first picture's noise, and a word for the cell's name."""
+
+    positives: list[str]
+    negatives: list[str]
+    seed: int
+    label: str = ""
+
+    def __len__(self) -> int:
+        return len(self.positives)
+
+
 def build_prompts(config: EvaluateConfig) -> PromptSet:
     """Prompts with random negatives: from a file, or emoji scenes that training did not render."""
-    from ..training.data.negatives import NegativePrompts
-
     rng = random.Random(config.seed)
     if config.prompts_file:
         positives, negatives = read_pairs(Path(config.prompts_file), config.prompts)
-        source, scenes = NegativePrompts.load(config.negatives, "photo", 8, 0.0), []
+        source, scenes = worlds.find(PHOTO, "negatives").load(config.negatives, PHOTO, 8, 0.0), []
     else:
-        from ..lab.emoji.scenes import random_scene
-        from ..lab.emoji.sources import load_metadata
-
-        emojis = load_metadata()
-        positives = [random_scene(emojis, rng).caption for _ in range(config.prompts)]
-        source = NegativePrompts.load(config.negatives, "emoji", 6, 0.1)
+        captions = worlds.find(EMOJI, "prompts")
+        positives = captions(config.prompts, rng)
+        source = worlds.find(EMOJI, "negatives").load(config.negatives, EMOJI, 6, 0.1)
         negatives = [source.draw(rng) for _ in positives]
-        scenes = [random_scene(emojis, rng).caption for _ in range(config.negative_pairs)]
+        scenes = captions(config.negative_pairs, rng)
     pairs = min(config.negative_pairs, len(positives))
     groups = {name: _group(name, pairs, source.phrases, scenes, rng) for name in config.negative_groups}
     return PromptSet(positives, negatives, groups)

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..common import worlds
 from ..common.atomic import write_json, write_text
 from ..common.devices import resolve
-from ..common.settings import ConfigError
+from ..common.settings import ConfigError, without_folders
+from ..common.worlds import EMOJI
+from .agreement import Agreement
 from .cells import CellStore, file_name, processes
-from .config import EvaluateConfig, ModelSpec, check, method_names, model_specs, portable
+from .checks import check, check_models, methods_of
+from .config import EvaluateConfig, ModelSpec, model_specs
+from .distances import Distances
+from .edits import Edits
 from .features import load_features
-from .loading import check_models, device_of, load_sampler, methods_of
-from .methods import REFERENCE
+from .loading import device_of, load_sampler
 from .model import ModelEvaluation
+from .names import REFERENCE, parse_methods
+from .negative import Negatives
 from .prompts import PromptSet, build_prompts, calibration_pairs
+from .timing import measure_times
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -35,9 +43,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     name, spec = next(iter(specs.items()))
     store = CellStore(Path(config.output) / "cells" if config.output else None, config.resume)
     evaluation = prepare(config, name, spec, build_prompts(config), store)
-    result = {**evaluation.figures(), "settings": portable(config)}
+    result = {**figures_of(evaluation, spec.style), "settings": without_folders(config)}
     if config.grid and processes().is_main_process:
-        from .pictures import save_comparison
+        from .grids import save_comparison
 
         save_comparison(evaluation, Path(config.grid), max(config.grid_prompts, 1))
     return result
@@ -57,11 +65,49 @@ def prepare(
     sampler = load_sampler(config, spec)
     sampler.calibration = calibration_pairs(config)
     features = load_features(
-        config.features, sampler, emoji_model=spec.model == "emoji", contrast=config.contrast,
+        config.features, sampler, emoji_model=spec.model == EMOJI, contrast=config.contrast,
         clip_model=config.clip_model, inception=config.inception,
     )  # fmt: skip
-    methods = methods_of(config, name, spec, method_names(config), sampler)
+    methods = methods_of(
+        config, name, spec, parse_methods(config.methods, config.steps), shipped_fits=sampler.adapter is not None
+    )
     return ModelEvaluation(name, sampler, prompts, config, store, features, methods)
+
+
+def figures_of(evaluation: ModelEvaluation, style: str = "") -> dict[str, Any]:
+    """``reference``, ``methods``, ``floor``, ``negative_prompt``, ``unet_call`` and more of one model, as far as they
+    are measured, and what they are of. ``style``: of the model's emoji, for their colours."""
+    measured, features = evaluation.config.measure, evaluation.features
+    every = list(dict.fromkeys((REFERENCE, *evaluation.methods)))
+    rows: dict[str, dict[str, Any]] = {call.text: {} for call in every}
+    more: dict[str, Any] = {}
+    if "distances" in measured:
+        distances = Distances(evaluation)
+        rows = {call.text: distances.row(call) for call in every}
+        more["floor"] = {**distances.floor(), "what": "the reference again with other noise"}
+    if "time" in measured:
+        times = measure_times(evaluation)
+        rows = {name: row | times["methods"][name] for name, row in rows.items()}
+        more |= {"unet_call": times["unet_call"], "machine": times["machine"]}
+    if "agreement" in measured:
+        judge = worlds.find(EMOJI, "judge")(features.network if features.name == EMOJI else None, style)
+        agreement = Agreement(evaluation, judge)
+        for call in dict.fromkeys((REFERENCE, *evaluation.methods_among(evaluation.config.agreement_methods))):
+            rows[call.text] |= agreement.row(call)
+        more |= agreement.figures()
+    if "negatives" in measured:
+        more["negative_prompt"] = Negatives(evaluation).figures()
+    if "edits" in measured:
+        more["edits"] = Edits(evaluation).figures()
+    return {
+        "reference": {"method": REFERENCE.text, **rows[REFERENCE.text]},
+        "methods": {call.text: rows[call.text] for call in evaluation.methods},
+        **more,
+        "guidance_scale": evaluation.sampler.w,
+        "pictures": len(evaluation.prompts.positives),
+        "features": features.name,
+        "set_features": features.sets,
+    }
 
 
 def report(config: EvaluateConfig) -> dict[str, Any]:
@@ -78,21 +124,22 @@ def report(config: EvaluateConfig) -> dict[str, Any]:
     specs = model_specs(config)
     check_models(config, specs)
     prompts = build_prompts(config)
-    figures: dict[str, Any] = {"reference": REFERENCE, "models": {}, "settings": portable(config)}
+    figures: dict[str, Any] = {"reference": REFERENCE.text, "models": {}, "settings": without_folders(config)}
     for name, spec in specs.items():
         if main:
             tqdm.write(f"model {name}")
         store = CellStore(folder / "cells", config.resume)
         evaluation = prepare(config, name, spec, prompts, store)
-        described = {k: v for k, v in portable(asdict(spec)).items() if v and k not in ("methods", "measure")}
-        figures["models"][name] = {**evaluation.figures(), "model": described}
+        described = {k: v for k, v in without_folders(spec).items() if v and k not in ("methods", "measure")}
+        figures["models"][name] = {**figures_of(evaluation, spec.style), "model": described}
         if main:
             _write_model(folder, name, evaluation, figures)
     return figures
 
 
 def _write_model(folder: Path, name: str, evaluation: ModelEvaluation, figures: dict[str, Any]) -> None:
-    from .pictures import save_comparison, save_edits, save_plots
+    from .grids import save_comparison, save_edits
+    from .plots import save_plots
     from .tables import markdown
 
     own = folder / file_name(name)

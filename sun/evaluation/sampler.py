@@ -19,7 +19,8 @@ from ..ltc.calibration import Opener, run_calibration
 from ..ltc.schedulers import Stepper
 from ..pipelines.schedulers import make_scheduler
 from ..pipelines.text import encode_texts
-from .methods import Assets, MethodCall, Prepared, parse_method, scheduler_of
+from .methods import Assets, Prepared, prepare, scheduler_of
+from .names import MethodCall, parse_method
 
 WEIGHTS = {"fp32": torch.float32, "bf16-weights": torch.bfloat16, "fp16-weights": torch.float16}
 PRECISIONS = (AUTO, *AUTOCAST, *WEIGHTS)
@@ -78,7 +79,7 @@ class CallCounter:
 
 
 class Sampler:
-    """Runs any method of ``methods.py`` on one frozen model.
+    """Runs any method of :mod:`.names` on one frozen model; takes its name, or the call that was made of it.
 
     ``adapter`` is what plain ``sun-4`` uses, ``adapters`` those of ``sun[NAME]-4``; ``lcm_lora`` and
     ``guided_distill`` are the folders of those peers. ``w`` is the scale of classifier-free guidance.
@@ -90,12 +91,26 @@ class Sampler:
         adapters: Mapping[str, SunAdapter] | None = None, lcm_lora: str = "", guided_distill: str = "",
     ):  # fmt: skip
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
-        self.scheduler_config, self.w, self.adapter = scheduler.config, w, adapter
+        self.scheduler_config, self.adapter = scheduler.config, adapter
         named = {**(adapters or {}), **({} if adapter is None else {"": adapter})}
         self.assets = Assets(unet, w, named, attached, lcm_lora, guided_distill)
         self.calibration: list[tuple[str, str]] = []  # prompts and negatives for LTC-Accel's tables
         self.latent_size = resolution // 8 if resolution else unet.config.sample_size
         self.device = next(unet.parameters()).device
+
+    @property
+    def w(self) -> float:
+        """The scale of classifier-free guidance, and of adapters that take one."""
+        return self.assets.w
+
+    @contextmanager
+    def guided_by(self, w: float) -> Iterator[None]:
+        """Another guidance scale for a while."""
+        before, self.assets.w = self.assets.w, w
+        try:
+            yield
+        finally:
+            self.assets.w = before
 
     def autocast(self, precision: str) -> AbstractContextManager[Any]:
         """The context to sample in: ``bf16`` and ``fp16`` compute in half with the weights as they are."""
@@ -113,7 +128,7 @@ class Sampler:
         return torch.stack(drawn).to(self.device)
 
     @contextmanager
-    def prepared(self, method: str, strength: float = 1.0) -> Iterator[Run]:
+    def prepared(self, method: str | MethodCall, strength: float = 1.0) -> Iterator[Run]:
         """The U-Net made ready for ``method``: yields the function that samples a batch, for one batch or many.
 
         ``strength`` is SUN's, where the name of the method does not set it. LTC-Accel is calibrated here if prompts
@@ -122,14 +137,14 @@ class Sampler:
         call = parse_method(method)
         if "strength" in call.method.options and "strength" not in call.options:
             call = replace(call, options={**call.options, "strength": str(strength)})
-        with call.method.prepare(self.assets, call) as ready:
+        with prepare(self.assets, call) as ready:
             if ready.ltc is not None and self.calibration:  # once a model: not part of what a picture takes
                 with torch.no_grad():
                     self._ltc_table(ready, call, [], [], None)
             yield partial(self._run, ready, call)
 
     def __call__(
-        self, method: str, prompts: list[str], negatives: list[str], noise: Tensor, strength: float = 1.0,
+        self, method: str | MethodCall, prompts: list[str], negatives: list[str], noise: Tensor, strength: float = 1.0,
         edit: Edit | None = None,
     ) -> Sample:  # fmt: skip
         """Denoise ``noise`` with ``method``. Text encoding is outside the timing, as it is the same for all."""
@@ -153,7 +168,7 @@ class Sampler:
     ) -> LtcTable:
         """LTC-Accel's coefficients, found once a method on the calibration prompts, else on the first ones drawn."""
         assert ready.ltc is not None
-        name = f"ltc {call.text} {1 if edit is None else edit.strength:g}"
+        name = f"ltc {call} {1 if edit is None else edit.strength:g} {self.w:g}"
         if name not in self.assets.loaded:
             pairs = self.calibration or list(zip(prompts, negatives, strict=True))[:CALIBRATION]
             positive, negative = (self.encode(list(texts)) for texts in zip(*pairs, strict=True))

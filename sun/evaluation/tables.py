@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
-from .methods import parse_method
+from ..common.settings import ConfigError
+from .agreement import PART_WORDS, PARTS
+from .names import parse_method
 
 # figure -> (head, format, what is better)
 COLUMNS = {
@@ -16,10 +19,11 @@ COLUMNS = {
     "set_distance": ("set distance", ".3f", "least"),
     "kid": ("KID", ".5f", ""),
     "paired_mse": ("paired MSE", ".4f", "least"),
-    "paired_mse_median": ("median", ".5f", "least"),
+    "median_mse": ("median", ".5f", "least"),
     "paired_psnr": ("PSNR, dB", ".2f", "most"),
     "paired_ssim": ("SSIM", ".3f", "most"),
     "feature_distance": ("feature distance", ".4f", "least"),
+    "agreement": ("right", ".3f", "most"),
     "positive_agreement": ("with prompt", ".3f", ""),
     "negative_agreement": ("with negative", ".3f", ""),
 }
@@ -64,35 +68,29 @@ def _preface(figures: dict[str, Any]) -> str:
 
 def _overview(models: dict[str, Any], key: str) -> str:
     """Kinds of methods down, models and steps across: the layout of the paper's Table 2."""
-    columns = [
-        (name, steps)
-        for name, model in models.items()
-        for steps in sorted({parse_method(m).steps for m in model["methods"]})
-    ]
-    families = dict.fromkeys(parse_method(m).family for model in models.values() for m in model["methods"])
-    best = {
-        (name, steps): min(
-            (
-                row.get(key)
-                for m, row in models[name]["methods"].items()
-                if parse_method(m).steps == steps and key in row
-            ),
-            default=None,
-        )
-        for name, steps in columns
-        if sum(parse_method(m).steps == steps for m in models[name]["methods"]) > 1
+    by_model = {name: {parse_method(m): row for m, row in model["methods"].items()} for name, model in models.items()}
+    columns = [(name, steps) for name, calls in by_model.items() for steps in sorted({call.steps for call in calls})]
+    families = dict.fromkeys(call.family for calls in by_model.values() for call in calls)
+    found = {
+        (name, call.family, call.steps): row[key]
+        for name, calls in by_model.items()
+        for call, row in calls.items()
+        if key in row
     }
+    best: dict[tuple[str, int], float] = {}
+    for name, steps in columns:
+        if sum(call.steps == steps for call in by_model[name]) > 1:
+            values = [value for (n, _, s), value in found.items() if (n, s) == (name, steps)]
+            best |= {(name, steps): min(values)} if values else {}
+    form = COLUMNS[key][1]
     rows = []
     for family in families:
-        cells = [models[name]["methods"].get(f"{family}-{steps}", {}).get(key) for name, steps in columns]
-        rows.append(
-            [
-                family,
-                *(_cell(v, COLUMNS[key][1], v == best.get(c, object())) for v, c in zip(cells, columns, strict=True)),
-            ]
-        )
-    floors = [models[name].get("floor", {}).get(key) for name, _ in columns]
-    rows.append(["floor", *(_cell(v, COLUMNS[key][1]) for v in floors)])
+        cells = []
+        for column in columns:
+            value = found.get((column[0], family, column[1]))
+            cells.append(_cell(value, form, value is not None and value == best.get(column)))
+        rows.append([family, *cells])
+    rows.append(["floor", *(_cell(models[name].get("floor", {}).get(key), form) for name, _ in columns)])
     return table(["method", *(f"{name}, {steps} steps" for name, steps in columns)], rows)
 
 
@@ -102,8 +100,9 @@ def _beside_sun(models: dict[str, Any]) -> str:
     for name, model in models.items():
         methods = model["methods"]
         for method, row in methods.items():
-            ours = methods.get(f"sun-{_steps(method)}", {})
-            if method.startswith("sun-") or not ours.get("set_distance") or "set_distance" not in row:
+            call = parse_method(method)
+            ours = methods.get(f"sun-{call.steps}", {})
+            if call.family == "sun" or not ours.get("set_distance") or "set_distance" not in row:
                 continue
             ratios = [row[key] / ours[key] for key in ("set_distance", "paired_mse")]
             rows.append(
@@ -119,6 +118,7 @@ def _model(name: str, model: dict[str, Any]) -> str:
         rows["floor"] = model["floor"]
     columns = {key: c for key, c in COLUMNS.items() if key != "kid" or model["pictures"] >= KID_PICTURES}
     parts = [f"## {name}", f"Guidance scale w = {model['guidance_scale']:g}.", _figures(rows, columns)]
+    parts += agreement_tables(model)
     for group, found in model.get("negative_prompt", {}).get("groups", {}).items():
         parts.append(
             f"Negative prompts, {group}: with and without, {model['negative_prompt']['pairs']} pairs. Cosine of the "
@@ -138,16 +138,50 @@ def _model(name: str, model: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def agreement_tables(model: dict[str, Any]) -> list[str]:
+    """Markdown of what ``agreement`` measured of one model: the methods, and the reference at every guidance scale."""
+    rows = {model["reference"]["method"]: model["reference"], **model["methods"]}
+    rows = {name: row for name, row in rows.items() if "agreement" in row}
+    scales = model.get("agreement_by_guidance", {}).get("rows", {})
+    if not rows and not scales:
+        return []
+    some = next(iter({**rows, **scales}.values()))
+    unseen = [PART_WORDS[part] for part in PARTS if some["agreement_parts"][part] is None]
+    text = (
+        f"Agreement: share of {model['agreement_pictures']} pictures, half of them with negatives, that show what was "
+        "asked for" + (f". Not judged, for want of an image-text model: {', '.join(unseen)}" if unseen else "")
+    )
+    tables = [f"{text}.\n\n{_agreement('method', rows)}"] if rows else []
+    if scales:
+        best = model["agreement_by_guidance"]["best"]
+        tables.append(
+            f"{'The same of the' if rows else text + '. The'} reference at other guidance scales; most are right at "
+            f"w = {best:g}.\n\n{_agreement('w', scales)}"
+        )
+    return tables
+
+
+def _agreement(head: str, rows: dict[str, dict[str, Any]]) -> str:
+    body = []
+    for name, row in rows.items():
+        whole = _cell(row["agreement"], ".3f", False, row.get("agreement_interval"))
+        shares = [*row["agreement_sets"].values(), *(row["agreement_parts"][part] for part in PARTS)]
+        body.append([name, whole, *(_cell(share, ".3f") for share in shares)])
+    sets = ("without negatives", "with negatives")
+    return table([head, "right in all", *sets, *(PART_WORDS[part] for part in PARTS)], body)
+
+
 def _figures(rows: dict[str, dict[str, Any]], columns: dict[str, tuple[str, str, str]]) -> str:
     shown = [key for key in columns if any(key in row for row in rows.values())]
     best = {(key, steps): value for key in shown for steps, value in _best(rows, key, columns[key][2])}
     body = []
     for name, row in rows.items():
-        steps = _steps(name)
-        body.append(
-            [name, *(_cell(row.get(k), columns[k][1], row.get(k) == best.get((k, steps), object()), _interval(row, k))
-                     for k in shown)]
-        )  # fmt: skip
+        cells = []
+        for key in shown:
+            value = row.get(key)
+            leads = value is not None and value == best.get((key, _steps(name)))
+            cells.append(_cell(value, columns[key][1], leads, _interval(row, key)))
+        body.append([name, *cells])
     return table(["method", *(columns[key][0] for key in shown)], body)
 
 
@@ -164,9 +198,13 @@ def _best(rows: dict[str, dict[str, Any]], key: str, better: str) -> Iterable[tu
             yield steps, (min if better == "least" else max)(values)
 
 
+@cache
 def _steps(name: str) -> int:
-    tail = name.rpartition("-")[2]
-    return int(tail) if tail.isdigit() else 0
+    """The steps of the method that a row is of; 0 for rows of something else."""
+    try:
+        return parse_method(name).steps
+    except ConfigError:
+        return 0
 
 
 def _interval(row: dict[str, Any], key: str) -> tuple[float, float] | None:

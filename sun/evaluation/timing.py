@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .methods import MethodCall, parse_method
+from .methods import prepare
+from .model import ModelEvaluation
+from .names import REFERENCE, MethodCall, parse_method
 from .sampler import Sampler
 
 
@@ -41,55 +43,85 @@ class Timing:
         }
 
 
+def measure_times(evaluation: ModelEvaluation) -> dict[str, Any]:
+    """Times of every method of a model and of one U-Net call, measured by the main process alone.
+
+    ``methods`` by name, ``unet_call`` by kind of method, and ``machine``: what they depend on.
+    """
+    config, sampler, prompts = evaluation.config, evaluation.sampler, evaluation.prompts
+    batch = min(config.timing_batch, len(prompts.positives))
+    methods = list(dict.fromkeys((REFERENCE, *evaluation.methods)))
+    texts = prompts.positives[:batch], prompts.negatives[:batch]
+    machine = timing_conditions(sampler, batch, config.precision)
+
+    def make() -> dict[str, Any]:
+        found = time_methods(sampler, methods, *texts, config.timing_rounds, config.precision)
+        calls = time_unet_calls(sampler, methods, *texts, 4 * config.timing_rounds, config.precision)
+        rows = {name: timing.figures(found[REFERENCE.text]) for name, timing in found.items()}
+        return {"methods": rows, "unet_call": calls, "machine": machine}
+
+    key = {
+        **evaluation.base_key,
+        "methods": [call.text for call in methods],
+        "machine": machine,
+        "rounds": config.timing_rounds,
+        "assets": [evaluation.assets[call] for call in methods],
+    }
+    times: dict[str, Any] = evaluation.store.note(f"{evaluation.name} times", key, make)
+    return times
+
+
 def time_methods(
-    sampler: Sampler, methods: Sequence[str], prompts: list[str], negatives: list[str], rounds: int, precision: str
-) -> dict[str, Timing]:
+    sampler: Sampler, methods: Sequence[str | MethodCall], prompts: list[str], negatives: list[str], rounds: int,
+    precision: str,
+) -> dict[str, Timing]:  # fmt: skip
     """Time every method once a round on the same batch; the order turns by one from round to round.
 
     Before the first round each method runs once with few steps, which pays for allocation and kernel choice.
     """
+    calls = [parse_method(method) for method in methods]
     noise = sampler.noise(len(prompts), seed=0)
-    loops: dict[str, list[float]] = {m: [] for m in methods}
-    pipelines: dict[str, list[float]] = {m: [] for m in methods}
-    calls = dict.fromkeys(methods, 0.0)
+    loops: dict[str, list[float]] = {call.text: [] for call in calls}
+    pipelines: dict[str, list[float]] = {call.text: [] for call in calls}
+    counted = {call.text: 0.0 for call in calls}
     with sampler.autocast(precision):
-        for method in tqdm(methods, desc="seconds: warm-up", leave=False):
-            sampler.pixels(sampler(f"{parse_method(method).family}-2", prompts, negatives, noise).latents)
-        order = [methods[(turn + k) % len(methods)] for turn in range(rounds) for k in range(len(methods))]
-        for method in tqdm(order, desc="seconds", leave=False):
-            with sampler.prepared(method) as run:
+        for call in tqdm(calls, desc="seconds: warm-up", leave=False):
+            sampler.pixels(sampler(call.in_steps(2), prompts, negatives, noise).latents)
+        order = [calls[(turn + k) % len(calls)] for turn in range(rounds) for k in range(len(calls))]
+        for call in tqdm(order, desc="seconds", leave=False):
+            with sampler.prepared(call) as run:
                 sampler.synchronize()
                 began = time.perf_counter()
                 sample = run(prompts, negatives, noise)
                 sampler.pixels(sample.latents)
                 sampler.synchronize()
-                pipelines[method].append((time.perf_counter() - began) / len(noise))
-                loops[method].append(sample.seconds)
-                calls[method] = sample.unet_calls
-    return {m: Timing(tuple(loops[m]), tuple(pipelines[m]), calls[m]) for m in methods}
+                pipelines[call.text].append((time.perf_counter() - began) / len(noise))
+                loops[call.text].append(sample.seconds)
+                counted[call.text] = sample.unet_calls
+    return {name: Timing(tuple(loops[name]), tuple(pipelines[name]), counted[name]) for name in counted}
 
 
 @torch.no_grad()
 def time_unet_calls(
-    sampler: Sampler, methods: Sequence[str], prompts: list[str], negatives: list[str], rounds: int, precision: str
-) -> dict[str, dict[str, float]]:
+    sampler: Sampler, methods: Sequence[str | MethodCall], prompts: list[str], negatives: list[str], rounds: int,
+    precision: str,
+) -> dict[str, dict[str, float]]:  # fmt: skip
     """One step of each kind of method against one plain U-Net call, in turn: what SUN, a peer or guidance costs.
 
     ``{NAME: {"seconds", "ratio"}}`` by the names without steps, ``cond`` being the plain call; ratios are medians over
     rounds of neighbours in time. Guidance has twice the rows, so its ratio is about 2.
     """
-    families = dict.fromkeys(["cond", *(parse_method(m).family for m in methods)])
+    calls = dict.fromkeys(parse_method(method).in_steps(1) for method in ("cond-1", *methods))
     noise = sampler.noise(len(prompts), seed=0)
     t = torch.tensor(499, device=sampler.device)
-    seconds: dict[str, list[float]] = {family: [] for family in families}
+    seconds: dict[str, list[float]] = {call.family: [] for call in calls}
     with sampler.autocast(precision):
         positive, negative = sampler.encode(prompts), sampler.encode(negatives)
         for turn in tqdm(range(rounds + 1), desc="seconds of one step", leave=False):
-            for family in families:
-                call = parse_method(f"{family}-1")
+            for call in calls:
                 took = _one_call(sampler, call, lambda predict, x: predict(x, t, positive, negative), noise)
                 if turn:  # the first turn warms up
-                    seconds[family].append(took)
+                    seconds[call.family].append(took)
     plain = seconds["cond"]
     return {
         family: {
@@ -103,7 +135,7 @@ def time_unet_calls(
 def _one_call(
     sampler: Sampler, call: MethodCall, ask: Callable[[Any, torch.Tensor], torch.Tensor], noise: torch.Tensor
 ) -> float:
-    with call.method.prepare(sampler.assets, call) as ready:
+    with prepare(sampler.assets, call) as ready:
         x = noise.to(ready.unet.dtype)
         sampler.synchronize()
         began = time.perf_counter()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..evaluation import REFERENCE, Sampler
+from ..evaluation import REFERENCE, MethodCall, Sampler, parse_method
 from .draw import Loaded, noise
 from .png import grid
 from .recipe import Recipe, RecipeError
@@ -20,12 +20,22 @@ from .recipe import Recipe, RecipeError
 class Row:
     """One method on all prompts. Distances are to the reference, means over pictures; None for the reference itself."""
 
-    method: str
+    call: MethodCall
     images: list[Image.Image]
     unet_calls: float
     seconds: float
     paired_mse: float | None = None
     psnr: float | None = None
+
+    @property
+    def method(self) -> str:
+        return self.call.text
+
+    @property
+    def title(self) -> str:
+        """A row's label: what ran, with how many U-Net calls, and how long it took a picture."""
+        kind = "reference: " if self.paired_mse is None else ""
+        return f"{kind}{self.call.title}, {self.unet_calls:g} U-Net calls, {self.seconds:.2f} s"
 
     def figures(self) -> dict[str, Any]:
         """What ``--json`` writes of a row."""
@@ -42,7 +52,7 @@ def compare(
     loaded: Loaded,
     recipe: Recipe,
     pairs: Sequence[tuple[str, str]],
-    methods: Sequence[str],
+    methods: Sequence[str | MethodCall],
     guidance: float | None = None,
     on_method: Callable[[str], None] | None = None,
     offsets: Sequence[int] | None = None,
@@ -53,6 +63,7 @@ def compare(
     ``guidance``: the reference's w; None: the adapter's own. The reference's row comes first. Raises RecipeError, and
     ValueError for an unknown method.
     """
+    calls = [parse_method(method) for method in methods]
     if loaded.adapter is None:
         raise RecipeError("comparing needs an adapter. Give --adapter FILE.")
     pipe, adapter = loaded.pipe, loaded.adapter.to(loaded.pipe.device, loaded.pipe.unet.dtype)
@@ -69,11 +80,11 @@ def compare(
             sampler(kind, prompts, negatives, start, recipe.sun_strength)
         rows: list[Row] = []
         reference: torch.Tensor | None = None
-        for method in dict.fromkeys((REFERENCE, *methods)):
+        for call in dict.fromkeys((REFERENCE, *calls)):
             if on_method:
-                on_method(method)
-            sample = sampler(method, prompts, negatives, start, recipe.sun_strength)
-            row = Row(method, sampler.decode(sample.latents), sample.unet_calls, sample.seconds)
+                on_method(call.text)
+            sample = sampler(call, prompts, negatives, start, recipe.sun_strength)
+            row = Row(call, sampler.decode(sample.latents), sample.unet_calls, sample.seconds)
             if reference is not None:
                 row.paired_mse = float((sample.latents - reference).square().mean())
                 row.psnr = sum(map(psnr, row.images, rows[0].images)) / len(row.images)
@@ -97,17 +108,8 @@ def picture(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> Image.Imag
     return grid(
         [image for row in rows for image in row.images],
         columns=len(pairs),
-        row_labels=[title(row) for row in rows],
+        row_labels=[row.title for row in rows],
         column_labels=captions,
         scale=max(1, round(192 / side)),
         gap=8,
     )
-
-
-def title(row: Row) -> str:
-    """A row's label: what ran, with how many U-Net calls, and how long it took a picture."""
-    name, _, steps = row.method.rpartition("-")
-    words = {"sun": "SUN", "dpmpp": "DPM-Solver++ with CFG", "ddim": "DDIM with CFG", "unipc": "UniPC with CFG",
-             "euler": "Euler with CFG", "cond": "DPM-Solver++ without guidance"}  # fmt: skip
-    kind = "reference: " if row.paired_mse is None else ""
-    return f"{kind}{words.get(name, name)}, {steps} steps, {row.unet_calls:g} U-Net calls, {row.seconds:.2f} s"

@@ -16,9 +16,9 @@ from sun.evaluation import (
     bootstrap_interval,
     evaluate,
     frechet_distance,
-    kernel_distance,
-    split_method,
+    parse_method,
 )
+from sun.evaluation.metrics import kernel_statistics
 from sun.surgery import from_unet
 
 
@@ -80,7 +80,8 @@ def test_distances_of_known_sets() -> None:
     a, b = torch.randn(400, 4), torch.randn(400, 4) + 2.0
     assert frechet_distance(a, a) < 1e-6
     assert frechet_distance(a, b) == pytest.approx(16.0, rel=0.15)
-    assert kernel_distance(a, b) > 10 * abs(kernel_distance(a, torch.randn(400, 4)))
+    near, _ = kernel_statistics(a, torch.randn(400, 4))
+    assert kernel_statistics(a, b)[0] > 10 * abs(near)
 
 
 def test_bootstrap_interval_holds_the_mean() -> None:
@@ -100,7 +101,7 @@ def test_counter_leaves_no_hook(sampler: Sampler) -> None:
 @pytest.mark.parametrize("method", ["sun", "magic-4", "sun-x"])
 def test_unknown_methods_are_named(method: str) -> None:
     with pytest.raises(ValueError, match=r"choose from ddim-STEPS"):
-        split_method(method)
+        parse_method(method)
 
 
 def test_evaluate_reports_every_method(tiny_model: Path, tmp_path: Path, sampler: Sampler) -> None:

@@ -13,7 +13,7 @@ from sun.common.settings import ConfigError
 from sun.evaluation import Sampler, parse_method
 from sun.evaluation.accelerators import plan_of
 from sun.evaluation.model import asset_fingerprint
-from sun.evaluation.pictures import best_front
+from sun.evaluation.plots import best_front
 from sun.surgery import from_unet
 
 PROMPTS, NEGATIVES = ["polar bear", "red apple"], ["snake", ""]

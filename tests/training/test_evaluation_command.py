@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from sun import evaluation
 from sun.cli import app
 from sun.common.settings import ConfigError
-from sun.evaluation.config import EvaluateConfig, check
+from sun.evaluation.checks import check
+from sun.evaluation.config import EvaluateConfig
 
 ROW = {"unet_calls": 4.0, "seconds": 0.1, "paired_mse": 0.05, "set_distance": 1.5}
 MODEL = {

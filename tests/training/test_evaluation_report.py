@@ -15,12 +15,13 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from sun.common.settings import ConfigError, apply, read_config
+from sun.common.settings import ConfigError, apply, read_config, without_folders
 from sun.evaluation import EvaluateConfig, Sampler, report
 from sun.evaluation import run as run_module
 from sun.evaluation.cells import CellStore
-from sun.evaluation.config import method_names, model_specs, portable
+from sun.evaluation.config import model_specs
 from sun.evaluation.features import Features
+from sun.evaluation.names import parse_methods
 from sun.evaluation.prompts import calibration_pairs
 from sun.evaluation.tables import markdown
 from sun.surgery import from_unet
@@ -80,6 +81,8 @@ def test_a_report_is_complete_and_goes_on_where_it_stopped(
                 low, high = row[f"{figure}_interval"]
                 assert low <= row[figure] <= high
             assert {"kid", "speedup", "pipeline_seconds"} <= set(row)
+            assert row["median_mse"] == row["paired_mse_median"] <= row["paired_mse_interval"][1] * 4
+            assert row["psnr"] == row["paired_psnr"]
         assert model["floor"]["paired_mse"] > 0
         negative = model["negative_prompt"]
         assert negative["pairs"] == 2
@@ -161,10 +164,14 @@ def test_methods_without_their_files_can_be_left_out(config: EvaluateConfig, eye
     assert "floor" not in found, "time alone samples no set"
 
 
+def names_of(config: EvaluateConfig) -> list[str]:
+    return [call.text for call in parse_methods(config.methods, config.steps)]
+
+
 def test_settings_of_models_and_steps(config: EvaluateConfig) -> None:
-    assert method_names(config) == ["sun-2", "ddim-2"]
+    assert names_of(config) == ["sun-2", "ddim-2"]
     config.methods, config.steps = ("sun[a]", "nag[phi=3]", "cond-25"), (4, 8)
-    assert method_names(config) == ["sun[a]-4", "sun[a]-8", "nag[phi=3]-4", "nag[phi=3]-8", "cond-25"]
+    assert names_of(config) == ["sun[a]-4", "sun[a]-8", "nag[phi=3]-4", "nag[phi=3]-8", "cond-25"]
     specs = model_specs(config)
     assert specs["base"].guidance_scale == 3
     assert specs["strong"].guidance_scale == 5
@@ -182,15 +189,15 @@ def test_settings_of_models_and_steps(config: EvaluateConfig) -> None:
 def test_the_configurations_in_the_repository_can_be_read(name: str) -> None:
     file = Path(__file__).parents[2] / "configs" / f"evaluate-{name}.toml"
     config = apply(EvaluateConfig(), read_config(file))
-    assert method_names(config)
+    assert names_of(config)
     assert all(asdict(spec)["model"] for spec in model_specs(config).values())
 
 
 def test_settings_travel_without_folders(tmp_path: Path) -> None:
     config = EvaluateConfig(adapter=str(tmp_path / "a.safetensors"), output=str(tmp_path), models={"m": "runs/m"})
-    kept = portable(config)
+    kept = without_folders(config)
     assert kept["adapter"] == "a.safetensors"
-    assert kept["models"] == {"m": "runs/m"}
+    assert kept["models"] == {"m": "m"}
     assert "output" not in kept
 
 

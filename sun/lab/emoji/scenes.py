@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from .sources import Emoji
+from .sources import Emoji, load_metadata
 
 BACKGROUNDS = {
     "white": (255, 255, 255), "black": (16, 16, 18), "gray": (140, 144, 150), "red": (214, 48, 49),
@@ -55,6 +55,12 @@ def random_scene(emojis: list[Emoji], rng: random.Random, pair_probability: floa
     return Scene(
         chosen, background, size, place, mirrored, write_caption(chosen, background, size, place, mirrored, rng)
     )
+
+
+def random_captions(count: int, rng: random.Random) -> list[str]:
+    """Prompts of random scenes of the everyday emoji."""
+    emojis = load_metadata()
+    return [random_scene(emojis, rng).caption for _ in range(count)]
 
 
 def write_caption(

@@ -1,0 +1,43 @@
+"""The worlds that models are trained on, and where what is special about each is: names to ``module:attribute``.
+
+Training and evaluation ask here for the data, prompts, features or negatives of a world by name, and know nothing of
+where they come from. Modules are those of this package, imported when they are asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+EMOJI, PHOTO = "emoji", "photo"
+_PACKAGE = __package__.rpartition(".")[0]
+
+WORLDS: dict[str, dict[str, str]] = {
+    EMOJI: {
+        "prompts": ".lab.emoji.scenes:random_captions",
+        "negatives": ".training.data.negatives:NegativePrompts",
+        "features": ".lab.emoji.contrast:EmojiContrast",
+        "judge": ".lab.emoji.agreement:EmojiJudge",
+        "source": ".lab.emoji.latents:scene_source",
+        "samples": ".lab.emoji.base:SAMPLE_PROMPTS",
+    },
+    PHOTO: {
+        "negatives": ".training.data.negatives:NegativePrompts",
+    },
+}
+
+
+def world_of(name: str) -> str:
+    """The world of a model or of data: ``emoji`` for the shipped model and for ``emoji:STYLE``, else ``photo``."""
+    return EMOJI if name == EMOJI or name.startswith(f"{EMOJI}:") else PHOTO
+
+
+def has(world: str, what: str) -> bool:
+    """Whether a world has something of its own."""
+    return what in WORLDS.get(world, {})
+
+
+def find(world: str, what: str) -> Any:
+    """What a world has under a name. Raises KeyError if it has no such thing."""
+    module, _, attribute = WORLDS[world][what].partition(":")
+    return getattr(import_module(module, _PACKAGE), attribute)
