@@ -162,8 +162,8 @@ def compare(
     """Put SUN beside the model's own 25-step pictures: same noise, same prompts, calls counted, distances measured."""
     engine = _engine()
     from ..evaluation import parse_method
-    from ..pictures.compare import compare as run
-    from ..pictures.compare import picture
+    from ..evaluation.compare import compare as run
+    from ..evaluation.compare import picture
 
     methods = [parse_method(name) for name in (f"sun-{steps}", *(also or []))]
     numbered(target, 1)
@@ -198,7 +198,7 @@ def demo(
 ) -> None:
     """Four-step pictures of the shipped model beside its 25-step reference."""
     _engine()
-    from ..pictures.demo import run
+    from ..evaluation.demo import run
 
     with spinner("loading") as status:
         done = run(folder, lambda method: status(f"running {method}"))

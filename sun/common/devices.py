@@ -53,3 +53,16 @@ def process_state(**options: Any) -> Any:
         return PartialState()
     # accelerate itself looks at this flag in the Accelerator alone, which may not exist yet or never will
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **options)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until ``device`` has done all that it was given, so that the clock tells the truth."""
+    if device.type in ("cuda", "mps", "xpu"):
+        getattr(torch, device.type).synchronize()
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's name, or a CPU's threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type

@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from .settings import ConfigError
+
 EMOJI, PHOTO = "emoji", "photo"
 _PACKAGE = __package__.rpartition(".")[0]
 
@@ -18,8 +20,8 @@ WORLDS: dict[str, dict[str, str]] = {
         "negatives": ".training.data.negatives:NegativePrompts",
         "features": ".lab.emoji.contrast:EmojiContrast",
         "judge": ".lab.emoji.agreement:EmojiJudge",
-        "source": ".lab.emoji.latents:scene_source",
-        "samples": ".lab.emoji.base:SAMPLE_PROMPTS",
+        "source": ".lab.emoji.world:EmojiSource",
+        "samples": ".lab.emoji.world:SAMPLES",
     },
     PHOTO: {
         "negatives": ".training.data.negatives:NegativePrompts",
@@ -32,12 +34,14 @@ def world_of(name: str) -> str:
     return EMOJI if name == EMOJI or name.startswith(f"{EMOJI}:") else PHOTO
 
 
-def has(world: str, what: str) -> bool:
-    """Whether a world has something of its own."""
-    return what in WORLDS.get(world, {})
-
-
 def find(world: str, what: str) -> Any:
-    """What a world has under a name. Raises KeyError if it has no such thing."""
+    """What a world has under a name. Raises ConfigError where that part of the repository was left out, as in the
+    archives of the nodes; KeyError if the world has no such thing."""
     module, _, attribute = WORLDS[world][what].partition(":")
-    return getattr(import_module(module, _PACKAGE), attribute)
+    try:
+        return getattr(import_module(module, _PACKAGE), attribute)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{what} of the {world} world: {error.name} is not installed. Take the whole repository and its extras: "
+            'pip install -e ".[all]" in a clone.'
+        ) from error

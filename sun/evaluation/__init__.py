@@ -13,9 +13,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..common import lazy
+from ..common.counting import CallCounter
 from .config import EvaluateConfig, ModelSpec
 from .names import METHODS, REFERENCE, MethodCall, parse_method
-from .sampler import CallCounter, Sample, Sampler
+from .sampler import Sample, Sampler
 
 if TYPE_CHECKING:
     from .metrics import bootstrap_interval, frechet_distance

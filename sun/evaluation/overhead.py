@@ -11,16 +11,16 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..adapter import SunAdapter
+from ..common.devices import device_name, synchronize
 from ..pipelines import NEGATIVE, RUN, new_run
 from ..pipelines.attach import attach, detach
 from ..pipelines.latents import latent_scale
-from ..training.cost.benchmark import Models, device_name, synchronize
 
 REFERENCE_STEPS = 25
 
@@ -77,6 +77,14 @@ def figures(times: Times) -> dict[str, Any]:
                 ),
             }
     return found
+
+
+class Models(Protocol):
+    """The three models of a Stable Diffusion."""
+
+    unet: Any
+    text_encoder: Any
+    vae: Any
 
 
 class Bench:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..adapter import SunAdapter
-from ..common.devices import AUTO, AUTOCAST, autocast
+from ..common.counting import CallCounter
+from ..common.devices import AUTO, AUTOCAST, autocast, synchronize
 from ..ltc import LtcKey, LtcRun, LtcTable
 from ..ltc.calibration import Opener, run_calibration
 from ..ltc.schedulers import Stepper
@@ -57,25 +58,6 @@ class Run(Protocol):
     """A method at work: prompts, negatives and noise [B, 4, h, w] to their sample."""
 
     def __call__(self, prompts: list[str], negatives: list[str], noise: Tensor, edit: Edit | None = None) -> Sample: ...
-
-
-class CallCounter:
-    """Counts U-Net forwards and the rows (batch entries) they carried, through a forward pre-hook."""
-
-    def __init__(self, unet: torch.nn.Module):
-        self.calls, self.rows = 0, 0
-        self._handle = unet.register_forward_pre_hook(self._count, with_kwargs=True)
-
-    def _count(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sample = args[0] if args else kwargs["sample"]
-        self.calls += 1
-        self.rows += sample.shape[0]
-
-    def __enter__(self) -> CallCounter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()
 
 
 class Sampler:
@@ -218,10 +200,7 @@ class Sampler:
 
     def synchronize(self) -> None:
         """Wait until the device has finished, so that the clock tells the truth."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        synchronize(self.device)
 
     @torch.no_grad()
     def pixels(self, latents: Tensor, at_once: int = 8) -> Tensor:

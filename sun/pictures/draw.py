@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 
 from .. import __version__
 from ..adapter import SunAdapter
+from ..common.counting import CallCounter
 from ..common.reading import printable
-from ..evaluation import CallCounter
 from ..pipelines.attach import attach, detach
 from ..pipelines.schedulers import make_scheduler
 from ..schedule import denoise_timesteps, trailing_timesteps

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..adapter import SunAdapter
 from ..common.settings import ConfigError
+from ..common.worlds import EMOJI, find, world_of
 from ..pictures.png import save_grid, to_images
 from ..pipelines.attach import attach, detach
 from ..pipelines.latents import latent_scale
@@ -22,8 +23,7 @@ from ..pipelines.text import encode_texts
 from .algorithm import NoiseSchedule
 from .config import SunTrainConfig, check_settings
 from .data.negatives import NegativePrompts
-from .data.samples import is_emoji
-from .data.sources import build_source, world
+from .data.sources import build_source
 from .models import FrozenModels, load_frozen, use_fast_attention
 from .run import TrainingRun, start_run
 from .student import Student, Teacher, describe_training, make_adapter
@@ -154,8 +154,8 @@ def sample_grid(config: SunTrainConfig, run: TrainingRun, pipe: Any) -> None:
 
 def sample_prompts(config: SunTrainConfig) -> tuple[list[str], list[str]]:
     """(prompts, negatives) of the pictures that are drawn while training, to look at."""
-    if config.model == "emoji" or is_emoji(config.data):
-        prompts, negatives = world("emoji").SAMPLES
+    if EMOJI in (world_of(config.model), world_of(config.data)):
+        prompts, negatives = find(EMOJI, "samples")
         return list(prompts), list(negatives)
     prompts = ["a photo of a cat", "a castle on a hill, oil painting", "portrait of an old man", "a bowl of fruit"]
     return prompts, ["", "blurry", "", "low quality"]

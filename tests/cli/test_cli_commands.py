@@ -57,7 +57,7 @@ def test_compare_runs_in_half_precision(tiny: Run, tmp_path: Path) -> None:
 def test_sun_pictures_of_compare_are_those_of_generate(model_folder: Path, adapter_file: Path) -> None:
     from dataclasses import replace
 
-    from sun.pictures.compare import compare, psnr
+    from sun.evaluation.compare import compare, psnr
     from sun.pictures.draw import complete, generate, load
     from sun.pictures.recipe import Recipe
 
@@ -390,8 +390,8 @@ def test_help_does_not_wait_for_torch() -> None:
 def test_demo_writes_pictures_and_prints_where(
     sun: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path, adapter_file: Path
 ) -> None:
+    from sun.evaluation.compare import psnr
     from sun.pictures import draw as engine
-    from sun.pictures.compare import psnr
 
     monkeypatch.setattr(engine, "EMOJI_DIFFUSION", model_folder)
     monkeypatch.setattr(engine, "EMOJI_SUN", adapter_file)

@@ -35,22 +35,9 @@ MAY_IMPORT = {
 }
 EXCEPTIONS: set[tuple[str, str]] = {
     ("sun.cli.training", "sun.lab.emoji.ship"),
-    ("sun.evaluation.overhead", "sun.training.cost.benchmark"),
-    ("sun.evaluation.prompts", "sun.lab.emoji.scenes"),
-    ("sun.evaluation.prompts", "sun.lab.emoji.sources"),
-    ("sun.evaluation.prompts", "sun.training.data.negatives"),
     ("sun.inheritance.unets", "sun.pipelines.layered"),
-    ("sun.pictures.compare", "sun.evaluation"),
-    ("sun.pictures.draw", "sun.evaluation"),
 }
 IN_CIRCLES: set[str] = {
-    "sun.evaluation.accelerators",
-    "sun.evaluation.config",
-    "sun.evaluation.edits",
-    "sun.evaluation.methods",
-    "sun.evaluation.model",
-    "sun.evaluation.pictures",
-    "sun.evaluation.prompts",
     "webui.accelerators",
     "webui.infotext",
     "webui.ltc",

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from ...common.devices import device_name, synchronize
 from ...common.settings import ConfigError
 from ...pipelines.attach import attach, detach
 from ..algorithm import NoiseSchedule, stage_targets
@@ -170,11 +171,6 @@ def settings_of(config: SunTrainConfig, model: str, precision: str) -> dict[str,
     }  # fmt: skip
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type in ("cuda", "mps", "xpu"):
-        getattr(torch, device.type).synchronize()
-
-
 def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -192,10 +188,3 @@ def _peak_gib(device: torch.device) -> float:
         return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / GIB
-
-
-def device_name(device: torch.device) -> str:
-    """The accelerator's name, or a CPU's threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type

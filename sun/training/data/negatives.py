@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...common.reading import ReadError, read_text
-from .samples import DataError, is_emoji
+from ...common.worlds import world_of
+from .samples import DataError
 
 _LISTS = Path(__file__).parent / "phrases"
 
@@ -26,7 +27,7 @@ class NegativePrompts:
 
         Raises FileNotFoundError, or DataError for a file without a phrase.
         """
-        path = Path(source) if source != "auto" else _LISTS / ("emoji.txt" if is_emoji(data) else "photo.txt")
+        path = Path(source) if source != "auto" else _LISTS / f"{world_of(data)}.txt"
         if not path.exists():
             raise FileNotFoundError(
                 f"no list of negative phrases at {path}: give a text file with one phrase a line, or auto."

@@ -26,11 +26,6 @@ Encode = Callable[[list[str]], Tensor]
 UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError)
 
 
-def is_emoji(data: str) -> bool:
-    """``emoji`` or ``emoji:STYLE[:SCENES]``: scenes that this project renders, rather than a folder or shards."""
-    return data == "emoji" or data.startswith("emoji:")
-
-
 def is_address(data: str) -> bool:
     """An address or a command that gives a shard (``https:``, ``pipe:``), rather than a file."""
     return "://" in data or is_command(data)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ...common.settings import ConfigError
+from ...common.worlds import EMOJI, find, world_of
 from .folder import FolderSource, check_pairs, left_out, list_folder
-from .samples import Encode, Lanes, Skipped, is_address, is_emoji
+from .samples import Encode, Lanes, Skipped, is_address
 
 CACHES = ("", "latents", "latents+text")
 MAX_SCENES = 10_000_000
@@ -53,7 +53,7 @@ def build_source(
     """
     if cache not in CACHES:
         raise ConfigError(f"cache takes latents, latents+text or nothing, not {cache!r}.")
-    if is_emoji(data):
+    if world_of(data) == EMOJI:
         return _emoji_source(data, vae, resolution, rng, device)
     folder = Path(data)
     if is_address(data) or data.endswith(".tar") or "{" in data or "::" in data or next(folder.glob("*.tar"), None):
@@ -77,21 +77,9 @@ def build_source(
     return CachedFolder(pairs, vae, resolution, device, seed, Lanes.current(), skipped, texts)
 
 
-# How the shipped models were made is imported by name alone, when it is asked for.
-WORLDS = {"emoji": "sun.lab.emoji.world"}
-
-
-def world(name: str) -> Any:
-    """The module of a world of pictures that this project renders. Raises ConfigError where it was left out."""
-    try:
-        return import_module(WORLDS[name])
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"the {name} pictures need the whole repository, and {error.name} is not there.") from error
-
-
 def _emoji_source(data: str, vae: Any, resolution: int, rng: random.Random, device: torch.device) -> Source:
     _, style, count, *_ = f"{data}::".split(":")
     if count and not (count.isdecimal() and 0 < int(count) <= MAX_SCENES):
         raise ConfigError(f"data = {data}: after the style comes a number of scenes, as emoji:fluent:2500.")
-    source: Source = world("emoji").EmojiSource(style or "twemoji", vae, resolution, rng, device, int(count or 0))
+    source: Source = find(EMOJI, "source")(style or "twemoji", vae, resolution, rng, device, int(count or 0))
     return source

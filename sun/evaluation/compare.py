@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..evaluation import REFERENCE, MethodCall, Sampler, parse_method
-from .draw import Loaded, noise
-from .png import grid
-from .recipe import Recipe, RecipeError
+from ..pictures.draw import Loaded, noise
+from ..pictures.png import grid
+from ..pictures.recipe import Recipe, RecipeError
+from .names import REFERENCE, MethodCall, parse_method
+from .sampler import Sampler
 
 
 @dataclass

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..pictures.draw import complete, load, png_texts
+from ..pictures.png import save_png
+from ..pictures.recipe import Recipe
 from .compare import Row, compare, picture
-from .draw import complete, load, png_texts
-from .png import save_png
-from .recipe import Recipe
 
 # (prompt, negative, seed counted from the recipe's); the last two differ in the negative alone.
 PICTURES = (
