@@ -13,7 +13,6 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-import sun
 from sun.common import worlds
 from sun.common.settings import ConfigError
 from sun.evaluation import EvaluateConfig, Sampler, evaluate, report
@@ -24,6 +23,7 @@ from sun.lab.emoji.main_colours import derive_main_colours, main_colours, pixels
 from sun.lab.emoji.scenes import BACKGROUNDS
 from sun.lab.emoji.sources import Emoji, load_metadata
 from sun.lab.emoji.vae import to_tensor
+from sun.surgery import from_unet
 
 from .conftest import EMOJIS
 
@@ -199,7 +199,7 @@ class Hue:
 def config(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateConfig:
     monkeypatch.setattr(worlds, "find", lambda world, what: {"judge": Hue}.get(what) or real(world, what))
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
-    sun.SunAdapter.from_unet(pipe.unet, alpha=0.5).save(tmp_path / "adapter.safetensors")
+    from_unet(pipe.unet, alpha=0.5).save(tmp_path / "adapter.safetensors")
     (tmp_path / "prompts.txt").write_text("polar bear | snake\nred apple | \n")
     return EvaluateConfig(
         model=str(tiny_model), adapter=str(tmp_path / "adapter.safetensors"), methods=("sun-2", "ddim-2"),
