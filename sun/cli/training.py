@@ -176,28 +176,15 @@ def train_emoji_ship(
     notes: Annotated[Path | None, typer.Option(help="Markdown to put at the end of the card.")] = None,
 ) -> None:
     """Write finished runs into the package, as fp16 with a model card."""
-    from ..lab.emoji.ship import ship_adapter, ship_base, ship_folder
-    from ..shipped import (
-        EMOJI_CONTRAST,
-        EMOJI_CONTROLNET,
-        EMOJI_DIFFUSION,
-        EMOJI_INPAINTING,
-        EMOJI_SUN,
-        MODELS_DIR,
-    )
-
+    ship_runs = import_module("..lab.emoji.ship", __package__).ship_runs
+    runs = {
+        "model": base,
+        "adapter": adapter,
+        "image-text model": contrast,
+        "LoRA": lora,
+        "ControlNet": controlnet,
+        "inpainting model": inpainting,
+    }
     text = notes.read_text() if notes else ""
-    if base:
-        out.print(f"model: {ship_base(base, EMOJI_DIFFUSION, guidance, text, vae)}", soft_wrap=True)
-    if adapter:
-        out.print(f"adapter: {ship_adapter(adapter, EMOJI_SUN, text)}", soft_wrap=True)
-    if contrast:
-        out.print(f"image-text model: {ship_folder(contrast / 'contrast', EMOJI_CONTRAST, text)}", soft_wrap=True)
-    if lora:
-        out.print(f"LoRA: {ship_folder(lora / 'lora', MODELS_DIR / lora.name, text)}", soft_wrap=True)
-    if controlnet:
-        folder = ship_folder(controlnet / "controlnet", EMOJI_CONTROLNET.parent, text)
-        out.print(f"ControlNet: {folder}", soft_wrap=True)
-    if inpainting:
-        folder = ship_folder(inpainting / "inpainting", EMOJI_INPAINTING.parent, text)
-        out.print(f"inpainting model: {folder}", soft_wrap=True)
+    for name, written in ship_runs({k: run for k, run in runs.items() if run}, guidance, text, vae):
+        out.print(f"{name}: {written}", soft_wrap=True)

@@ -34,7 +34,6 @@ MAY_IMPORT = {
     "scripts": {"webui"},
 }
 EXCEPTIONS: set[tuple[str, str]] = {
-    ("sun.cli.training", "sun.lab.emoji.ship"),
     ("sun.inheritance.unets", "sun.pipelines.layered"),
 }
 IN_CIRCLES: set[str] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from ... import shipped
 from ...adapter import SunAdapter
 from ...pictures.png import grid, save_png
 from ...training.config import RunConfig
@@ -199,3 +200,26 @@ def ship_folder(source: str | Path, destination: str | Path, notes: str = "") ->
     if notes:
         (out / "README.md").write_text(f"{(source / 'README.md').read_text()}\n{notes}\n")
     return out
+
+
+def ship_runs(
+    runs: Mapping[str, Path], guidance: float, notes: str = "", vae: Path | None = None
+) -> Iterator[tuple[str, Path]]:
+    """Write finished runs to where the package keeps its models; yields what each is and where it went.
+
+    runs: folders of runs by "model", "adapter", "image-text model", "LoRA", "ControlNet" and "inpainting model".
+    guidance: scale of the card's pictures. vae: the autoencoder's run, for the model's card.
+    """
+    folders = {
+        "image-text model": ("contrast", shipped.EMOJI_CONTRAST),
+        "ControlNet": ("controlnet", shipped.EMOJI_CONTROLNET.parent),
+        "inpainting model": ("inpainting", shipped.EMOJI_INPAINTING.parent),
+    }
+    for name, run in runs.items():
+        if name == "model":
+            yield name, Path(ship_base(run, shipped.EMOJI_DIFFUSION, guidance, notes, vae))
+        elif name == "adapter":
+            yield name, Path(ship_adapter(run, shipped.EMOJI_SUN, notes))
+        else:
+            product, home = folders.get(name, ("lora", shipped.MODELS_DIR / run.name))
+            yield name, Path(ship_folder(run / product, home, notes))
