@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .app import app
-from .options import Dtype, Json, Layout
+from .options import Dtype, Json, Layout, check_target
 from .show import out, write_json
 
 
@@ -70,6 +70,7 @@ def convert(
     kind = None if dtype is Dtype.auto else getattr(torch, dtype.value)
     if target.suffix.lower() != ".safetensors":
         raise typer.BadParameter(f"{target} should end in .safetensors")
+    check_target(target, "TARGET")
     adapter = SunAdapter.load(source)
     if guidance is not None:
         if not adapter.guided:

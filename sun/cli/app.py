@@ -15,12 +15,14 @@ from ..common.reading import ReadError
 from ..common.settings import ConfigError
 from ..pictures.recipe import RecipeError
 from ..user_pictures import PictureError
-from .show import err, out
+from .show import err, notes_shown, out
 
 BAD_INPUT, INTERRUPTED = 2, 130
 _ERRORS = (RecipeError, ConfigError, PictureError, ReadError, OSError)
 # By name, because their module needs torch, which --help should not wait for.
-_LAZY_ERRORS = ("SunFileError", "DataError", "NonFiniteLoss", "LtcError", "InheritanceError")
+_LAZY_ERRORS = (
+    "SunFileError", "DataError", "NonFiniteLoss", "NonFiniteError", "PredictionError", "LtcError", "InheritanceError",
+)  # fmt: skip
 
 
 class SunGroup(TyperGroup):
@@ -28,7 +30,8 @@ class SunGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with notes_shown():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             err.print("stopped", style="yellow")
             raise typer.Exit(INTERRUPTED) from None

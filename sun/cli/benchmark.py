@@ -53,6 +53,7 @@ def bench(
     rows a call): 12.5 would be a U-Net call with SUN that costs nothing more. --json is rewritten after each case, so
     a long run may be stopped.
     """
+    from ..common.devices import pick_dtype
     from ..evaluation.overhead import Bench, Case, summary
     from ..pictures.draw import load_adapter
     from ..training.cost.benchmark import models_of
@@ -80,9 +81,9 @@ def bench(
         progress(0, len(cases) * rounds)
         for case in cases:
             adapter = load_adapter("emoji") if emoji else _random_adapter(models.unet)
-            chosen = Bench(models, adapter, pixels, _precision(dtype, case.device), steps)
+            chosen = Bench(models, adapter, pixels, pick_dtype(dtype.value, case.device), steps)
             report[str(case)] = chosen.measure(case, rounds, advance)
-            write_json(figures, summary(report))
+            write_json(figures, summary(report), last=case is cases[-1])
     out.print(_bench_table(report))
     top = summary(report)
     for key in ("unet_call_ratio", "unet_speedup", "unet_speedup_limit", "pipeline_speedup"):
@@ -100,12 +101,11 @@ def _random_adapter(unet: Any) -> Any:
 
 
 def _devices(text: str) -> list[str]:
-    import torch
+    from ..common.devices import accelerators, pick_device
 
-    if text != "all":
-        return [name.strip() for name in text.split(",") if name.strip()]
-    found = ["cuda"] if torch.cuda.is_available() else ["mps"] if torch.backends.mps.is_available() else []
-    return [*found, "cpu"]
+    if text == "all":
+        return [*accelerators()[:1], "cpu"]
+    return [pick_device(name.strip()) for name in text.split(",") if name.strip()]
 
 
 def _counts(text: str) -> list[int]:
@@ -116,13 +116,6 @@ def _counts(text: str) -> list[int]:
     if not counts or min(counts) < 1:
         raise typer.BadParameter(f"{text!r}: write pictures a call as 1 or 1,4", param_hint="--batch")
     return counts
-
-
-def _precision(dtype: Dtype, device: str) -> Any:
-    import torch
-
-    chosen = ("float32" if device == "cpu" else "float16") if dtype is Dtype.auto else dtype.value
-    return getattr(torch, chosen)
 
 
 def _bench_table(report: dict[str, dict[str, Any]]) -> Table:

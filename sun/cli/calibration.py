@@ -10,7 +10,21 @@ import typer
 
 from ..pictures.recipe import Recipe
 from .app import app
-from .options import Adapter, ConfigDir, Device, Dtype, Json, Lora, Model, Precision, Size, parse_size
+from .options import (
+    MAX_SEED,
+    Adapter,
+    ConfigDir,
+    Device,
+    Dtype,
+    Json,
+    Lora,
+    Model,
+    Precision,
+    Size,
+    check_folder,
+    parse_size,
+    read_prompt,
+)
 from .show import out, spinner, write_json
 
 
@@ -51,7 +65,7 @@ def calibrate(
     terms: Annotated[int, typer.Option(help="Transitions a skip is made of.", min=1, max=2)] = 1,
     bias: Annotated[bool, typer.Option("--bias", help="Also look for one factor on all coefficients.")] = False,
     batch: Annotated[int, typer.Option(help="Pictures at a time.", min=1)] = 4,
-    seed: Annotated[int, typer.Option(help="Seed of the first picture.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture.", min=0, max=MAX_SEED)] = 0,
     size: Size = "",
     model: Model = "emoji",
     config: ConfigDir = "",
@@ -62,19 +76,23 @@ def calibrate(
     figures: Json = None,
 ) -> None:
     """Measure a table for LTC-Accel: which steps of a sampler may be skipped, and with which coefficients."""
+    check_folder(target)
     width, height = parse_size(size)
     recipe = Recipe(
         seed=seed, width=width, height=height, steps=steps, model=model, config=config, adapter=adapter,
         loras=tuple(lora or ()), dtype=dtype.value, device=device,
     )  # fmt: skip
-    pairs = [(prompt, negative) for prompt in prompts or ()]
+    pairs = [(read_prompt(prompt), negative) for prompt in prompts or ()]
     if not pairs and model != "emoji":
         raise typer.BadParameter('give prompts this model knows, as in: sun calibrate "a castle" "two cats"')
     with spinner("loading") as status:
         from .. import ltc
+        from ..common.notes import note
         from ..pictures import draw as generate
         from ..pipelines.attach import attach
+        from ..pipelines.loading import require_text_to_image
         from ..pipelines.schedulers import make_scheduler
+        from ..pipelines.text import cut_by_encoder
 
         if not pairs:
             from ..evaluation.config import EvaluateConfig
@@ -84,6 +102,10 @@ def calibrate(
         loaded = generate.load(recipe)
         recipe = generate.complete(recipe, loaded)
         pipe = loaded.pipe
+        require_text_to_image(pipe, model)
+        for text in [negative, *(prompt for prompt, _ in pairs)]:
+            if cut := cut_by_encoder(pipe.tokenizer, text):
+                note(f"calibrating reads 75 tokens of a text; this end of one is left out: {cut!r}")
         if loaded.adapter is not None:
             attach(pipe, loaded.adapter)
         pipe.scheduler = make_scheduler(scheduler.value, pipe.scheduler.config)

@@ -8,7 +8,7 @@ import typer
 
 from ..common.settings import configured
 from .app import app
-from .options import ConfigFile, Json, Settings
+from .options import MAX_SEED, ConfigFile, Json, Settings
 from .show import figures_table, out, write_json
 
 
@@ -34,7 +34,7 @@ def evaluate(
         str | None, typer.Option(help="Folder for a report: figures, tables, plots, grids; goes on where it stopped.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Pictures at a time.", min=1)] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the prompts and the noise.", min=0)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the prompts and the noise.", min=0, max=MAX_SEED)] = None,
     settings: Settings = None,
     figures: Json = None,
 ) -> None:

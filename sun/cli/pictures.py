@@ -28,7 +28,10 @@ from .options import (
     Seed,
     Size,
     Strength,
+    check_folder,
+    check_target,
     parse_size,
+    read_prompt,
 )
 from .show import err, figures_table, out, progress_bar, spinner, write_json
 
@@ -48,7 +51,7 @@ sun generate --from bear.png --out same-bear.png"""
 )
 def generate(
     ctx: typer.Context,
-    prompt: Annotated[str, typer.Argument(help="What to draw.", show_default=False)] = "",
+    prompt: Annotated[str, typer.Argument(help="What to draw; - is standard input.", show_default=False)] = "",
     negative: Annotated[str, typer.Option(help="What to keep out of the picture.")] = "",
     target: Annotated[
         Path | None,
@@ -95,10 +98,13 @@ def generate(
     figures: Json = None,
 ) -> None:
     """Make pictures from a prompt. The PNG carries everything needed to make it again."""
+    ctx.params["prompt"] = prompt = read_prompt(prompt)
     recipe, content = _recipe(ctx, source)
     if source is None and not prompt:
         raise typer.BadParameter('give a prompt, as in: sun generate "a red apple"', ctx=ctx)
-    numbered(target or Path("sun.png"), 1)  # a wrong name should not cost a run
+    target = target or Path(f"sun-{recipe.seed + (recipe.index or 0)}.png")
+    for path in numbered(target, recipe.batch if recipe.index is None else 1):
+        check_target(path)  # a wrong name should not cost a run
     engine = _engine()
 
     for change in engine.changes_since(recipe, content) if content else []:
@@ -109,7 +115,6 @@ def generate(
         recipe = engine.complete(recipe, loaded)
     with progress_bar("drawing") as on_step:
         drawn = engine.generate(loaded, recipe, on_step)
-    target = target or Path(f"sun-{recipe.seed + (recipe.index or 0)}.png")
     paths = numbered(target, len(drawn.images))
     for image, path, text in zip(drawn.images, paths, engine.png_texts(recipe), strict=True):
         save_png(image, path, text)
@@ -166,7 +171,8 @@ def compare(
     from ..evaluation.compare import picture
 
     methods = [parse_method(name) for name in (f"sun-{steps}", *(also or []))]
-    numbered(target, 1)
+    check_target(numbered(target, 1)[0])
+    prompts = [read_prompt(prompt) for prompt in prompts]
     width, height = parse_size(size)
     recipe = Recipe(
         seed=seed or 0, width=width, height=height, sun_strength=sun_strength, model=model, config=config,
@@ -197,6 +203,7 @@ def demo(
     figures: Json = None,
 ) -> None:
     """Four-step pictures of the shipped model beside its 25-step reference."""
+    check_folder(folder)
     _engine()
     from ..evaluation.demo import run
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from ..common.atomic import write_json as write_json_file
+from ..common.notes import SunWarning
 from ..common.reading import printable
+
+STDOUT = "-"
 
 
 class SafeConsole(Console):
@@ -40,9 +46,33 @@ def figures_table(rows: dict[str, dict[str, Any]], title: str) -> Table:
     return table
 
 
-def write_json(path: Path | None, content: dict[str, Any]) -> None:
-    if path:
+def write_json(path: Path | None, content: dict[str, Any], last: bool = True) -> None:
+    """The figures into the file of ``--json``; ``-`` is standard output, where only the ``last`` of several goes."""
+    if path is None:
+        return
+    if str(path) != STDOUT:
         write_json_file(path, content)
+    elif last:
+        print(json.dumps(content, indent=2, default=str))
+
+
+@contextmanager
+def notes_shown() -> Iterator[None]:
+    """What the library has to tell of a run (:class:`SunWarning`), each once, as notes on standard error."""
+    told: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", SunWarning)
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+            if not issubclass(category, SunWarning):
+                usual(message, category, *place)
+            elif str(message) not in told:
+                told.add(str(message))
+                err.print(f"[yellow]note:[/yellow] {escape(printable(str(message)))}", soft_wrap=True)
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
 
 
 @contextmanager

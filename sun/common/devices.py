@@ -1,4 +1,4 @@
-"""Number formats of the arithmetic, by name, and which of them a device is fast in."""
+"""Devices and number formats by name: the one way to choose them, and which formats a device is fast in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
+from .settings import ConfigError
+
 AUTO = "auto"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -66,3 +69,30 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def pick_device(name: str = AUTO) -> str:
+    """The device of a name, after trying it; ``auto``: a GPU where there is one. Raises ConfigError."""
+    if name == AUTO:
+        return accelerators()[0] if accelerators() else "cpu"
+    try:
+        torch.empty(1, device=name).tolist()  # "meta" has no numbers
+    except Exception as error:  # each backend that is not there raises something else
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(f"the device {name!r} is not available here ({reason})") from error
+    return name
+
+
+def accelerators() -> list[str]:
+    """The kinds of accelerators this machine has, as far as torch can use them."""
+    found = ["cuda"] if torch.cuda.is_available() else []
+    return found + (["mps"] if torch.backends.mps.is_available() else [])
+
+
+def pick_dtype(name: str, device: str) -> torch.dtype:
+    """A number format for weights; ``auto`` is float32 on a CPU and float16 elsewhere. Raises ConfigError."""
+    if name == AUTO:
+        return torch.float32 if torch.device(device).type == "cpu" else torch.float16
+    if name not in DTYPES:
+        raise ConfigError(f"the dtype {name!r} is unknown. Choose one of auto, {', '.join(DTYPES)}.")
+    return DTYPES[name]

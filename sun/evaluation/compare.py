@@ -13,6 +13,7 @@ from PIL import Image
 from ..pictures.draw import Loaded, noise
 from ..pictures.png import grid
 from ..pictures.recipe import Recipe, RecipeError
+from ..pipelines.loading import require_text_to_image
 from .names import REFERENCE, MethodCall, parse_method
 from .sampler import Sampler
 
@@ -67,6 +68,7 @@ def compare(
     calls = [parse_method(method) for method in methods]
     if loaded.adapter is None:
         raise RecipeError("comparing needs an adapter. Give --adapter FILE.")
+    require_text_to_image(loaded.pipe, recipe.model)
     pipe, adapter = loaded.pipe, loaded.adapter.to(loaded.pipe.device, loaded.pipe.unet.dtype)
     sampler = Sampler(
         pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler,

@@ -21,6 +21,7 @@ from ..common.identity import fingerprint
 from ..common.settings import ConfigError
 from ..common.worlds import EMOJI
 from ..pictures.png import to_images
+from ..pipelines.loading import load_part
 from ..shipped import EMOJI_CONTRAST
 from .sampler import Sampler
 
@@ -109,8 +110,7 @@ class ClipFeatures:
                 "Nothing is downloaded."
             )
         self.device = torch.device(device)
-        loaded: Any = CLIPModel.from_pretrained(folder, local_files_only=True)
-        self.model = loaded.to(self.device).eval()
+        self.model = load_part(CLIPModel, Path(folder), torch.float32).to(self.device)
         self.processor: Any = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
         self.tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 

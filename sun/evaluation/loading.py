@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..adapter import SunAdapter
-from ..common.settings import ConfigError
+from ..common.devices import pick_device
 from ..common.worlds import EMOJI
-from ..pictures.recipe import Recipe
+from ..pictures.recipe import split_lora
+from ..pipelines.loading import load_pipeline, load_unet, require_text_to_image
+from ..pipelines.lora import apply_lora
 from ..shipped import EMOJI_SUN, SINGLE_FILE_CONFIG
 from ..surgery import from_unet
 from .cells import processes
@@ -22,7 +23,7 @@ DEFAULT_W = 8.0
 
 def device_of(config: EvaluateConfig) -> torch.device:
     """Where an evaluation computes: the configured device, else the process's own."""
-    return torch.device(config.device) if config.device else processes().device
+    return torch.device(pick_device(config.device)) if config.device else processes().device
 
 
 def load_sampler(config: EvaluateConfig, spec: ModelSpec | None = None) -> Sampler:
@@ -54,25 +55,13 @@ def load_sampler(config: EvaluateConfig, spec: ModelSpec | None = None) -> Sampl
 def _load_pipeline(spec: ModelSpec, device: torch.device) -> Any:
     if spec.model == "random":
         return random_stable_diffusion()
-    from ..pictures.draw import load
-
-    loras = (spec.lora,) if spec.lora else ()
-    pipe = load(Recipe(model=spec.model, loras=loras, adapter="none", dtype="float32", device=str(device))).pipe
-    if spec.lora:  # part of the model under test: every method sees the same weights, and none pays for the LoRA
-        pipe.fuse_lora()
-        pipe.unload_lora_weights()
+    pipe = load_pipeline(spec.model, torch.float32)
+    if spec.lora:  # part of the model under test: every method sees the same weights
+        apply_lora(pipe, *split_lora(spec.lora))
     if spec.unet:
-        pipe.unet = _load_unet(Path(spec.unet))
-    return pipe
-
-
-def _load_unet(folder: Path) -> Any:
-    from diffusers import UNet2DConditionModel
-
-    inside = folder / "unet" if (folder / "unet").is_dir() else folder
-    if not (inside / "config.json").is_file():
-        raise ConfigError(f"unet = {folder} holds no U-Net (no config.json). Give a folder that diffusers saved.")
-    return UNet2DConditionModel.from_pretrained(inside, local_files_only=True)
+        pipe.unet = load_unet(spec.unet)
+    require_text_to_image(pipe, spec.unet or spec.model)
+    return pipe.to(device)
 
 
 def random_stable_diffusion(seed: int = 0) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from ..common.settings import ConfigError
 from ..ltc import LtcSettings
 from ..pipelines import NEGATIVE, RUN, new_run
 from ..pipelines.attach import attach, detach
+from ..pipelines.loading import load_unet
+from ..pipelines.lora import apply_lora
 from ..pipelines.schedulers import make_scheduler
 from .accelerators import deepcache, inheriting, ltc_settings
 from .names import MethodCall
@@ -155,14 +158,9 @@ def _training_free(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
 def _lcm_lora(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
     """The LoRA is fused into a copy of the U-Net: no time is lost, and the frozen weights stay exactly as they are."""
     if call.method.name not in assets.loaded:
-        from diffusers import StableDiffusionPipeline
-
         path = _existing(assets.lcm_lora, "lcm_lora", "the folder of an LCM-LoRA as diffusers saves it", call)
-        weights, alphas = StableDiffusionPipeline.lora_state_dict(str(path), local_files_only=True)
         unet = copy.deepcopy(assets.unet)
-        StableDiffusionPipeline.load_lora_into_unet(weights, network_alphas=alphas, unet=unet)
-        unet.fuse_lora()
-        unet.unload_lora()
+        apply_lora(SimpleNamespace(unet=unet, text_encoder=torch.nn.Module()), path)
         assets.loaded[call.method.name] = unet.to(assets.unet.device, assets.unet.dtype).eval()
     yield _plain(assets.loaded[call.method.name])
 
@@ -170,10 +168,8 @@ def _lcm_lora(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
 @contextmanager
 def _guided_distill(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
     if call.method.name not in assets.loaded:
-        from diffusers import UNet2DConditionModel
-
         path = _existing(assets.guided_distill, "guided_distill", "a folder with the distilled U-Net in unet/", call)
-        unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", local_files_only=True)
+        unet = load_unet(path)
         assets.loaded[call.method.name] = unet.to(assets.unet.device, assets.unet.dtype).eval().requires_grad_(False)
     yield _plain(assets.loaded[call.method.name])
 

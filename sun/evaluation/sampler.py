@@ -15,11 +15,13 @@ from torch import Tensor
 from ..adapter import SunAdapter
 from ..common.counting import CallCounter
 from ..common.devices import AUTO, AUTOCAST, autocast, synchronize
+from ..common.finite import require_finite
 from ..ltc import LtcKey, LtcRun, LtcTable
 from ..ltc.calibration import Opener, run_calibration
 from ..ltc.schedulers import Stepper
+from ..pipelines.loading import why_not_finite
 from ..pipelines.schedulers import make_scheduler
-from ..pipelines.text import encode_texts
+from ..pipelines.text import encode_prompts
 from .methods import Assets, Prepared, prepare, scheduler_of
 from .names import MethodCall, parse_method
 
@@ -100,8 +102,13 @@ class Sampler:
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:
-        """Text states [B, 77, D]."""
-        return encode_texts(self.tokenizer, self.text_encoder, texts)
+        """Text states [B, L, D] of prompts of any length."""
+        return self.encode_both(texts)[0]
+
+    @torch.no_grad()
+    def encode_both(self, *groups: list[str]) -> tuple[Tensor, ...]:
+        """Text states [B, L, D] of prompts, of negative prompts and so on, all of one length L."""
+        return encode_prompts(self.tokenizer, self.text_encoder, *groups)
 
     def noise(self, count: int, seed: int) -> Tensor:
         """[count, 4, h, w]; entry i depends on seed + i alone, so batches do not change pictures."""
@@ -138,8 +145,9 @@ class Sampler:
         self, ready: Prepared, call: MethodCall, prompts: list[str], negatives: list[str], noise: Tensor,
         edit: Edit | None = None,
     ) -> Sample:  # fmt: skip
-        positive = self.encode(prompts)
-        negative = self.encode(negatives) if call.method.uses_negative else positive
+        positive, negative = (
+            self.encode_both(prompts, negatives) if call.method.uses_negative else self.encode_both(prompts) * 2
+        )
         if ready.ltc is None:
             return self._denoise(ready, call, positive, negative, noise, edit)
         table = self._ltc_table(ready, call, prompts, negatives, edit)
@@ -153,7 +161,7 @@ class Sampler:
         name = f"ltc {call} {1 if edit is None else edit.strength:g} {self.w:g}"
         if name not in self.assets.loaded:
             pairs = self.calibration or list(zip(prompts, negatives, strict=True))[:CALIBRATION]
-            positive, negative = (self.encode(list(texts)) for texts in zip(*pairs, strict=True))
+            positive, negative = self.encode_both(*(list(texts) for texts in zip(*pairs, strict=True)))
             noise = self.noise(len(positive), CALIBRATION_SEED)
             start = None if edit is None else Edit(edit.init[:1].expand_as(noise), edit.strength)
 
@@ -196,6 +204,9 @@ class Sampler:
                     x = edit.mask * x + (1 - edit.mask) * noised(scheduler, edit.init, noise, i)
             self.synchronize()
             seconds = time.perf_counter() - began
+        if not bool(x.isfinite().all()):
+            parts = {"U-Net": ready.unet, "text encoder": self.text_encoder, "adapter": self.adapter}
+            require_finite(x, f"the latents of {call}", why_not_finite(parts))
         return Sample(x.float(), counter.rows / len(noise), seconds / len(noise))
 
     def synchronize(self) -> None:
@@ -209,7 +220,10 @@ class Sampler:
             self.vae.decode(part.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor).sample.float()
             for part in latents.split(at_once)
         ]
-        return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+        pixels = torch.cat(parts)
+        if not bool(pixels.isfinite().all()):
+            require_finite(pixels, "the decoded pictures", why_not_finite({"autoencoder": self.vae}))
+        return ((pixels.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
     def decode(self, latents: Tensor) -> list[Any]:
         """RGB pictures of latents [B, 4, h, w]."""

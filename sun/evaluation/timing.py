@@ -116,7 +116,7 @@ def time_unet_calls(
     t = torch.tensor(499, device=sampler.device)
     seconds: dict[str, list[float]] = {call.family: [] for call in calls}
     with sampler.autocast(precision):
-        positive, negative = sampler.encode(prompts), sampler.encode(negatives)
+        positive, negative = sampler.encode_both(prompts, negatives)
         for turn in tqdm(range(rounds + 1), desc="seconds of one step", leave=False):
             for call in calls:
                 took = _one_call(sampler, call, lambda predict, x: predict(x, t, positive, negative), noise)

@@ -17,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from ..common.finite import NonFiniteError, require_finite
 from ..pipelines.layered import default_of, original_call, put_on, take_off
 from .calibration import run_calibration
 from .errors import LtcError
@@ -132,6 +133,10 @@ def _sample(
     finally:
         state.opener = None
     latents: Tensor = result[0] if isinstance(result, tuple) else next(iter(result.values()))
+    try:
+        require_finite(latents, "the latents", "Look at a picture of this model first: a table would be made of NaN.")
+    except NonFiniteError as error:
+        raise LtcError(str(error)) from error
     return latents.float().cpu()
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import (
-    ControlNetModel,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,
@@ -21,22 +20,26 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 
 from .. import __version__
 from ..adapter import SunAdapter
 from ..common.counting import CallCounter
+from ..common.devices import pick_device, pick_dtype
+from ..common.finite import NonFiniteError, require_finite
+from ..common.notes import note
 from ..common.reading import printable
+from ..common.settings import ConfigError
 from ..pipelines.attach import attach, detach
+from ..pipelines.loading import ModelError, is_inpainting, load_controlnet, load_pipeline, why_not_finite
+from ..pipelines.lora import apply_lora
 from ..pipelines.schedulers import make_scheduler
+from ..pipelines.text import encode_prompts, read_as_words
 from ..schedule import denoise_timesteps, trailing_timesteps
-from ..shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_SUN, SINGLE_FILE_CONFIG
-from ..shipped.control_lora import controlnet_from_unet
+from ..shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_SUN
 from ..user_pictures import PictureError, read_mask, read_picture
 from .recipe import MAX_SIDE, Recipe, RecipeError, fingerprints, png_text, split_lora
 
 OnStep = Callable[[int, int], None]
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -65,15 +68,14 @@ class Drawn:
 
 def load(recipe: Recipe) -> Loaded:
     """Load model, adapter, LoRAs and ControlNet of ``recipe``. Raises RecipeError or SunFileError."""
-    device, dtype = _device(recipe.device), _dtype(recipe)
-    pipe = load_base(recipe.model, dtype, recipe.config)
-    # Before the LoRAs: a Control-LoRA takes the U-Net's encoder as it is in the file.
-    controlnet = _load_controlnet(recipe.controlnet, pipe.unet, dtype).to(device).eval() if recipe.controlnet else None
-    for i, lora in enumerate(recipe.loras):
-        _load_lora(pipe, lora, f"lora{i}")
-    if recipe.loras:
-        weights = [split_lora(lora)[1] for lora in recipe.loras]
-        pipe.set_adapters([f"lora{i}" for i in range(len(weights))], weights)
+    device = _device(recipe.device)
+    with _as_recipe_error():
+        dtype = pick_dtype(recipe.dtype, device)
+        pipe = load_pipeline(recipe.model, dtype, recipe.config)
+        # Before the LoRAs: a Control-LoRA takes the U-Net's encoder as it is in the file.
+        controlnet = _load_controlnet(recipe.controlnet, pipe.unet, dtype).to(device) if recipe.controlnet else None
+        for lora in recipe.loras:
+            apply_lora(pipe, *split_lora(lora))
     pipe.to(device)
     adapter = None if recipe.adapter == "none" else load_adapter(recipe.adapter)
     return Loaded(pipe, adapter, controlnet)
@@ -87,117 +89,33 @@ def load_adapter(name: str) -> SunAdapter:
 
 
 def load_base(model: str, dtype: torch.dtype = torch.float32, config: str = "") -> Any:
-    """The shipped model for ``emoji``, a diffusers folder, or a single-file SD 1.x checkpoint. Raises RecipeError.
-
-    ``config``: diffusers folder that describes a single file which is not laid out like SD 1.5; weights in it are not
-    read. Nothing is asked of a model hub.
-    """
-    path = EMOJI_DIFFUSION if model == "emoji" else Path(model)
-    if model == "emoji" and not path.is_dir():
-        raise RecipeError("this installation has no shipped model. Give --model, or install SUN again.")
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise RecipeError(f"{path} is not a diffusers folder (no model_index.json). Give the folder that has one.")
-        pipe = _pretrained(path, dtype)
-    elif path.is_file():
-        pipe = _single_file(path, dtype, config)
-    else:
-        raise RecipeError(
-            f"{model} does not exist. Give a diffusers folder or a .safetensors checkpoint; SUN downloads nothing."
-        )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    """:func:`sun.pipelines.loading.load_pipeline`, of which this raises the errors as RecipeError."""
+    with _as_recipe_error():
+        return load_pipeline(model, dtype, config)
 
 
-def _pretrained(path: Path, dtype: torch.dtype) -> Any:
-    try:
-        return StableDiffusionPipeline.from_pretrained(
-            path, torch_dtype=dtype, safety_checker=None, feature_extractor=None, local_files_only=True
-        )
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise RecipeError(
-            f"{path} could not be loaded as a Stable Diffusion 1.x folder: {_first_line(error)}"
-        ) from error
-
-
-def _single_file(path: Path, dtype: torch.dtype, config: str) -> Any:
-    if path.suffix.lower() != ".safetensors":
-        raise RecipeError(f"{path} is not a .safetensors file. Pickled checkpoints can run code; convert it first.")
-    try:
-        with safe_open(str(path), "pt") as content:
-            keys = set(content.keys())
-    except (OSError, SafetensorError) as error:
-        raise RecipeError(f"{path} is not a complete safetensors file ({error}). Get it again.") from error
-    if not any(key.startswith("model.diffusion_model.input_blocks.") for key in keys):
-        raise RecipeError(f"{path} holds no Stable Diffusion U-Net. `sun inspect` tells what it is; give a checkpoint.")
-    if any(key.startswith("conditioner.embedders.") or key.startswith("cond_stage_model.model.") for key in keys):
-        raise RecipeError(f"{path} is a Stable Diffusion 2.x or SDXL checkpoint. SUN works with Stable Diffusion 1.x.")
-    for part, prefix in {"text encoder": "cond_stage_model.", "VAE": "first_stage_model."}.items():
-        if not any(key.startswith(prefix) for key in keys):
-            raise RecipeError(f"{path} holds no {part}. Give a full checkpoint, or a diffusers folder with all parts.")
-    folder = Path(config) if config else SINGLE_FILE_CONFIG
-    if not (folder / "model_index.json").is_file():
-        raise RecipeError(f"{folder} describes no pipeline (no model_index.json). Give --config a diffusers folder.")
-    try:
-        return StableDiffusionPipeline.from_single_file(
-            str(path), config=str(folder), torch_dtype=dtype, safety_checker=None, local_files_only=True
-        )
-    except Exception as error:  # the converter raises anything on layouts it does not know
-        raise RecipeError(
-            f"{path} could not be read as the model {folder.name} describes: {_first_line(error)} "
-            "Give --config a diffusers folder of the same architecture."
-        ) from error
-
-
-def _load_lora(pipe: Any, lora: str, name: str) -> None:
-    path, _ = split_lora(lora)
-    if not Path(path).exists():
-        raise RecipeError(f"the LoRA {path} does not exist. Check the path.")
-    try:
-        pipe.load_lora_weights(path, adapter_name=name, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise RecipeError(f"{path} could not be loaded as a LoRA for this model: {_first_line(error)}") from error
-    # diffusers only warns when no key is of this model, and fails later.
-    if not any(name in names for names in pipe.get_list_adapters().values()):
-        raise RecipeError(
-            f"{path} holds no LoRA for a Stable Diffusion 1.x U-Net or text encoder. `sun inspect` tells what it is."
-        )
-
-
-def _load_controlnet(folder: str, unet: Any, dtype: torch.dtype) -> Any:
-    if folder == "emoji":
-        return _shipped_controlnet(unet)
-    if Path(folder).is_file():
-        try:
-            return controlnet_from_unet(unet, folder)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise RecipeError(f"{folder} could not be loaded as a Control-LoRA: {_first_line(error)}") from error
-    if not (Path(folder) / "config.json").is_file():
-        raise RecipeError(
-            f"{folder} is not a ControlNet folder (no config.json). Give a diffusers one, or a Control-LoRA file."
-        )
-    try:
-        controlnet, loaded = ControlNetModel.from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise RecipeError(f"{folder} could not be loaded as a ControlNet: {_first_line(error)}") from error
-    if loaded["missing_keys"]:  # diffusers only warns and draws these at random, for any U-Net's folder too
-        raise RecipeError(f"{folder} is not a ControlNet: it lacks {len(loaded['missing_keys'])} of its weights.")
-    return controlnet
-
-
-def _shipped_controlnet(unet: Any) -> Any:
+def _load_controlnet(name: str, unet: Any, dtype: torch.dtype) -> Any:
+    if name != "emoji":
+        return load_controlnet(name, unet, dtype)
     if not EMOJI_CONTROLNET.is_file():
         raise RecipeError("this installation has no shipped ControlNet. Give --controlnet a folder, or update SUN.")
     try:
-        return controlnet_from_unet(unet, EMOJI_CONTROLNET)
-    except ValueError as error:
+        return load_controlnet(EMOJI_CONTROLNET, unet, dtype)
+    except ModelError as error:
         raise RecipeError(f"the shipped ControlNet is for Emoji Diffusion (--model emoji): {error}") from error
+
+
+@contextmanager
+def _as_recipe_error() -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        raise RecipeError(str(error)) from error
 
 
 def complete(recipe: Recipe, loaded: Loaded | None = None) -> Recipe:
     """``recipe`` with every default that depends on files or the model filled in, and checked. Raises RecipeError."""
+    _check_guidance(recipe)
     if recipe.mask and not recipe.init:
         raise RecipeError("a mask needs the picture it masks. Add --init IMAGE.")
     if bool(recipe.control) != bool(recipe.controlnet):
@@ -218,6 +136,16 @@ def complete(recipe: Recipe, loaded: Loaded | None = None) -> Recipe:
     if loaded:
         recipe = replace(recipe, guidance=_guidance(recipe, loaded))
     return replace(recipe, dtype=str(_dtype(recipe)).removeprefix("torch."), device=_device(recipe.device))
+
+
+def _check_guidance(recipe: Recipe) -> None:
+    """Raise RecipeError for a guidance scale that guides nothing."""
+    least = 1.0 if recipe.adapter == "none" else 0.0  # without an adapter diffusers guides above 1 alone
+    if recipe.guidance is not None and (recipe.guidance <= 0 or recipe.guidance < least):
+        raise RecipeError(
+            f"the guidance scale {recipe.guidance:g} guides nothing. Give one above 0"
+            + ("; without an adapter 1 is no guidance, and more is more." if least else ".")
+        )
 
 
 def _guidance(recipe: Recipe, loaded: Loaded) -> float | None:
@@ -255,6 +183,7 @@ def generate(loaded: Loaded, recipe: Recipe, on_step: OnStep | None = None) -> D
 
     def after_step(_pipe: Any, step: int, _t: Any, state: dict[str, Any]) -> dict[str, Any]:
         latents["last"] = state["latents"]
+        _check_finite(state["latents"], f"after step {step + 1} of {total} the latents", loaded)
         if on_step:
             on_step(step + 1, total)
         return {}
@@ -265,16 +194,22 @@ def generate(loaded: Loaded, recipe: Recipe, on_step: OnStep | None = None) -> D
         pipe.scheduler = make_scheduler(recipe.scheduler, pipe.scheduler.config)
         with CallCounter(pipe.unet) as counter, torch.no_grad():
             began = time.perf_counter()
-            images = pipe(
-                prompt=[recipe.prompt] * recipe.batch,
-                negative_prompt=[recipe.negative] * recipe.batch,
+            positive, negative = _encode(loaded, recipe)
+            pixels = pipe(
+                prompt_embeds=positive,
+                negative_prompt_embeds=negative,
                 guidance_scale=1.0 if recipe.guidance is None else recipe.guidance,
                 generator=_generators(recipe),
                 callback_on_step_end=after_step,
                 callback_on_step_end_tensor_inputs=["latents"],
+                output_type="pt",
                 **inputs,
             ).images
+            _check_finite(pixels, "the decoded pictures", loaded)
+            images = pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(pixels))
             seconds = time.perf_counter() - began
+    except NonFiniteError as error:
+        raise RecipeError(str(error)) from error
     finally:
         if loaded.adapter:
             detach(pipe)
@@ -329,8 +264,29 @@ def open_mask(path: str) -> Image.Image:
 # --- the pieces of a run -----------------------------------------------------------------------------------------
 
 
+def _encode(loaded: Loaded, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text states of prompt and negative prompt, each [batch, L, D]; tells what in them other programs act on."""
+    for sentence in dict.fromkeys(read_as_words(recipe.prompt) + read_as_words(recipe.negative)):
+        note(sentence)
+    groups = [recipe.prompt] * recipe.batch, [recipe.negative] * recipe.batch
+    try:
+        positive, negative = encode_prompts(loaded.pipe.tokenizer, loaded.pipe.text_encoder, *groups)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    return positive, negative
+
+
+def _check_finite(values: torch.Tensor, what: str, loaded: Loaded) -> None:
+    if not bool(values.isfinite().all()):
+        pipe = loaded.pipe
+        parts = {"U-Net": pipe.unet, "text encoder": pipe.text_encoder, "autoencoder": pipe.vae}
+        require_finite(values, what, why_not_finite({**parts, "ControlNet": loaded.controlnet}))
+
+
 def _mode(loaded: Loaded, recipe: Recipe) -> tuple[type, dict[str, Any], int]:
-    """Pipeline class, its inputs and the number of steps it will run."""
+    """Pipeline class, its inputs and the number of steps it will run. Raises RecipeError."""
+    if is_inpainting(loaded.pipe) and not recipe.mask:
+        raise RecipeError("this is an inpainting model: it draws into a picture. Add --init IMAGE and --mask IMAGE.")
     size = (recipe.width, recipe.height)
     inputs: dict[str, Any] = {}
     if not recipe.init:
@@ -404,30 +360,16 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _device(name: str) -> str:
-    if name != "auto":
-        try:
-            torch.empty(1, device=name)
-        except (RuntimeError, AssertionError) as error:
-            raise RecipeError(f"the device {name!r} is not available here ({_first_line(error)})") from error
-        return name
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    with _as_recipe_error():
+        return pick_device(name)
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:
-    if recipe.dtype == "auto":
-        return torch.float32 if _device(recipe.device) == "cpu" else torch.float16
-    if recipe.dtype not in _DTYPES:
-        raise RecipeError(f"the dtype {recipe.dtype!r} is unknown. Choose one of auto, {', '.join(_DTYPES)}.")
-    return _DTYPES[recipe.dtype]
+    with _as_recipe_error():
+        return pick_dtype(recipe.dtype, _device(recipe.device))
 
 
 def _shipped(recipe: Recipe) -> dict[str, str]:
     found = {"model": str(EMOJI_DIFFUSION)} if recipe.model == "emoji" else {}
     found |= {"controlnet": str(EMOJI_CONTROLNET)} if recipe.controlnet == "emoji" else {}
     return found | ({"adapter": str(EMOJI_SUN)} if recipe.adapter == "emoji" else {})
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..common.notes import note
 from ..kept import Negative
 from .layered import original_call
+from .text import answer_to_text_model, cut_by_encoder
 from .unet import CURRENT, NEGATIVE, REPLACED, RUN, DiffusersRun, Steering, UNetAttachment, attachment_of
 
 if TYPE_CHECKING:
@@ -72,6 +73,10 @@ class WithSun(Base):
         negative_prompt: Any = None, prompt_embeds: Tensor | None = None, *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         run = _run_of(self)
+        if run is not None:
+            _tell_cuts(self.tokenizer, prompt, negative_prompt)
+        if kwargs.get("clip_skip") is not None:
+            answer_to_text_model(self.text_encoder)
         if run is not None and isinstance(negative_prompt, str) and not isinstance(prompt, str):
             rows = len(prompt) if prompt_embeds is None else prompt_embeds.shape[0]
             negative_prompt = [negative_prompt] * rows
@@ -132,6 +137,18 @@ def _guidance(state: PipelineAttachment, given: Mapping[str, Any]) -> Any:
             "Use sun.attach(pipe, adapter, strength=...) to change its effect."
         )
     return None
+
+
+def _tell_cuts(tokenizer: Any, *prompts: Any) -> None:
+    """A word about what diffusers leaves out of prompts; of negative ones it says nothing itself."""
+    texts = [text for group in prompts for text in ([group] if isinstance(group, str) else group or [])]
+    for cut in dict.fromkeys(cut_by_encoder(tokenizer, text) for text in texts):
+        if cut:
+            note(
+                f"the text encoder takes {tokenizer.model_max_length - 2} tokens, so this end of a prompt is left out: "
+                f"{cut!r}. sun.pipelines.text.encode_prompts encodes it whole, for prompt_embeds and "
+                "negative_prompt_embeds."
+            )
 
 
 def _did_nothing(pipe: Any) -> str:

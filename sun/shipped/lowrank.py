@@ -73,13 +73,21 @@ def merge(weights: Mapping[str, Tensor], changes: Mapping[str, Tensor], what: st
             raise ValueError(f"{what} changes {name}, which this base model does not have: it is for another base.")
         weight = merged[target]
         if part != "up":
+            if change.shape != weight.shape:
+                raise _other_size(what, target, weight, list(change.shape))
             merged[target] = change.to(weight.dtype)
             continue
-        product = change.float() @ changes[f"{layer}.down"].float()
-        if product.numel() != weight.numel() or len(product) != len(weight):
-            raise ValueError(
-                f"{what} is for a base model of another size: {layer} is {list(weight.shape)} here and "
-                f"{list(product.shape)} there."
-            )
+        down = changes[f"{layer}.down"]
+        # Looked at before they are multiplied: two short columns of a small file can make gigabytes.
+        fit = change.ndim == down.ndim == 2 and change.shape[1] == down.shape[0] and weight.ndim >= 2
+        if not fit or (len(change), down.shape[1]) != tuple(weight.flatten(1).shape):
+            raise _other_size(what, layer, weight, f"{list(change.shape)} by {list(down.shape)}")
+        product = change.float() @ down.float()
         merged[target] = (weight.float() + product.to(weight.device).view_as(weight)).to(weight.dtype)
     return merged
+
+
+def _other_size(what: str, name: str, weight: Tensor, theirs: object) -> ValueError:
+    return ValueError(
+        f"{what} is for a base model of another size: {name} is {list(weight.shape)} here and {theirs} there."
+    )

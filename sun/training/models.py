@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.settings import ConfigError
-from ..shipped import EMOJI_DIFFUSION
+from ..pipelines.loading import ModelError, load_pipeline, load_unet, noise_schedule, require_text_to_image
 
 
 def check_predicts_noise(folder: str | Path, scheduler_config: Mapping[str, Any]) -> None:
@@ -22,21 +21,14 @@ def check_predicts_noise(folder: str | Path, scheduler_config: Mapping[str, Any]
 
 
 def load_frozen(model: str) -> Any:
-    """StableDiffusionPipeline of a diffusers folder, or of the shipped model for ``emoji``, every weight frozen.
+    """StableDiffusionPipeline of a model as :func:`sun.pipelines.loading.load_pipeline` takes it, every weight frozen.
 
-    Raises FileNotFoundError for a folder without a model, ConfigError for one that does not predict the noise.
+    Raises ConfigError, a FileNotFoundError too where there is no model, and for one that does not predict the noise or
+    is an inpainting model.
     """
-    from diffusers import StableDiffusionPipeline
-
-    folder = EMOJI_DIFFUSION if model == "emoji" else Path(model)
-    if not (folder / "model_index.json").exists():
-        raise FileNotFoundError(
-            f"{folder} is not a diffusers folder (no model_index.json). Give --model the folder of an SD 1.x model."
-        )
-    pipe = StableDiffusionPipeline.from_pretrained(
-        folder, torch_dtype=torch.float32, safety_checker=None, feature_extractor=None
-    )
-    check_predicts_noise(folder, pipe.scheduler.config)
+    pipe = load_pipeline(model, torch.float32)
+    check_predicts_noise(model, pipe.scheduler.config)
+    require_text_to_image(pipe, model)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval()
     return pipe
@@ -69,14 +61,14 @@ class FrozenModels:
         return step // every % len(self)
 
     def _read(self, folder: str) -> dict[str, Tensor]:
-        from diffusers import UNet2DConditionModel
-
         if not (Path(folder) / "unet" / "config.json").exists():
             raise ConfigError(f"fine_tunes: {folder} is not a diffusers folder of a model (no unet/config.json).")
-        schedule = Path(folder) / "scheduler" / "scheduler_config.json"
-        check_predicts_noise(folder, json.loads(schedule.read_text()) if schedule.exists() else {})
         own = self._parameters
-        other = dict(UNet2DConditionModel.from_pretrained(folder, subfolder="unet").named_parameters())
+        try:
+            check_predicts_noise(folder, noise_schedule(folder))
+            other = dict(load_unet(folder, torch.float32).named_parameters())
+        except ModelError as error:
+            raise ConfigError(f"fine_tunes: {error}") from error
         if {name: p.shape for name, p in other.items()} != {name: p.shape for name, p in own.items()}:
             raise ConfigError(f"fine_tunes: the U-Net of {folder} has other layers than the base's.")
         return {name: parameter.data.to(own[name].device, own[name].dtype) for name, parameter in other.items()}

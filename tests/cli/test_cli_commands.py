@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import make_adapter
 from typer.main import get_command
-from typer.testing import Result
+from typer.testing import CliRunner, Result
 
 from sun import SunAdapter
 from sun.cli import app
@@ -25,6 +25,8 @@ from sun.common.atomic import write_atomically
 from sun.common.settings import without_folders
 from sun.files import SunInfo
 from sun.pictures.png import grid, read_png_text, save_png
+from sun.pictures.recipe import read_recipe
+from sun.shipped import EMOJI_CONTROLNET
 from sun.training.config import SunTrainConfig
 
 Run = Callable[..., Result]
@@ -392,8 +394,10 @@ def test_demo_writes_pictures_and_prints_where(
 ) -> None:
     from sun.evaluation.compare import psnr
     from sun.pictures import draw as engine
+    from sun.pipelines import loading
 
     monkeypatch.setattr(engine, "EMOJI_DIFFUSION", model_folder)
+    monkeypatch.setattr(loading, "EMOJI_DIFFUSION", model_folder)
     monkeypatch.setattr(engine, "EMOJI_SUN", adapter_file)
     result = sun("demo", "--out", tmp_path / "demo", "--json", tmp_path / "d.json")
     assert "4 U-Net calls instead of 50" in result.output
@@ -453,3 +457,122 @@ def test_a_wrong_key_in_a_file_names_the_file_and_the_nearest_setting(sun: Run, 
     assert "group of settings" in sun("train", "--config", tmp_path / "c.toml", code=2).output
     (tmp_path / "c.toml").write_text("= 3\n")
     assert "not valid TOML" in sun("train", "--config", tmp_path / "c.toml", code=2).output
+
+
+@pytest.mark.parametrize("seed", ["18446744073709551616", "-1", "1e3", "99999999999999999999999999", "nan"])
+def test_seeds_that_torch_has_no_room_for_are_refused_before_a_run(tiny: Run, tmp_path: Path, seed: str) -> None:
+    output = tiny("generate", "a", "--seed", seed, "--out", tmp_path / "x.png", code=2).output
+    assert "--seed" in output
+    assert "Unexpected" not in output
+
+
+def test_the_last_seed_draws_and_a_batch_beyond_it_does_not(tiny: Run, tmp_path: Path) -> None:
+    last = 2**64 - 1
+    tiny("generate", "a", "--seed", last, "--out", tmp_path / "x.png")
+    assert (
+        "leaves no seeds"
+        in tiny("generate", "a", "--seed", last, "--batch", 2, "--out", tmp_path / "y.png", code=2).output
+    )
+    assert "leaves no seeds" in tiny("compare", "a", "b", "--seed", last, "--out", tmp_path / "y.png", code=2).output
+
+
+def test_a_target_that_cannot_be_written_costs_no_run(tiny: Run, sun: Run, tmp_path: Path, photo: Path) -> None:
+    (tmp_path / "dir.png").mkdir()
+    (tmp_path / "b-1.png").mkdir()
+    for target, given in (("dir.png", ()), ("b.png", ("--batch", 2)), (f"{photo.name}/x.png", ())):
+        output = tiny("generate", "a", *given, "--out", tmp_path / target, code=2).output
+        assert "--out" in output
+        assert "U-Net calls" not in output
+    assert "--out" in tiny("compare", "a", "--out", tmp_path / "dir.png", code=2).output
+    assert "--json" in tiny("generate", "a", "--out", tmp_path / "x.png", "--json", tmp_path, code=2).output
+    assert "--out" in sun("demo", "--out", photo, code=2).output
+    assert "--out" in sun("calibrate", "--out", photo, code=2).output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b-1.png", "dir.png", "photo.png"]
+
+
+def test_figures_go_to_standard_output_and_words_make_way(
+    model_folder: Path, adapter_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", str(model_folder), "--adapter", str(adapter_file)]
+    result = CliRunner().invoke(app, ["generate", "a", "--seed", "3", "--json", "-", "--out", "x.png", *model])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["seed"] == 3
+    assert "U-Net calls" in result.stderr
+    assert json.loads(CliRunner().invoke(app, ["inspect", str(adapter_file), "--json", "-"]).stdout)["layout"] == "sun"
+    assert not (tmp_path / "-").exists()
+    after = CliRunner().invoke(app, ["generate", "a", "--seed", "3", "--out", "x.png", *model])
+    assert "U-Net calls" in after.stdout  # as ever without it
+
+
+def test_a_prompt_comes_from_standard_input(model_folder: Path, adapter_file: Path, tmp_path: Path) -> None:
+    model = [
+        "--model",
+        str(model_folder),
+        "--adapter",
+        str(adapter_file),
+        "--seed",
+        "1",
+        "--out",
+        str(tmp_path / "x.png"),
+    ]
+    assert CliRunner().invoke(app, ["generate", "-", *model], input="a red cat\n").exit_code == 0
+    assert read_recipe(tmp_path / "x.png")[0].prompt == "a red cat"
+    for nothing in ("", " \n"):
+        result = CliRunner().invoke(app, ["generate", "-", *model], input=nothing)
+        assert result.exit_code == 2
+        assert "standard input" in result.output
+
+
+@pytest.mark.parametrize("prompt", ["a <lora:ink:0.8>", "a (red:1.2) cat"])
+def test_what_is_no_syntax_here_gets_a_note(tiny: Run, tmp_path: Path, prompt: str) -> None:
+    for given in ((prompt,), ("a", "--negative", prompt)):
+        output = tiny("generate", *given, "--seed", 1, "--out", tmp_path / "x.png").output
+        assert output.count("note:") == 1
+        assert "read as words" in output
+
+
+def test_guidance_of_nothing_is_refused(tiny: Run, sun: Run, model_folder: Path, tmp_path: Path) -> None:
+    plain = ("generate", "a", "--model", model_folder, "--adapter", "none", "--out", tmp_path / "x.png")
+    for value in (0, 0.5):
+        assert "guides nothing" in sun(*plain, "--guidance", value, code=2).output
+    assert "guides nothing" in tiny("generate", "a", "--guidance", 0, "--out", tmp_path / "x.png", code=2).output
+    assert "4 U-Net calls" in sun(*plain, "--guidance", 1).output
+
+
+def test_words_beyond_the_first_75_tokens_steer_the_picture(tiny: Run, tmp_path: Path) -> None:
+    long = " ".join("abcde" * 20)
+    prompts = {"x": (long, "b"), "y": (f"{long} q", "b"), "z": (long, long), "w": (long, f"{long} q")}
+    for name, (prompt, negative) in prompts.items():
+        output = tiny("generate", prompt, "--negative", negative, "--seed", 1, "--out", tmp_path / f"{name}.png").output
+        assert "note" not in output
+    made = {name: (tmp_path / f"{name}.png").read_bytes() for name in prompts}
+    assert len(set(made.values())) == 4
+    output = tiny("generate", "a " * 2500, "--out", tmp_path / "v.png", code=2).output
+    assert "2500 tokens" in output
+
+
+@pytest.mark.parametrize("device", ["banana", "meta", "cuda:99", "", "CPU "])
+def test_devices_that_are_not_there_are_refused(tiny: Run, sun: Run, tmp_path: Path, device: str) -> None:
+    output = tiny("generate", "a", "--device", device, "--out", tmp_path / "x.png", code=2).output
+    assert "not available" in output or "is none" in output
+    if device:
+        assert "not available" in sun("bench", "--device", device, "--emoji", code=2).output
+
+
+def test_a_control_lora_of_another_size_is_refused_before_it_is_multiplied(
+    sun: Run, tmp_path: Path, photo: Path
+) -> None:
+    """184 KB that would multiply to 2 GB."""
+    content = load_file(EMOJI_CONTROLNET)
+    up = next(name for name in content if name.endswith(".up"))
+    for name, change in {
+        "bomb": {up: torch.zeros(23000, 1), f"{up[:-3]}.down": torch.zeros(1, 23000)},
+        "ranks": {up: torch.zeros(len(content[up]), 3)},
+        "flat": {up: torch.zeros(23000)},
+        "whole": {next(k for k in content if "zero_convs" in k and k.endswith("weight")): torch.zeros(2, 2, 1, 1)},
+    }.items():
+        file = tmp_path / f"{name}.safetensors"
+        save_file({**content, **change}, file)
+        given = ("generate", "a", "--controlnet", file, "--control", photo, "--out", tmp_path / "x.png")
+        assert "another size" in sun(*given, code=2).output

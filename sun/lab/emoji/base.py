@@ -25,6 +25,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ...pictures.png import save_grid
+from ...pipelines.loading import load_part, load_text_encoder, load_unet
 from ...pipelines.schedulers import make_scheduler
 from ...pipelines.text import encode_texts
 from ...training.config import RunConfig
@@ -134,8 +135,8 @@ def build_models(
         source = Path(config.init_model)
         return (
             CLIPTokenizer.from_pretrained(source / "tokenizer"),
-            CLIPTextModel.from_pretrained(source / "text_encoder").float(),
-            UNet2DConditionModel.from_pretrained(source / "unet").float(),
+            load_text_encoder(source / "text_encoder"),
+            load_unet(source, torch.float32),
         )
     with PartialState().main_process_first():  # its files are written and read back
         tokenizer = build_tokenizer(emojis, config.vocabulary, folder / "tokenizer")
@@ -152,7 +153,7 @@ def sd15_scheduler() -> DDIMScheduler:
 
 def train_base(config: BaseConfig) -> Path:
     """Train, and write ``<output>/model`` (a StableDiffusionPipeline folder); returns that folder."""
-    vae = AutoencoderTiny.from_pretrained(config.vae).requires_grad_(False)
+    vae = load_part(AutoencoderTiny, Path(config.vae), torch.float32).requires_grad_(False)
     torch.manual_seed(config.run.seed)
     emojis, folder = load_metadata(config.emojis), Path(config.run.output)
     tokenizer, text_encoder, unet = build_models(config, emojis, folder)
@@ -187,7 +188,7 @@ def pretrained_text(
             unfinished = folder.with_name(f"{folder.name}.new")
             untrained.save_pretrained(unfinished)
             unfinished.rename(folder)
-    return CLIPTextModel.from_pretrained(folder).float()
+    return load_text_encoder(folder)
 
 
 class Batch(NamedTuple):

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from ... import shipped
 from ...adapter import SunAdapter
 from ...pictures.png import grid, save_png
+from ...pipelines.loading import load_pipeline
 from ...training.config import RunConfig
 from ...training.state import describe_machine
 from .base import SAMPLE_PROMPTS, sample_images
@@ -70,13 +70,13 @@ def ship_base(
 ) -> Path:
     """Write the model of ``run_folder`` as fp16 into ``destination`` with its card and its grid of 24 prompts."""
     run, out = Path(run_folder), Path(destination)
-    pipe = StableDiffusionPipeline.from_pretrained(run / "model", torch_dtype=torch.float16, safety_checker=None)
+    pipe = load_pipeline(run / "model", torch.float16)
     if out.exists():
         shutil.rmtree(out)
     pipe.save_pretrained(out, safe_serialization=True)
     make_portable(out)
     # What lands in the file is fp16: the grid is made from these very weights.
-    pipe = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32, safety_checker=None)
+    pipe = load_pipeline(out)
     images = sample_images(pipe, guidance_scale)
     save_png(captioned_grid(images, list(SAMPLE_PROMPTS), 6), out / "samples.png")
     counts = {

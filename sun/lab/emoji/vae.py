@@ -13,6 +13,7 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 
 from ...pictures.png import save_grid, to_images
+from ...pipelines.loading import load_part
 from ...training.config import RunConfig
 from ...training.run import TrainingRun, start_run
 from .scenes import random_scene, render_scene
@@ -75,7 +76,7 @@ def train_vae(config: VaeConfig) -> Path:
     emojis = load_metadata("wide")
     pictures = [load_pictures(s, emojis, config.size) for s in (config.style, *config.extra_styles)]
     styles = [(p, [e for e in emojis if e.code in p]) for p in pictures]
-    vae = AutoencoderTiny.from_pretrained(config.init_vae).float() if config.init_vae else AutoencoderTiny()
+    vae = load_part(AutoencoderTiny, Path(config.init_vae), torch.float32) if config.init_vae else AutoencoderTiny()
     vae.to(memory_format=torch.channels_last)
     vae.encoder.requires_grad_(not config.freeze_encoder)
     run = start_run(config, {"autoencoding": Autoencoding(vae)})
