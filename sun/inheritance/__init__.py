@@ -20,7 +20,7 @@ from .roles import roles_of, skipped_outputs
 from .run import InheritanceRun
 
 if TYPE_CHECKING:
-    from .unets import attach, detach, run_of
+    from .pipelines import attach, detach, run_of
 
 _NEED_DIFFUSERS = ("attach", "detach", "run_of")
 
@@ -41,4 +41,4 @@ __all__ = [
     "skipped_outputs",
 ]
 
-__getattr__ = lazy.attributes(__name__, dict.fromkeys(_NEED_DIFFUSERS, "unets"))
+__getattr__ = lazy.attributes(__name__, dict.fromkeys(_NEED_DIFFUSERS, "pipelines"))

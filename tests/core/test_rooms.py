@@ -33,9 +33,7 @@ MAY_IMPORT = {
     "webui": IN_HOSTS | {"face"},
     "scripts": {"webui"},
 }
-EXCEPTIONS: set[tuple[str, str]] = {
-    ("sun.inheritance.unets", "sun.pipelines.layered"),
-}
+EXCEPTIONS: set[tuple[str, str]] = set()
 IN_CIRCLES: set[str] = {
     "webui.accelerators",
     "webui.infotext",
