@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import sys
 from pathlib import Path
 from typing import Any
 
-from ..sun import files
+from ..sun.facts import adapter_facts
+from ..sun.files import SunFileError
 from . import folders
 
 log = logging.getLogger(__name__)
@@ -22,8 +22,8 @@ def facts_of(name: str) -> dict[str, Any]:
     except FileNotFoundError:  # its message lists folders, too much for a node; running the node shows it
         return {"error": f"{name!r} is not there. Put it into models/sun and press R, or choose another."}
     try:
-        return _read(path, folders.fingerprint(path))
-    except files.SunFileError as error:
+        return _read(path)
+    except SunFileError as error:
         return {"error": str(error).replace(str(path), name)}
     except OSError as error:
         return {"error": f"{name} cannot be read: {error.strerror or error}."}
@@ -32,18 +32,16 @@ def facts_of(name: str) -> dict[str, Any]:
         return {"error": f"{name} cannot be described ({type(error).__name__}); ComfyUI's log says more."}
 
 
-@functools.lru_cache(maxsize=32)
-def _read(path: Path, _fingerprint: str) -> dict[str, Any]:
-    content = files.peek(path)  # the header alone: a checkpoint of gigabytes may lie there
-    info = content.info
+def _read(path: Path) -> dict[str, Any]:
+    found = adapter_facts(path)
     return {
-        "base_model": info.base_model,
-        "positive": content.positive,
-        "layers": len(content.layers),
-        "parameters": sum(part.numel() for layer in content.layers for part in layer.values()),
-        "guidance_scale": info.guidance_scale,
-        "takes_guidance_scale": content.guided,
-        "steps": round(1 / info.stage_length) if info.stage_length else None,
+        "base_model": found.base_model or "",
+        "positive": found.positive,
+        "layers": found.layers,
+        "parameters": found.parameters,
+        "guidance_scale": found.guidance_scale,
+        "takes_guidance_scale": found.takes_guidance_scale,
+        "steps": found.steps,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,8 @@ import comfy.model_patcher
 import comfy.ops
 
 from ..sun.adapter import SunAdapter
-from ..sun.facts import describe_adapter
+from ..sun.common.identity import sha256_of
+from ..sun.facts import facts_of
 from ..sun.files import SunFileError
 from ..sun.layers import AttentionLayer, layers_of_ldm
 
@@ -76,23 +78,11 @@ def describe(loaded: LoadedAdapter) -> tuple[str, str]:
     """
     adapter = loaded.adapter
     path = Path(str(adapter.info.path))
-    report = describe_adapter(adapter, path)
     facts = {
         "name": loaded.name,
         "file": path.name,  # without its folder: pictures and workflows with this text are passed on
-        "layout": report["layout"],
-        "base_model": adapter.info.base_model or None,
-        "widths": sorted(set(adapter.channels)),
-        "text_width": adapter.text_width,
-        "layers": len(adapter.channels),
-        "branches": report["branches"],
-        "parameters": report["parameters"],
-        "dtype": report["dtype"],
-        "guidance_scale": adapter.info.guidance_scale,
-        "takes_guidance_scale": adapter.guided,
-        "guidance_range": adapter.guidance_range,
-        "stage_length": adapter.info.stage_length,
-        "sha256": report["sha256"],
+        **asdict(facts_of(adapter.tensors())),
+        "sha256": sha256_of(path),
     }
     return _in_words(facts, adapter.guidance_in_words()), json.dumps(facts, indent=2)
 

@@ -150,7 +150,8 @@ def header_of(path: str | os.PathLike[str]) -> Header:
             f"{_name(path)} is a pickle, not a safetensors file. Pickles can run code; convert it first."
         )
     try:
-        with safe_open(str(path), framework="pt") as content:
+        # "np": nothing is made of the file but its header; "pt" would reserve memory for all of it
+        with safe_open(str(path), framework="np") as content:
             slices = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118 (not a dict)
             tensors = {
                 key: torch.empty(part.get_shape(), dtype=_STORED.get(part.get_dtype(), torch.uint8), device="meta")

@@ -52,7 +52,7 @@ def apply(config: T, values: Mapping[str, Any], where: str = "the configuration"
         if key in typed and value not in (None, False):
             raise ConfigError(f"{where}: {key} is never taken from a file: it belongs on the command line.")
         if key not in kinds:
-            raise ConfigError(f"{where}: there is no setting {key!r}.{_suggest(key, sorted(kinds))}")
+            raise ConfigError(f"{where}: there is no setting {_shown(key)}.{_suggest(key, sorted(kinds))}")
         current = getattr(config, key)
         if is_dataclass(current):
             if not isinstance(value, Mapping):
@@ -162,7 +162,10 @@ def convert(value: Any, kind: Any, where: str) -> Any:
             raise ConfigError(
                 f"{where} is a table of names and values, not {_shown(value)}. Put it into the --config file."
             )
-        return {str(name): convert(item, arguments[1], f"{where}.{name}") for name, item in value.items()}
+        return {
+            str(name): convert(item, arguments[1], f"{where}.{printable(str(name))[:80]}")
+            for name, item in value.items()
+        }
     if kind is Any:
         return value
     if kind is str or kind is Path:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -103,7 +104,7 @@ def mutations(rng: random.Random) -> Callable[[Any], Any]:
 
     def change(content: Any) -> Any:
         place = rng.choice(["recipe", "recipe", "recipe", "top", "files", "made_with", "drop", "add"])
-        value = deep(rng.choice([3, 70, 900])) if rng.random() < 0.05 else rng.choice(odd)
+        value = deep(rng.choice([3, 70, 900])) if rng.random() < 0.05 else copy.deepcopy(rng.choice(odd))
         if place == "top":
             content[rng.choice(list(content) or ["x"])] = value
         elif place == "drop":
