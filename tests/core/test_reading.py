@@ -432,7 +432,7 @@ def test_a_text_is_a_text(value: Any):
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
 def test_a_number_is_finite(value: str):
-    with pytest.raises(ConfigError, match="takes a number"):
+    with pytest.raises(ConfigError, match="takes a finite number"):
         convert(value, float, "x")
 
 
