@@ -13,6 +13,8 @@ from ..sun.prediction import PredictionError, check_prediction
 
 log = logging.getLogger(__name__)
 
+FEW_STEPS = 12
+SKIPS_STEPS = "sun_ltc"  # Apply LTC-Accel, who is asked to leave out steps
 RIGHT = "4 steps, cfg 1.0, euler, ddim or dpmpp_2m, scheduler simple (or the sigmas of SUN Scheduler)"
 
 # Samplers of ComfyUI that add new noise on the way, and those that ask the U-Net between the steps as well.
@@ -48,6 +50,19 @@ def check_run(guider: Any, sampler: Any, sigmas: torch.Tensor, latent: torch.Ten
     _check_sampler(sampler)
     if abs(cfg - 1.0) <= 1e-6:
         _check_single_pass(guider, sampler)
+
+
+def check_report(guider: Any, steps: int, calls: int, answered: int) -> None:
+    """Warns, after a run of few steps, when another node has answered in the place of the U-Net."""
+    left_out = answered or steps - calls
+    wanted = guider.model_patcher.get_attachment(SKIPS_STEPS) is not None
+    if steps > FEW_STEPS or left_out <= 0 or wanted:
+        return
+    cache = guider.model_options.get("transformer_options", {}).get("easycache")
+    log.warning(
+        "SUN: %s has answered %d of %d calls in the place of the U-Net. In so few steps each counts, and the picture is "
+        "another one: take it out.", getattr(cache, "name", "another node"), left_out, calls + left_out,
+    )  # fmt: skip
 
 
 def check_something_runs(sigmas: torch.Tensor, latent: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import details, folders
+from . import facts_route, folders
 from .nodes import (
     ApplyFeatureInheritance,
     ApplyLtcAccel,
@@ -27,5 +27,5 @@ class SunExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> SunExtension:
     folders.register()  # not in on_load: ComfyUI 0.3.75 does not call it
-    details.register()
+    facts_route.register()
     return SunExtension()

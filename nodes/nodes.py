@@ -13,7 +13,7 @@ from ..sun.ltc import LtcSettings
 from ..sun.ltc.keep import AGAIN, AUTOMATIC
 from ..sun.schedule import DenoiseMode
 from ..sun.shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_INPAINTING
-from . import emoji, folders, inheritance, loading, ltc, patch, sampling
+from . import emoji_model, folders, inheritance_patch, loading, ltc_patch, sampling, sun_patch
 
 SunAdapterIO = io.Custom("SUN_ADAPTER")
 CATEGORY = "SUN"
@@ -167,7 +167,7 @@ class ApplySun(io.ComfyNode):
         start_percent: float = 0.0, end_percent: float = 1.0, guidance: float = 0.0,
     ) -> io.NodeOutput:  # fmt: skip
         effect = (start_percent, end_percent)
-        return io.NodeOutput(patch.apply(model, adapter, strength, negative, effect, guidance or None))
+        return io.NodeOutput(sun_patch.apply(model, adapter, strength, negative, effect, guidance or None))
 
 
 class SunSampler(io.ComfyNode):
@@ -408,7 +408,7 @@ class ApplyLtcAccel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, tau: float, every: int, calibration: str) -> io.NodeOutput:
-        return io.NodeOutput(ltc.apply(model, LtcSettings(tau=tau, every=every), calibration))
+        return io.NodeOutput(ltc_patch.apply(model, LtcSettings(tau=tau, every=every), calibration))
 
 
 class ApplyFeatureInheritance(io.ComfyNode):
@@ -455,7 +455,7 @@ class ApplyFeatureInheritance(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, preset: str, plan: str = "") -> io.NodeOutput:
-        return io.NodeOutput(inheritance.apply(model, parse_plan(plan.strip() or preset)))
+        return io.NodeOutput(inheritance_patch.apply(model, parse_plan(plan.strip() or preset)))
 
 
 # ----------------------------------------------------------------------------------------------------- Emoji Diffusion
@@ -497,12 +497,12 @@ class LoadEmojiDiffusion(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, variant: str = "base") -> str:
         changes = VARIANTS[variant]
-        prints = [emoji.fingerprint(folder) for folder in (EMOJI_DIFFUSION, changes and changes.parent) if folder]
+        prints = [emoji_model.fingerprint(folder) for folder in (EMOJI_DIFFUSION, changes and changes.parent) if folder]
         return ";".join(prints)
 
     @classmethod
     def execute(cls, variant: str = "base") -> io.NodeOutput:
-        return io.NodeOutput(*emoji.load(EMOJI_DIFFUSION, VARIANTS[variant]))
+        return io.NodeOutput(*emoji_model.load(EMOJI_DIFFUSION, VARIANTS[variant]))
 
 
 class LoadEmojiControlNet(io.ComfyNode):
@@ -538,9 +538,9 @@ class LoadEmojiControlNet(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, find_edges: bool) -> str:
-        return emoji.fingerprint(EMOJI_CONTROLNET.parent)
+        return emoji_model.fingerprint(EMOJI_CONTROLNET.parent)
 
     @classmethod
     def execute(cls, find_edges: bool) -> io.NodeOutput:
-        control_net: Any = emoji.load_controlnet(EMOJI_CONTROLNET, find_edges)
+        control_net: Any = emoji_model.load_controlnet(EMOJI_CONTROLNET, find_edges)
         return io.NodeOutput(control_net)

@@ -16,8 +16,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..sun.schedule import DenoiseMode, denoise_timesteps
-from . import checks, patch
-from .run import WHOLE_RUN, RunReport
+from . import checks, sun_patch
+from .sun_patch import WHOLE_RUN, RunReport
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Guider(comfy.samplers.CFGGuider):
     def __init__(
         self, model: ModelPatcher, positive: list, negative: list, effect: tuple[float, float] = WHOLE_RUN
     ) -> None:
-        if patch.settings_of(model) is None:
+        if sun_patch.settings_of(model) is None:
             raise ValueError(
                 "This model has no SUN adapter, so 4 steps would only give a blur. "
                 "Put the node Apply SUN to Model between the model loader and this node."

@@ -59,6 +59,8 @@ class SunRun:
     """The U-Net's cross-attention layers in the adapter's order, for hosts that find them by name."""
     calls: int = 0
     """U-Net calls so far; the host counts them."""
+    answered: int = 0
+    """Calls that never reached the U-Net, because somebody else answered them (caches); the host counts them too."""
     _kept: dict[Hashable, tuple[_MadeOf, AdapterTexts]] = field(default_factory=dict)
 
     def __deepcopy__(self, _memo: object) -> SunRun:

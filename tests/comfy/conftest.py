@@ -40,7 +40,7 @@ def no_tables(request: pytest.FixtureRequest) -> Iterator[None]:
     host = request.getfixturevalue("host") if "host" in request.fixturenames else None
     yield
     if host is not None:
-        shutil.rmtree(host.part("nodes.ltc").tables_folder(), ignore_errors=True)
+        shutil.rmtree(host.part("nodes.ltc_patch").tables_folder(), ignore_errors=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- models

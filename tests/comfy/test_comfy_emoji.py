@@ -113,6 +113,6 @@ def test_layers_that_get_their_weights_late(
 
 
 def test_incomplete_folder_is_named(host: SimpleNamespace, tmp_path: Path) -> None:
-    emoji = host.part("nodes.emoji")
+    emoji = host.part("nodes.emoji_model")
     with pytest.raises(emoji.EmojiDiffusionError, match="has no unet, vae, text_encoder, tokenizer, scheduler"):
         emoji.load(tmp_path)

@@ -139,7 +139,7 @@ def test_the_base_is_the_default_variant(host: SimpleNamespace, emoji: SimpleNam
 
 
 def test_missing_weights_are_explained(host: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, error = host.part("nodes.nodes"), host.part("nodes.emoji").EmojiDiffusionError
+    module, error = host.part("nodes.nodes"), host.part("nodes.emoji_model").EmojiDiffusionError
     monkeypatch.setattr(module, "EMOJI_CONTROLNET", tmp_path / "gone.safetensors")
     monkeypatch.setitem(module.VARIANTS, "inpainting", tmp_path / "gone.safetensors")
     with pytest.raises(error, match=r"(?s)ControlNet of Emoji Diffusion is not in this.*gone.*train-emoji controlnet"):
@@ -151,7 +151,7 @@ def test_missing_weights_are_explained(host: SimpleNamespace, tmp_path: Path, mo
 def test_weights_of_another_base_are_refused(host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors.torch import save_file
 
-    emoji, module = host.part("nodes.emoji"), host.part("nodes.nodes")
+    emoji, module = host.part("nodes.emoji_model"), host.part("nodes.nodes")
     save_file({"conv_in.weight": torch.zeros(64, 9, 3, 3), "x.up": torch.zeros(8, 2), "x.down": torch.zeros(2, 8)},
               tmp_path / "other.safetensors")  # fmt: skip
     monkeypatch.setitem(module.VARIANTS, "inpainting", tmp_path / "other.safetensors")

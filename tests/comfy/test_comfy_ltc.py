@@ -48,7 +48,7 @@ def test_the_first_run_is_plain_and_skips_go_where_they_should(
     calls = 2 if name in ("heun", "dpm_2") else 1
     passes = full // (8 * calls - (calls - 1))  # 1 or 2, as ComfyUI batches guidance
     assert full - counts.unet == 2 * calls * passes  # steps 3 and 5
-    (measured,) = host.part("nodes.ltc").tables_folder().glob("*.json")
+    (measured,) = host.part("nodes.ltc_patch").tables_folder().glob("*.json")
     table = host.part("sun.ltc").load_table(measured)
     starts = seen[::calls]
     for i, (c,) in table.coefficients.items():
@@ -77,7 +77,7 @@ def test_other_samplers_get_a_sentence(run: SimpleNamespace, apply, name: str, w
 
 
 def test_measuring_again_and_interrupts(host: SimpleNamespace, run: SimpleNamespace, apply) -> None:
-    folder = host.part("nodes.ltc").tables_folder()
+    folder = host.part("nodes.ltc_patch").tables_folder()
 
     def stop(*_, **__):
         raise InterruptedError

@@ -19,7 +19,7 @@ from comfy_helpers import make_adapter, relative
 @pytest.fixture
 def fresh(host: SimpleNamespace, adapter_file: Path):
     """The shipped adapter, loaded for this test alone."""
-    return host.part("nodes.patch").load_adapter(adapter_file)
+    return host.part("nodes.sun_patch").load_adapter(adapter_file)
 
 
 def loaded_bytes(adapter) -> int:
@@ -74,7 +74,7 @@ def test_fp8_base_weights(host: SimpleNamespace, run: SimpleNamespace, emoji_fol
     with monkeypatch.context() as patched:
         patched.setattr(model_management, "unet_dtype", lambda **_: torch.float8_e4m3fn)
         patched.setattr(model_management, "unet_manual_cast", lambda *_, **__: torch.float32)
-        base = host.part("nodes.emoji").load_unet(emoji_folder)
+        base = host.part("nodes.emoji_model").load_unet(emoji_folder)
     assert base.model.diffusion_model.input_blocks[1][1].proj_in.weight.dtype == torch.float8_e4m3fn
     model = run.apply(base)
     with run.count(model) as counts:
@@ -91,8 +91,8 @@ def test_two_adapters_on_models_of_one_file(
 ) -> None:
     """Both share the base weights, or have their own: in turn, each makes its own picture."""
     make_adapter(emoji_folder, tmp_path / "other.safetensors", seed=5)
-    other = host.part("nodes.patch").load_adapter(tmp_path / "other.safetensors")
-    again = host.part("nodes.emoji").load_unet(emoji_folder)
+    other = host.part("nodes.sun_patch").load_adapter(tmp_path / "other.safetensors")
+    again = host.part("nodes.emoji_model").load_unet(emoji_folder)
     first, second, third = run.apply(), run.apply(adapter=other), run.apply(again, adapter=other)
     pictures = [run.sun(model) for model in (first, second, third)]
     assert not torch.equal(pictures[0], pictures[1])
@@ -115,7 +115,7 @@ def test_memory_is_flat(
     """Prompts, sizes, batches and adapters change from run to run; nothing of a run stays."""
     runs = int(os.environ.get("SUN_MEMORY_RUNS", "12"))
     every = max(1, runs // 20)
-    load = host.part("nodes.patch").load_adapter
+    load = host.part("nodes.sun_patch").load_adapter
     for i in range(3):
         make_adapter(emoji_folder, tmp_path / f"{i}.safetensors", positive=i != 1, seed=i)
     sizes, words = ((64, 64), (128, 64), (64, 128), (96, 96)), ("apple", "bear", "car", "blue", "tree")

@@ -50,7 +50,7 @@ def test_no_name_opens_a_file_elsewhere(host: SimpleNamespace, secret: Path, nam
     with pytest.raises(FileNotFoundError, match="No SUN adapter named"):
         folders.find(name)
     assert "No SUN adapter named" in loader.validate_inputs(name)
-    assert host.part("nodes.details").facts_of(name).keys() == {"error"}
+    assert host.part("nodes.facts_route").facts_of(name).keys() == {"error"}
 
 
 @pytest.mark.parametrize("path", ["../secret.safetensors", "sun/../../secret.safetensors", "./inside.safetensors"])
@@ -70,7 +70,7 @@ def test_values_that_are_no_text_are_refused_alike(host: SimpleNamespace, secret
 
 
 def test_facts_of_a_file_are_those_of_the_file(host: SimpleNamespace, secret: Path) -> None:
-    facts = host.part("nodes.details").facts_of
+    facts = host.part("nodes.facts_route").facts_of
     assert facts("inside.safetensors") == facts(host.part("nodes.folders").SHIPPED)
     adapter = host.part("sun.adapter").SunAdapter.load(secret)
     assert facts("inside.safetensors") == {
@@ -112,7 +112,7 @@ def test_metadata_of_any_kind_breaks_neither_the_route_nor_the_info_node(
     try:
         for value in STRANGE:
             save_file(tensors, path, {**metadata, key: value})
-            said = json.dumps(host.part("nodes.details").facts_of(path.name), allow_nan=False)
+            said = json.dumps(host.part("nodes.facts_route").facts_of(path.name), allow_nan=False)
             assert "\x1b" not in said
             assert "cannot be described" not in said
             if "error" in json.loads(said):
@@ -127,7 +127,7 @@ def test_metadata_of_any_kind_breaks_neither_the_route_nor_the_info_node(
 
 
 def test_the_route_answers_whatever_happens(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    details = host.part("nodes.details")
+    details = host.part("nodes.facts_route")
     monkeypatch.setattr(details, "_read", lambda *_: 1 / 0)
     said = details.facts_of(host.part("nodes.folders").SHIPPED)
     assert said["error"].endswith("cannot be described (ZeroDivisionError); ComfyUI's log says more.")
@@ -143,7 +143,7 @@ def test_a_checkpoint_in_the_folder_is_not_read_whole(host: SimpleNamespace, mon
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(8 + len(text) + 2**32)  # sparse: takes no room
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        said = host.part("nodes.details").facts_of(path.name)["error"]
+        said = host.part("nodes.facts_route").facts_of(path.name)["error"]
         assert "is not a SUN adapter" in said
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
     finally:

@@ -164,10 +164,10 @@ def test_seed_repeats(run: SimpleNamespace) -> None:
 @pytest.mark.parametrize("model_dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_weights_of_any_dtype_mix(host, run, emoji_folder, adapter_file, model_dtype, adapter_dtype) -> None:
     """Half precision on either side gives the float32 picture within that precision."""
-    model = host.part("nodes.emoji").load_unet(emoji_folder)
+    model = host.part("nodes.emoji_model").load_unet(emoji_folder)
     model.model.diffusion_model.to(model_dtype)
     model.model.diffusion_model.dtype = model_dtype
-    adapter = host.part("nodes.patch").load_adapter(adapter_file)
+    adapter = host.part("nodes.sun_patch").load_adapter(adapter_file)
     adapter.patcher.model.to(adapter_dtype)
     result = run.sun(run.apply(model, adapter=adapter))
     assert result.dtype == torch.float32

@@ -214,3 +214,76 @@ def test_whoever_asks_for_the_unguided_picture_is_named(host: SimpleNamespace, r
     model = host.nodes["SelfAttentionGuidance"].execute(run.apply(), 0.5, 2.0).result[0]
     run.ksampler(model)
     assert any("SelfAttentionGuidance asks for the picture without guidance" in w for w in warnings_of(caplog))
+
+
+# ---------------------------------------------------------------------------------------- who answers in the U-Net's place
+
+
+@pytest.mark.parametrize("order", ["before SUN", "behind SUN"])
+@pytest.mark.parametrize("name", ["EasyCache", "LazyCache"])
+def test_caches_are_counted_and_named(
+    host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace, caplog, name: str, order: str
+) -> None:
+    """The line of a run tells the U-Net calls that there were, wherever the cache stands."""
+    load_builtin_extras("nodes_easycache")
+
+    def cached(model):
+        return host.nodes[name].execute(model, 3.0, 0.0, 1.0, False).result[0]
+
+    model = run.apply(cached(emoji.model)) if order == "before SUN" else cached(run.apply())
+    with run.count(model) as counts:
+        blocks = []
+        handle = model.model.diffusion_model.time_embed.register_forward_pre_hook(lambda *_: blocks.append(1))
+        (line,) = run.output(model).ui["text"]
+        handle.remove()
+    really = len(blocks)
+    assert 0 < really < 4
+    assert line.startswith(f"{really} U-Net call")
+    assert "more answered without it" in line or "in 4 steps" in line
+    (warning,) = warnings_of(caplog)
+    assert f"{name} has answered {4 - really} of 4 calls in the place of the U-Net" in warning
+    assert counts.sun == 16 * really
+
+
+def test_a_run_without_a_cache_counts_as_before(run: SimpleNamespace, caplog) -> None:
+    (line,) = run.output(run.apply()).ui["text"]
+    assert line.startswith("4 U-Net calls, ")
+    assert warnings_of(caplog) == []
+
+
+# --------------------------------------------------------------------------------------------- weights without their SUN
+
+
+def test_a_merge_and_a_saved_checkpoint_say_what_they_leave_behind(
+    host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace, caplog
+) -> None:
+    load_builtin_extras("nodes_model_merging")
+    merge = host.nodes["ModelMergeSimple"]()
+    first = merge.merge(run.apply(), emoji.model, 0.5)[0]
+    assert run.sun(first).isfinite().all()  # as the first model it goes along
+    assert warnings_of(caplog) == []
+    second = merge.merge(emoji.model, run.apply(), 0.5)[0]
+    (warning,) = warnings_of(caplog)
+    assert "a merge keeps it of its first model alone" in warning
+    with pytest.raises(ValueError, match="has no SUN adapter"):
+        run.sun(second)
+    caplog.clear()
+    host.nodes["CheckpointSave"]().save(run.apply().clone(), emoji.clip, emoji.vae, "sun-test")
+    (warning,) = warnings_of(caplog)
+    assert "not in what is saved" in warning
+    for path in (host.base / "output").rglob("sun-test*"):
+        path.unlink()
+
+
+def test_accelerators_say_it_too(host: SimpleNamespace, emoji: SimpleNamespace, caplog) -> None:
+    load_builtin_extras("nodes_model_merging")
+    model = host.nodes["SUN_ApplyFeatureInheritance"].execute(emoji.model, "fine").result[0]
+    model = host.nodes["SUN_ApplyLtcAccel"].execute(model, 0.1, 2, "automatic").result[0]
+    host.nodes["ModelMergeSimple"]().merge(emoji.model, model, 0.5)
+    assert "LTC-Accel and Feature inheritance: no part of a model's weights" in caplog.text
+
+
+def test_sampling_leaves_nothing_behind_unsaid(run: SimpleNamespace, caplog) -> None:
+    """Loading and patching the weights for a run is no saving."""
+    run.sun(run.apply())
+    assert warnings_of(caplog) == []

@@ -139,7 +139,7 @@ def test_another_pack_that_changes_the_text_inside(run: SimpleNamespace, emoji: 
 
 
 def test_weights_written_to_under_way_are_noticed(host: SimpleNamespace, run: SimpleNamespace, adapter_file) -> None:
-    loaded = host.part("nodes.patch").load_adapter(adapter_file)
+    loaded = host.part("nodes.sun_patch").load_adapter(adapter_file)
     weight = loaded.adapter.layers[0].to_k_neg.weight
     model = run.apply(adapter=loaded)
 
@@ -166,7 +166,7 @@ def test_weights_written_to_under_way_are_noticed(host: SimpleNamespace, run: Si
 
 
 def test_hooks_on_projections_see_every_step(host: SimpleNamespace, run: SimpleNamespace, adapter_file) -> None:
-    loaded = host.part("nodes.patch").load_adapter(adapter_file)
+    loaded = host.part("nodes.sun_patch").load_adapter(adapter_file)
     seen = []
     loaded.adapter.layers[3].to_v_neg.register_forward_hook(lambda *_: seen.append(1))
     run.sun(run.apply(adapter=loaded))
@@ -197,7 +197,7 @@ def clean_compiler(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> It
     no compiler can follow."""
     from comfy.ldm.modules import attention
 
-    for module in (attention, host.part("nodes.patch")):
+    for module in (attention, host.part("nodes.sun_patch")):
         monkeypatch.setattr(module, "optimized_attention", attention.attention_pytorch)
     torch._dynamo.reset()
     yield

@@ -6,7 +6,8 @@ Nothing is patched while nothing is sampled. `apply` hangs three wrappers on a c
                                     ComfyUI itself batches and moves it; drops everything when the run ends
     APPLY_MODEL      each forward   finds the adapter of the patcher that runs now, the negatives in force at this
                                     sigma, and the adapter's K and V of both texts, computed at the first step
-    DIFFUSION_MODEL  each forward   puts SUN's attention on top of whatever holds the attn2 slots at that moment
+    DIFFUSION_MODEL  each forward   innermost of all wrappers, so that a call which another node answers itself is not
+                                    counted: puts SUN's attention on top of whatever holds the attn2 slots by then
 
 Binding this late makes the order of nodes irrelevant: an IP-Adapter added before or after finds a free slot, and its
 attention is called from inside ours. Weights stay out of `model_options`, which ComfyUI copies at every clone. Only
@@ -20,7 +21,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.conds
 import comfy.model_management
@@ -33,11 +34,10 @@ from comfy.patcher_extension import WrappersMP
 from ..sun.adapter import SunAdapter
 from ..sun.attention import sun_attention
 from ..sun.conditioning import AdapterTexts, repeated_in_turn
-from ..sun.kept import Negative, SunRun
+from ..sun.kept import Interval, Negative, SunRun
 from ..sun.layers import AttentionLayer
-from . import checks, merging
+from . import checks, merging, notices
 from .loading import LoadedAdapter, check_base, load_adapter
-from .run import WHOLE_RUN, RunReport, SunSettings, interval
 
 __all__ = ["KEY", "LoadedAdapter", "SunSettings", "apply", "load_adapter", "settings_of"]
 
@@ -45,6 +45,59 @@ log = logging.getLogger(__name__)
 
 KEY = "sun"
 NEGATIVE = "sun_negative_{}"
+WHOLE_RUN = (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class SunSettings:
+    """What Apply SUN to Model remembers. `negative` is a CONDITIONING, or None: then the sampler's counts.
+
+    effect: between which shares (0 to 1) of the way from noise to picture SUN acts. guidance: w of an adapter that
+    takes it, or None: the adapter's own.
+    """
+
+    name: str
+    strength: float
+    negative: list | None
+    layers: tuple[AttentionLayer, ...]
+    effect: tuple[float, float] = WHOLE_RUN
+    guidance: float | None = None
+
+
+def interval(sampling: Any, start: float = 0.0, end: float = 1.0) -> Interval:
+    """Sigmas between two shares of the way from noise (0) to picture (1), as ComfyUI's nodes count them."""
+    return Interval(
+        float("inf") if start <= 0.0 else float(sampling.percent_to_sigma(start)),
+        0.0 if end >= 1.0 else float(sampling.percent_to_sigma(end)),
+    )
+
+
+class RunReport(NamedTuple):
+    """What happened in a run of so many steps. `calls`: of the U-Net, those alone that reached it; `answered`: those
+    that another node answered. `negative_tokens`: of each negative entry."""
+
+    calls: int
+    seconds: float
+    layers: int
+    negative_tokens: tuple[int, ...]
+    steps: int
+    answered: int = 0
+
+    def __str__(self) -> str:
+        calls = f"{self.calls} U-Net call{'' if self.calls == 1 else 's'}"
+        if self.answered:
+            calls += f" ({self.answered} more answered without it)"
+        elif self.calls < self.steps:
+            calls += f" in {self.steps} steps"
+        tokens = " + ".join(map(str, self.negative_tokens)) or "0"
+        return f"{calls}, {self.seconds:.1f} s, {self.layers} layers, negative {tokens} tokens"
+
+
+@dataclass
+class PlainForward:
+    """One call of the U-Net in a run with SUN, without SUN in it: for the unguided picture, or outside its effect."""
+
+    ran: bool = False
 
 
 @dataclass
@@ -62,6 +115,7 @@ class SunForward:
     texts: AdapterTexts
     prior: dict[int, Callable] = field(default_factory=dict)
     layer_text: torch.Tensor | None = None
+    ran: bool = False
 
     def of_text(self, make: Callable[..., Any], text: torch.Tensor | None, rows: int) -> Any:
         """What the adapter, or a layer of it, makes of another positive text for so many rows."""
@@ -139,8 +193,11 @@ def _outer_sample(
     if output.is_cuda:
         torch.cuda.synchronize(output.device)  # else the seconds would be those of the queueing
     layers = len(settings.layers) if tokens else 0
-    guider.sun_report = RunReport(run.calls, time.perf_counter() - began, layers, tokens)
-    log.info("SUN: %s", guider.sun_report)
+    report = RunReport(run.calls, time.perf_counter() - began, layers, tokens, len(sigmas) - 1, run.answered)
+    guider.sun_report = report
+    log.info("SUN: %s", report)
+    checks.check_report(guider, report.steps, report.calls, report.answered)
+    notices.tell(notices.running_node(), "ran", line=str(report))
     return output
 
 
@@ -213,8 +270,8 @@ def _apply_model(
     negatives: list[torch.Tensor] = []
     while (name := NEGATIVE.format(len(negatives))) in kwargs:
         negatives.append(kwargs.pop(name))
+    forward: SunForward | PlainForward = PlainForward()
     if isinstance(run, SunRun):
-        run.calls += 1
         weights = run.weights(t) if negatives and c_crossattn is not None else {}
         # Looked up by the patcher that runs: with several GPUs each has its own copy of the adapter.
         patchers = executor.class_obj.current_patcher.get_additional_models_with_key(KEY)
@@ -225,8 +282,20 @@ def _apply_model(
             guidance = adapter.guidance(run.guidance)
             texts = run.texts(adapter, chosen, c_crossattn, guidance=guidance, key=_which(options, x.device))
             forward = SunForward(adapter, run.layers, run.strength, guidance, chosen, c_crossattn, texts)
-            options = {**options, KEY: forward}
-    return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        options = {**options, KEY: forward, "wrappers": _innermost(options.get("wrappers", {}))}
+    output = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    if isinstance(run, SunRun):
+        run.calls += forward.ran
+        run.answered += not forward.ran
+    return output
+
+
+def _innermost(wrappers: dict[str, Any]) -> dict[str, Any]:
+    """The wrappers of a call with SUN's last, which is next to the U-Net: other nodes may answer in their place."""
+    around = wrappers.get(WrappersMP.DIFFUSION_MODEL, {})
+    if KEY not in around:
+        return wrappers
+    return {**wrappers, WrappersMP.DIFFUSION_MODEL: {k: v for k, v in around.items() if k != KEY} | {KEY: around[KEY]}}
 
 
 def _cast(text: torch.Tensor, model: Any, x: torch.Tensor) -> torch.Tensor:
@@ -246,6 +315,8 @@ def _diffusion_model(
 ) -> torch.Tensor:  # fmt: skip
     options = transformer_options if transformer_options is not None else {}
     forward = options.get(KEY)
+    if isinstance(forward, (SunForward, PlainForward)):
+        forward.ran = True
     if not isinstance(forward, SunForward):
         return executor(x, timesteps, context, y, control, options, **kwargs)
 
