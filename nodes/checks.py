@@ -60,8 +60,8 @@ def check_report(guider: Any, steps: int, calls: int, answered: int) -> None:
         return
     cache = guider.model_options.get("transformer_options", {}).get("easycache")
     log.warning(
-        "SUN: %s has answered %d of %d calls in the place of the U-Net. In so few steps each counts, and the picture is "
-        "another one: take it out.", getattr(cache, "name", "another node"), left_out, calls + left_out,
+        "SUN: %s has answered %d of %d calls in the place of the U-Net. In so few steps each counts, and the picture "
+        "is another one: take it out.", getattr(cache, "name", "another node"), left_out, calls + left_out,
     )  # fmt: skip
 
 

@@ -111,7 +111,9 @@ function addText(node, beforeDraw = () => {}, name = "sun_text") {
     },
   };
   if (html) widget.element = html;
-  node.addCustomWidget(widget);
+  // A node that stands for a subgraph takes its widgets from within, but for those of this kind.
+  if (html && node.subgraph) node.addDOMWidget?.(name, "sun_text", html, { serialize: false });
+  else node.addCustomWidget(widget);
   return (next, isNeeded, nextColour) => {
     [text, needed, colour, wrappedFor] = [next, isNeeded, nextColour, -1];
     widget.value = next;
@@ -219,8 +221,9 @@ function addLine(node) {
 }
 
 function sampler(node) {
-  const show = addLine(node);
-  afterRun(node, (text) => show(text.split("\n")[0]));
+  const line = addLine(node);
+  watch(node, { line });
+  afterRun(node, (text) => line(text.split("\n")[0]));
 }
 
 // --------------------------------------------------------------------------------- what the server says of other nodes
@@ -356,6 +359,15 @@ function adviceOf(node, depth = 0) {
 
 const watched = new Map(); // node -> {line, advise}
 
+function watch(node, entry) {
+  watched.set(node, entry);
+  const original = node.onRemoved;
+  node.onRemoved = function () {
+    watched.delete(node);
+    return original?.apply(this, arguments);
+  };
+}
+
 function watchSettings(node) {
   if (!isSampler(node) && !node.subgraph) return;
   const entry = { line: node.subgraph ? null : addLine(node) };
@@ -371,12 +383,7 @@ function watchSettings(node) {
       if (now !== shown) show((shown = now), false, ORANGE);
     };
   }
-  watched.set(node, entry);
-  const original = node.onRemoved;
-  node.onRemoved = function () {
-    watched.delete(node);
-    return original?.apply(this, arguments);
-  };
+  watch(node, entry);
 }
 
 /** Nodes made of HTML are not drawn again when something before them changes: they are looked after. */

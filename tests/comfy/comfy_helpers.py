@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import torch
@@ -73,28 +74,30 @@ def _unet(model_folder: Path):
 
 
 class Counts:
-    """Counts calls of modules while it is entered: .unet, .sun (layer calls), and the .timesteps the U-Net saw."""
+    """Counts calls while it is entered: .unet (of its module), .sun (of SUN's attention), .timesteps the U-Net saw."""
 
     def __init__(self, model, adapter) -> None:
         self._model, self._adapter = model, adapter
 
     def __enter__(self) -> Counts:
-        self.unet, self.sun, self.timesteps, self._handles = 0, 0, [], []
-        self._handles.append(self._model.model.diffusion_model.register_forward_pre_hook(self._unet))
-        for layer in self._adapter.patcher.model.layers:
-            self._handles.append(layer.register_forward_pre_hook(self._sun))
+        self.unet, self.sun, self.timesteps = 0, 0, []
+        self._handle = self._model.model.diffusion_model.register_forward_pre_hook(self._unet)
+        package = type(self._adapter).__module__.rpartition(".")[0]
+        self._patch = importlib.import_module(f"{package}.sun_patch")
+        self._attention, self._patch.sun_attention = self._patch.sun_attention, self._sun
         return self
 
     def _unet(self, _, args) -> None:
         self.unet += 1
         self.timesteps.append(int(args[1][0]))
 
-    def _sun(self, *_) -> None:
+    def _sun(self, *args, **kwargs):
         self.sun += 1
+        return self._attention(*args, **kwargs)
 
     def __exit__(self, *_) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._handle.remove()
+        self._patch.sun_attention = self._attention
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

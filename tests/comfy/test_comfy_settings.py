@@ -216,7 +216,7 @@ def test_whoever_asks_for_the_unguided_picture_is_named(host: SimpleNamespace, r
     assert any("SelfAttentionGuidance asks for the picture without guidance" in w for w in warnings_of(caplog))
 
 
-# ---------------------------------------------------------------------------------------- who answers in the U-Net's place
+# -------------------------------------------------------------------------------- who answers in the U-Net's place
 
 
 @pytest.mark.parametrize("order", ["before SUN", "behind SUN"])
@@ -251,7 +251,7 @@ def test_a_run_without_a_cache_counts_as_before(run: SimpleNamespace, caplog) ->
     assert warnings_of(caplog) == []
 
 
-# --------------------------------------------------------------------------------------------- weights without their SUN
+# -------------------------------------------------------------------------------- weights without their SUN
 
 
 def test_a_merge_and_a_saved_checkpoint_say_what_they_leave_behind(
