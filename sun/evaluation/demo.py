@@ -33,9 +33,12 @@ class Demo:
     device: str
 
 
-def run(folder: Path, on_method: Callable[[str], None] | None = None) -> Demo:
-    """Write ``grid.png`` and one PNG a prompt into ``folder``. Raises RecipeError, SunFileError, OSError."""
-    recipe = Recipe()
+def run(folder: Path, on_method: Callable[[str], None] | None = None, recipe: Recipe | None = None) -> Demo:
+    """Write ``grid.png`` and one PNG a prompt into ``folder``, of the shipped model or of ``recipe``'s.
+
+    Raises RecipeError, SunFileError, OSError.
+    """
+    recipe = recipe or Recipe()
     loaded = load(recipe)
     recipe = complete(recipe, loaded)
     prompts = [(prompt, negative) for prompt, negative, _ in PICTURES]

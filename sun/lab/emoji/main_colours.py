@@ -107,14 +107,14 @@ def write_table(path: Path = TABLE_FILE, styles: Sequence[str] = TABLE_STYLES, v
 
 
 @cache
-def _table() -> dict[str, dict[str, str]]:
-    table: dict[str, dict[str, str]] = json.loads(TABLE_FILE.read_text(encoding="utf-8"))
+def _table(path: Path) -> dict[str, dict[str, str]]:
+    table: dict[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))
     return table
 
 
 def known_emojis(vocabulary: str, style: str) -> list[Emoji]:
     """Those of a vocabulary whose colours in ``style`` are known. Raises ConfigError if none is."""
-    found = [emoji for emoji in load_metadata(vocabulary) if style in _table().get(emoji.code, {})]
+    found = [emoji for emoji in load_metadata(vocabulary) if style in _table(TABLE_FILE).get(emoji.code, {})]
     if not found:
         raise ConfigError(
             f"the colours of emoji in the style {style!r} are not known; {TABLE_FILE.name} has "
@@ -123,10 +123,14 @@ def known_emojis(vocabulary: str, style: str) -> list[Emoji]:
     return found
 
 
-@cache
 def main_colours(code: str, style: str) -> Palette:
     """The main colours of an emoji in a style. Raises KeyError for one that the table lacks."""
-    parts = [part.split(":") for part in _table()[code][style].split()]
+    return _palette(_table(TABLE_FILE)[code][style])
+
+
+@cache
+def _palette(text: str) -> Palette:
+    parts = [part.split(":") for part in text.split()]
     rgb = torch.tensor([[int(text[i : i + 2], 16) for i in (0, 2, 4)] for text, _ in parts]) / 255
     return Palette(to_lab(rgb), torch.tensor([float(share) for _, share in parts]) / 100)
 

@@ -13,6 +13,8 @@ from PIL import Image
 
 from ... import shipped
 from ...adapter import SunAdapter
+from ...evaluation.cells import file_name
+from ...evaluation.tables import agreement_tables
 from ...pictures.png import grid, save_png
 from ...pipelines.loading import load_pipeline
 from ...training.config import RunConfig
@@ -223,3 +225,33 @@ def ship_runs(
         else:
             product, home = folders.get(name, ("lora", shipped.MODELS_DIR / run.name))
             yield name, Path(ship_folder(run / product, home, notes))
+
+
+AGREEMENT = "## Does it draw what is asked for?"
+
+
+def add_agreement(model: str | Path, report: str | Path) -> Path:
+    """Put the agreement that ``sun evaluate`` measured of one model into its card, table and plot; returns the card.
+
+    ``report`` is the folder of the evaluation. A section that is there already is replaced. Raises FileNotFoundError
+    for a folder without figures.
+    """
+    card, source = Path(model) / "README.md", Path(report)
+    figures = json.loads((source / "figures.json").read_text(encoding="utf-8"))
+    name, measured = next(iter(figures["models"].items()))
+    text = "\n\n".join(agreement_tables(measured))
+    plot = source / file_name(name) / "agreement-vs-guidance.png"
+    if plot.is_file():
+        shutil.copyfile(plot, card.with_name(plot.name))
+        text += f"\n\n![Share of right pictures against the guidance scale]({plot.name})"
+    section = (
+        f'{AGREEMENT}\n\nJudged by `sun evaluate` (`measure = ["agreement"]`): the background by the frame of the '
+        "picture, the object's colours by those of its artwork.\n\n" + text + "\n"
+    )
+    before = card.read_text(encoding="utf-8")
+    start = before.find(AGREEMENT)
+    if start >= 0:
+        end = before.find("\n## ", start + 1)
+        before = before[:start].rstrip() + (before[end:] if end >= 0 else "\n")
+    card.write_text(f"{before.rstrip()}\n\n{section}", encoding="utf-8")
+    return card

@@ -1,0 +1,282 @@
+"""The stages of ``sun reproduce``: what each makes of what the ones before it made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..common.atomic import write_json, write_text
+from ..common.devices import process_state
+from ..common.settings import ConfigError, apply
+from ..evaluation import EvaluateConfig, report
+from ..training.config import SunTrainConfig
+from ..training.sun import train_sun
+from .emoji import colours
+from .emoji.base import BaseConfig, train_base
+from .emoji.contrast_training import ContrastConfig, train_contrast
+from .emoji.controlnet import ControlNetConfig, train_controlnet
+from .emoji.inpainting import InpaintingConfig, train_inpainting
+from .emoji.style import LoraStyleConfig, StyleConfig, train_lora, train_style
+from .emoji.vae import VaeConfig, train_vae
+from .peers.guided_distillation import GuidedDistillConfig, train_guided_distillation
+from .peers.lcm_lora import LcmLoraConfig, train_lcm_lora
+from .release import Release, release
+
+T = TypeVar("T")
+SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+
+
+@dataclass
+class ReproduceConfig:
+    """``stages``: a table of settings for each stage, on top of its trainer's own defaults.
+
+    unet_calls: of training, of SUN (both runs together) and of each peer alike; forward 1, backward 2. minutes:
+    0 keeps the minutes that ``stages`` give; else they are scaled so that all together are this many.
+    """
+
+    output: str = "runs/reproduce"
+    minutes: float = 0.0
+    unet_calls: int = 200_000
+    guidance_scales: tuple[float, ...] = SCALES  # where agreement is measured; the best of them is what ships
+    styles: tuple[str, ...] = ("openmoji", "fluent", "google")  # unseen models: the base fine-tuned on them
+    lora_style: str = "google"
+    stages: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``make(resume)`` leaves ``results`` behind; ``minutes`` is what it is expected to take."""
+
+    name: str
+    title: str
+    minutes: float
+    results: tuple[Path, ...]
+    make: Callable[[bool], object]
+
+
+TRAINERS: dict[str, tuple[type[Any], Callable[[Any], Path]]] = {
+    "autoencoder": (VaeConfig, train_vae),
+    "base": (BaseConfig, train_base),
+    "contrast": (ContrastConfig, train_contrast),
+    "sun": (SunTrainConfig, train_sun),
+    "sun-guided": (SunTrainConfig, train_sun),
+    "lcm-lora": (LcmLoraConfig, train_lcm_lora),
+    "guided-distill": (GuidedDistillConfig, train_guided_distillation),
+    "style": (StyleConfig, train_style),
+    "lora": (LoraStyleConfig, train_lora),
+    "controlnet": (ControlNetConfig, train_controlnet),
+    "inpainting": (InpaintingConfig, train_inpainting),
+}
+# Of one budget of U-Net calls: SUN's two runs share it, each peer has the whole.
+BUDGET = {"sun": 0.6, "sun-guided": 0.4, "lcm-lora": 1.0, "guided-distill": 1.0}
+EVALUATIONS = ("agreement", "evaluation")
+_ALL = {"run": {"steps": 1_000_000}}  # a budget of minutes or calls ends a run
+_NO_MINUTES = 15.0  # expected of a stage without a budget of minutes
+
+
+class Recipe:
+    """Where everything lies, and the settings of each stage."""
+
+    def __init__(self, config: ReproduceConfig, ship: bool = False):
+        unknown = set(config.stages) - {*TRAINERS, *EVALUATIONS, "release"}
+        if unknown:
+            raise ConfigError(f"stages takes {', '.join((*TRAINERS, *EVALUATIONS))}, not {', '.join(sorted(unknown))}.")
+        self.config, self.ship = config, ship
+        self.folder = Path(config.output)
+        self.vae, self.base = self.path("autoencoder") / "vae", self.path("base") / "model"
+        self.contrast = self.path("contrast") / "contrast"
+        self.adapter = self.path("sun-guided") / "adapter.safetensors"
+        self.agreement, self.evaluation = self.path("agreement"), self.path("evaluation")
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    @property
+    def guidance(self) -> float:
+        """The scale with the best agreement among those that guide. Raises ConfigError before it was measured."""
+        file = self.agreement / "figures.json"
+        if not file.is_file():
+            raise ConfigError(f"{file} is not there: the stage agreement chooses the guidance scale.")
+        model = next(iter(json.loads(file.read_text())["models"].values()))
+        rows = model["agreement_by_guidance"]["rows"]
+        guiding = {float(scale): row["agreement"] for scale, row in rows.items() if float(scale) > 1}
+        return max(guiding, key=lambda scale: (guiding[scale], -scale))
+
+    def settings_of(self, name: str) -> dict[str, Any]:
+        """All that a stage's result depends on beside the stages before it."""
+        config, kind = self.config, name.partition(":")[0]
+        found: dict[str, Any] = {"own": config.stages.get(kind, {})}
+        if kind in BUDGET:
+            found["unet_calls"] = config.unet_calls
+        if kind in ("agreement", "sun-guided"):
+            found["guidance_scales"] = config.guidance_scales
+        if kind == "evaluation":
+            found["models"] = [config.styles, config.lora_style]
+        return found | ({"ship": self.ship} if kind == "release" else {})
+
+    def minutes_of(self, name: str) -> float:
+        """The budget of a trainer in minutes; 0 for none."""
+        given = float(self.config.stages.get(name, {}).get("run", {}).get("minutes", 0.0))
+        if not self.config.minutes:
+            return given
+        return given * self.config.minutes / self._all_minutes()
+
+    def _all_minutes(self) -> float:
+        times = {"style": len(self.config.styles)}
+        tables = self.config.stages.items()
+        return sum(table.get("run", {}).get("minutes", 0.0) * times.get(name, 1) for name, table in tables) or 1.0
+
+    def trainer(self, name: str, resume: bool, output: str = "", **settings: Any) -> Any:
+        """The configuration of a trainer: defaults, this file's table, what the stages before give, its budget."""
+        config = TRAINERS[name][0]()
+        where = f"stages.{name}"
+        if not self.config.stages.get(name, {}).get("run", {}).get("steps"):
+            apply(config, _ALL, where)
+        apply(config, self.config.stages.get(name, {}), where)
+        run = {"output": str(self.path(output or name)), "resume": resume, "minutes": self.minutes_of(name)}
+        if name in BUDGET and self.config.unet_calls:
+            run |= {"unet_calls": round(BUDGET[name] * self.config.unet_calls), "minutes": 0.0}
+        return apply(config, {**settings, "run": run}, where)
+
+    def train(self, name: str, resume: bool, output: str = "", **settings: Any) -> Path:
+        return TRAINERS[name][1](self.trainer(name, resume, output, **settings))
+
+
+def stages_of(recipe: Recipe) -> list[Stage]:
+    """Every stage, in order."""
+    config, base = recipe.config, str(recipe.base)
+
+    def trained(name: str, title: str, result: Path, output: str = "", **settings: Any) -> Stage:
+        """Settings that are functions are known only when the stages before have run."""
+
+        def make(resume: bool) -> None:
+            known = {key: value() if callable(value) else value for key, value in settings.items()}
+            recipe.train(name, resume, output, **known)
+
+        stage = f"{name}:{settings['style']}" if output else name
+        return Stage(stage, title, recipe.minutes_of(name) or _NO_MINUTES, (result,), make)
+
+    def guidance() -> float:
+        return recipe.guidance
+
+    def guidance_range() -> tuple[float, float]:
+        return (1.0, max(*config.guidance_scales, recipe.guidance))
+
+    first = str(recipe.path("sun") / "adapter.safetensors")
+    on_base: dict[str, Any] = {"model": base, "guidance_scale": guidance}
+    stages = [
+        trained("autoencoder", "autoencoder", recipe.vae),
+        Stage("colours", "do colours survive extrapolation?", 1.0, (recipe.path("autoencoder") / "colours.md",),
+              partial(_colours, recipe)),
+        trained("base", "text encoder and U-Net", recipe.base / "model_index.json", vae=str(recipe.vae)),
+        trained("contrast", "image-text model", recipe.contrast / "README.md",
+                tokenizer=str(recipe.base / "tokenizer")),
+        Stage("agreement", "agreement at every guidance scale", 30.0, (recipe.agreement / "figures.json",),
+              partial(_agreement, recipe)),
+        trained("sun", "SUN", Path(first), **on_base),
+        trained("sun-guided", "SUN, with the guidance scale as input", recipe.adapter, **on_base, init_adapter=first,
+                guidance_range=guidance_range),
+        trained("lcm-lora", "LCM-LoRA", recipe.path("lcm-lora") / "pytorch_lora_weights.safetensors", **on_base),
+        trained("guided-distill", "guided distillation", recipe.path("guided-distill") / "unet", **on_base),
+    ]  # fmt: skip
+    for style in config.styles:
+        folder = f"style-{style}"
+        stages.append(trained("style", f"fine-tune on {style}", recipe.path(folder) / "model" / "README.md", folder,
+                              style=style, model=base))  # fmt: skip
+    folder = f"lora-{config.lora_style}"
+    stages += [
+        trained("lora", f"LoRA of {config.lora_style}", recipe.path(folder) / "lora" / "README.md", folder,
+                style=config.lora_style, model=base),
+        trained("controlnet", "edge ControlNet", recipe.path("controlnet") / "controlnet" / "README.md", model=base),
+        trained("inpainting", "inpainting U-Net", recipe.path("inpainting") / "inpainting" / "README.md", model=base),
+        Stage("evaluation", "every method on every model", 60.0, (recipe.evaluation / "figures.json",),
+              partial(_evaluation, recipe)),
+        Stage("release", "cards, weights, pictures and reports", 5.0, (recipe.folder / "released.json",),
+              partial(_release, recipe)),
+    ]  # fmt: skip
+    return stages
+
+
+def _colours(recipe: Recipe, resume: bool) -> None:
+    if process_state().is_main_process:
+        settings = recipe.config.stages.get("autoencoder", {})
+        found = colours.measure_folder(recipe.vae, settings.get("style", "twemoji"))
+        write_json(recipe.path("autoencoder") / "colours.json", found.as_json())
+        write_text(recipe.path("autoencoder") / "colours.md", colours.table(found))
+
+
+def _agreement(recipe: Recipe, resume: bool) -> None:
+    config = EvaluateConfig(
+        models={"base": str(recipe.base)}, adapter="init", methods=("cond-25",), measure=("agreement",),
+        agreement_scales=recipe.config.guidance_scales, agreement_methods=("cond-25",), features="emoji",
+        contrast=str(recipe.contrast), output=str(recipe.agreement), resume=resume,
+    )  # fmt: skip
+    report(apply(config, recipe.config.stages.get("agreement", {}), "stages.agreement"))
+
+
+def _evaluation(recipe: Recipe, resume: bool) -> None:
+    base, folder = str(recipe.base), recipe.path
+    models: dict[str, Any] = {"base": {"model": base, "guided_distill": str(folder("guided-distill"))}}
+    for style in recipe.config.styles:
+        models[style] = {"model": str(folder(f"style-{style}") / "model"), "style": style}
+    lora = recipe.config.lora_style
+    models[f"lora-{lora}"] = {"model": base, "lora": str(folder(f"lora-{lora}") / "lora"), "style": lora}
+    config = EvaluateConfig(
+        models=models, adapter=str(recipe.adapter), lcm_lora=str(folder("lcm-lora")), skip_missing=True,
+        guidance_scale=recipe.guidance, measure=("distances", "negatives", "agreement"), features="emoji",
+        contrast=str(recipe.contrast), output=str(recipe.evaluation), resume=resume,
+    )  # fmt: skip
+    report(apply(config, recipe.config.stages.get("evaluation", {}), "stages.evaluation"))
+
+
+def _release(recipe: Recipe, resume: bool) -> None:
+    if not process_state().is_main_process:
+        return
+    made = Release(
+        base=recipe.path("base"),
+        autoencoder=recipe.path("autoencoder"),
+        contrast=recipe.contrast,
+        adapter=recipe.path("sun-guided"),
+        lora=recipe.path(f"lora-{recipe.config.lora_style}") / "lora",
+        controlnet=recipe.path("controlnet") / "controlnet",
+        inpainting=recipe.path("inpainting") / "inpainting",
+        agreement=recipe.agreement,
+        evaluation=recipe.evaluation,
+        guidance=recipe.guidance,
+    )
+    written = release(made, None if recipe.ship else recipe.folder / "release")
+    write_json(recipe.folder / "released.json", {"files": [str(path) for path in written]})
+
+
+def quick(config: ReproduceConfig) -> ReproduceConfig:
+    """``config`` with every number so small that the chain ends in minutes, and means nothing."""
+    run = {"steps": 2, "minutes": 0.0, "batch_size": 2, "warmup_steps": 0, "ema_decay": 0.5, "precision": "fp32"}
+    scenes = {"scenes": 4, "run": run}
+    few = {"prompts": 4, "batch_size": 4, "precision": "fp32", "agreement_prompts": 2, "grid_prompts": 2}
+    sun = {"substeps": 1, "max_negative_phrases": 2, "run": run}
+    methods = ["sun-2", "ddim-2", "lcm-lora-2", "guided-distill-2"]
+    tiny = {
+        "autoencoder": {"size": 64, "crop": 32, "run": run},
+        "base": {**scenes, "stages": [[32, 0.5], [64, 0.5]], "channels": [32, 32, 32, 32], "heads": 2, "text_width": 32,
+                 "text_layers": 1, "vocabulary": 600, "text_steps": 2, "text_batch": 4},
+        "contrast": {"check_scenes": 4, "candidates": 2, "styles": ["twemoji", "google"], "run": run,
+                     "shape": {"size": 32, "widths": [16, 32], "text_width": 32, "text_layers": 1, "text_heads": 2,
+                               "dim": 32}},
+        "agreement": few,
+        "sun": sun,
+        "sun-guided": sun,
+        "lcm-lora": {"run": run},
+        "guided-distill": {"substeps": 1, "run": run},
+        "style": scenes,
+        "lora": {**scenes, "rank": 2},
+        "controlnet": {**scenes, "rank": 2, "check_scenes": 2},
+        "inpainting": {**scenes, "rank": 2, "check_scenes": 2},
+        "evaluation": {**few, "methods": methods, "negative_pairs": 2},
+    }  # fmt: skip
+    return replace(
+        config, minutes=0.0, unet_calls=60, guidance_scales=(1.0, 2.0), styles=config.styles[:1], stages=tiny
+    )
