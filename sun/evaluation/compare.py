@@ -71,9 +71,14 @@ def compare(
     require_text_to_image(loaded.pipe, recipe.model)
     pipe, adapter = loaded.pipe, loaded.adapter.to(loaded.pipe.device, loaded.pipe.unet.dtype)
     sampler = Sampler(
-        pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler,
-        adapter=adapter, w=guidance or adapter.info.guidance_scale or 8.0,
-    )  # fmt: skip
+        pipe.unet,
+        pipe.vae,
+        pipe.text_encoder,
+        pipe.tokenizer,
+        pipe.scheduler,
+        adapter=adapter,
+        w=guidance or adapter.info.guidance_scale or 8.0,
+    )
     prompts, negatives = [p for p, _ in pairs], [n for _, n in pairs]
     offsets = list(range(len(pairs)) if offsets is None else offsets)
     start = noise(replace(recipe, batch=max(offsets) + 1), loaded)[offsets].to(pipe.device)

@@ -32,9 +32,13 @@ def save_edits(evaluation: ModelEvaluation, folder: Path, count: int) -> None:
 
 
 def _save_rows(
-    evaluation: ModelEvaluation, run_of: Callable[[MethodCall], Tensors], path: Path, count: int,
-    methods: Sequence[MethodCall], starts: Tensor | None = None,
-) -> None:  # fmt: skip
+    evaluation: ModelEvaluation,
+    run_of: Callable[[MethodCall], Tensors],
+    path: Path,
+    count: int,
+    methods: Sequence[MethodCall],
+    starts: Tensor | None = None,
+) -> None:
     rows: list[list[Image.Image]] = []
     labels = []
     if starts is not None:
@@ -48,7 +52,11 @@ def _save_rows(
     pairs = list(zip(evaluation.prompts.positives, evaluation.prompts.negatives, strict=True))[: len(rows[0])]
     captions = [f"{positive} (without: {negative})" if negative else positive for positive, negative in pairs]
     sheet = grid(
-        [image for row in rows for image in row], len(captions), labels, captions,
-        scale=max(1, round(CELL / rows[0][0].width)), gap=8,
-    )  # fmt: skip
+        [image for row in rows for image in row],
+        len(captions),
+        labels,
+        captions,
+        scale=max(1, round(CELL / rows[0][0].width)),
+        gap=8,
+    )
     save_png(sheet, path)

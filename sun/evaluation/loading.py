@@ -32,9 +32,13 @@ def load_sampler(config: EvaluateConfig, spec: ModelSpec | None = None) -> Sampl
     Raises ConfigError, RecipeError or SunFileError with what to do.
     """
     spec = spec or ModelSpec(
-        config.model, lora=config.lora, adapter=config.adapter, lcm_lora=config.lcm_lora,
-        guided_distill=config.guided_distill, guidance_scale=config.guidance_scale,
-    )  # fmt: skip
+        config.model,
+        lora=config.lora,
+        adapter=config.adapter,
+        lcm_lora=config.lcm_lora,
+        guided_distill=config.guided_distill,
+        guidance_scale=config.guidance_scale,
+    )
     device = device_of(config)
     pipe = _load_pipeline(spec, device)
     dtype = WEIGHTS.get(config.precision, torch.float32)
@@ -46,10 +50,18 @@ def load_sampler(config: EvaluateConfig, spec: ModelSpec | None = None) -> Sampl
     more = {name: _load_adapter(file, pipe.unet) for name, file in config.adapters.items()}
     w = spec.guidance_scale or (adapter and adapter.info.guidance_scale) or DEFAULT_W
     return Sampler(
-        pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, adapter=adapter, w=w,
-        resolution=config.resolution, adapters={n: a for n, a in more.items() if a is not None},
-        lcm_lora=spec.lcm_lora, guided_distill=spec.guided_distill,
-    )  # fmt: skip
+        pipe.unet,
+        pipe.vae,
+        pipe.text_encoder,
+        pipe.tokenizer,
+        pipe.scheduler,
+        adapter=adapter,
+        w=w,
+        resolution=config.resolution,
+        adapters={n: a for n, a in more.items() if a is not None},
+        lcm_lora=spec.lcm_lora,
+        guided_distill=spec.guided_distill,
+    )
 
 
 def _load_pipeline(spec: ModelSpec, device: torch.device) -> Any:

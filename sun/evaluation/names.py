@@ -61,14 +61,18 @@ METHODS = {
         Method("ltc", "dpmpp_2m", "LTC-Accel", **_CFG, options=LTC_OPTIONS, ltc=True),
         Method("inherit", "dpmpp_2m", "feature inheritance", **_CFG, **_INHERIT),
         Method(
-            "ltc+inherit", "dpmpp_2m", "LTC-Accel and feature inheritance", **_CFG,
-            **_INHERIT | {"options": (*LTC_OPTIONS, *INHERIT_OPTIONS)}, ltc=True,
+            "ltc+inherit",
+            "dpmpp_2m",
+            "LTC-Accel and feature inheritance",
+            **_CFG,
+            **_INHERIT | {"options": (*LTC_OPTIONS, *INHERIT_OPTIONS)},
+            ltc=True,
         ),
         Method("sun+ltc", "ddim", "SUN and LTC-Accel", uses_negative=True, options=LTC_OPTIONS, adapter=True, ltc=True),
         Method("sun+inherit", "ddim", "SUN and feature inheritance", uses_negative=True, adapter=True, **_INHERIT),
         Method("deepcache", "dpmpp_2m", "DeepCache", **_CFG, options=("interval", "branch"), inside=True),
     )
-}  # fmt: skip
+}
 _PATTERN = re.compile(r"(?P<name>[a-z][a-z+-]*?)(?:\[(?P<inside>[^\[\]]*)\])?-(?P<steps>[1-9]\d*)")
 
 

@@ -102,10 +102,14 @@ class Bench:
     def measure(self, case: Case, rounds: int, on_round: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """The figures of a case, which also hold its circumstances; with ``error`` instead where it cannot run."""
         about = {
-            "device": device_name(torch.device(case.device)), "compiled": case.compiled, "batch": case.batch,
-            "latent": [case.batch, 4, self.latent, self.latent], "dtype": str(self.dtype).removeprefix("torch."),
-            "steps": self.steps, "rounds": rounds,
-        }  # fmt: skip
+            "device": device_name(torch.device(case.device)),
+            "compiled": case.compiled,
+            "batch": case.batch,
+            "latent": [case.batch, 4, self.latent, self.latent],
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "steps": self.steps,
+            "rounds": rounds,
+        }
         try:
             return about | figures(self._times(case, rounds, on_round))
         except Exception as error:

@@ -117,10 +117,18 @@ def _line(axes: Any, family: str, points: Points, number: int) -> None:
     below = [max(0.0, y - interval[0]) if interval else 0.0 for _, y, interval in points]
     above = [max(0.0, interval[1] - y) if interval else 0.0 for _, y, interval in points]
     axes.errorbar(
-        [x for x, _, _ in points], [y for _, y, _ in points], yerr=[below, above], label=family, capsize=2,
-        marker=MARKERS[number % len(MARKERS)], color=_color(number) if number >= 0 else "black",
-        ecolor=(0.5, 0.5, 0.5, 0.45), elinewidth=0.6, linewidth=2.5 if ours else 1.2, zorder=3 if ours else 2,
-    )  # fmt: skip
+        [x for x, _, _ in points],
+        [y for _, y, _ in points],
+        yerr=[below, above],
+        label=family,
+        capsize=2,
+        marker=MARKERS[number % len(MARKERS)],
+        color=_color(number) if number >= 0 else "black",
+        ecolor=(0.5, 0.5, 0.5, 0.45),
+        elinewidth=0.6,
+        linewidth=2.5 if ours else 1.2,
+        zorder=3 if ours else 2,
+    )
 
 
 def _color(number: int) -> Any:

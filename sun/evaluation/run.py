@@ -65,9 +65,13 @@ def prepare(
     sampler = load_sampler(config, spec)
     sampler.calibration = calibration_pairs(config)
     features = load_features(
-        config.features, sampler, emoji_model=spec.model == EMOJI, contrast=config.contrast,
-        clip_model=config.clip_model, inception=config.inception,
-    )  # fmt: skip
+        config.features,
+        sampler,
+        emoji_model=spec.model == EMOJI,
+        contrast=config.contrast,
+        clip_model=config.clip_model,
+        inception=config.inception,
+    )
     methods = methods_of(
         config, name, spec, parse_methods(config.methods, config.steps), shipped_fits=sampler.adapter is not None
     )

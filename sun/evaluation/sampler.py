@@ -70,10 +70,21 @@ class Sampler:
     """
 
     def __init__(
-        self, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, scheduler: Any, *,
-        adapter: SunAdapter | None = None, w: float = 8.0, resolution: int = 0, attached: bool = False,
-        adapters: Mapping[str, SunAdapter] | None = None, lcm_lora: str = "", guided_distill: str = "",
-    ):  # fmt: skip
+        self,
+        unet: Any,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        scheduler: Any,
+        *,
+        adapter: SunAdapter | None = None,
+        w: float = 8.0,
+        resolution: int = 0,
+        attached: bool = False,
+        adapters: Mapping[str, SunAdapter] | None = None,
+        lcm_lora: str = "",
+        guided_distill: str = "",
+    ):
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.scheduler_config, self.adapter = scheduler.config, adapter
         named = {**(adapters or {}), **({} if adapter is None else {"": adapter})}
@@ -133,18 +144,28 @@ class Sampler:
             yield partial(self._run, ready, call)
 
     def __call__(
-        self, method: str | MethodCall, prompts: list[str], negatives: list[str], noise: Tensor, strength: float = 1.0,
+        self,
+        method: str | MethodCall,
+        prompts: list[str],
+        negatives: list[str],
+        noise: Tensor,
+        strength: float = 1.0,
         edit: Edit | None = None,
-    ) -> Sample:  # fmt: skip
+    ) -> Sample:
         """Denoise ``noise`` with ``method``. Text encoding is outside the timing, as it is the same for all."""
         with self.prepared(method, strength) as run:
             return run(prompts, negatives, noise, edit)
 
     @torch.no_grad()
     def _run(
-        self, ready: Prepared, call: MethodCall, prompts: list[str], negatives: list[str], noise: Tensor,
+        self,
+        ready: Prepared,
+        call: MethodCall,
+        prompts: list[str],
+        negatives: list[str],
+        noise: Tensor,
         edit: Edit | None = None,
-    ) -> Sample:  # fmt: skip
+    ) -> Sample:
         positive, negative = (
             self.encode_both(prompts, negatives) if call.method.uses_negative else self.encode_both(prompts) * 2
         )
@@ -173,9 +194,15 @@ class Sampler:
         return table
 
     def _denoise(
-        self, ready: Prepared, call: MethodCall, positive: Tensor, negative: Tensor, noise: Tensor,
-        edit: Edit | None = None, open_ltc: Opener | None = None,
-    ) -> Sample:  # fmt: skip
+        self,
+        ready: Prepared,
+        call: MethodCall,
+        positive: Tensor,
+        negative: Tensor,
+        noise: Tensor,
+        edit: Edit | None = None,
+        open_ltc: Opener | None = None,
+    ) -> Sample:
         scheduler = scheduler_of(call, self.scheduler_config)
         scheduler.set_timesteps(call.steps, device=self.device)
         ready.begin(scheduler)

@@ -72,9 +72,13 @@ def measure_times(evaluation: ModelEvaluation) -> dict[str, Any]:
 
 
 def time_methods(
-    sampler: Sampler, methods: Sequence[str | MethodCall], prompts: list[str], negatives: list[str], rounds: int,
+    sampler: Sampler,
+    methods: Sequence[str | MethodCall],
+    prompts: list[str],
+    negatives: list[str],
+    rounds: int,
     precision: str,
-) -> dict[str, Timing]:  # fmt: skip
+) -> dict[str, Timing]:
     """Time every method once a round on the same batch; the order turns by one from round to round.
 
     Before the first round each method runs once with few steps, which pays for allocation and kernel choice.
@@ -103,9 +107,13 @@ def time_methods(
 
 @torch.no_grad()
 def time_unet_calls(
-    sampler: Sampler, methods: Sequence[str | MethodCall], prompts: list[str], negatives: list[str], rounds: int,
+    sampler: Sampler,
+    methods: Sequence[str | MethodCall],
+    prompts: list[str],
+    negatives: list[str],
+    rounds: int,
     precision: str,
-) -> dict[str, dict[str, float]]:  # fmt: skip
+) -> dict[str, dict[str, float]]:
     """One step of each kind of method against one plain U-Net call, in turn: what SUN, a peer or guidance costs.
 
     ``{NAME: {"seconds", "ratio"}}`` by the names without steps, ``cond`` being the plain call; ratios are medians over

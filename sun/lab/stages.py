@@ -148,57 +148,90 @@ class Recipe:
 
 def stages_of(recipe: Recipe) -> list[Stage]:
     """Every stage, in order."""
-    config, base = recipe.config, str(recipe.base)
+    evaluation = recipe.evaluation / "figures.json"
+    released = recipe.folder / "released.json"
+    return [
+        *_base(recipe),
+        *_distilled(recipe),
+        *_variants(recipe),
+        Stage("evaluation", "every method on every model", 60.0, (evaluation,), partial(_evaluation, recipe)),
+        Stage("release", "cards, weights, pictures and reports", 5.0, (released,), partial(_release, recipe)),
+    ]
 
-    def trained(name: str, title: str, result: Path, output: str = "", **settings: Any) -> Stage:
-        """Settings that are functions are known only when the stages before have run."""
 
-        def make(resume: bool) -> None:
-            known = {key: value() if callable(value) else value for key, value in settings.items()}
-            recipe.train(name, resume, output, **known)
+def _trained(recipe: Recipe, name: str, title: str, result: Path, output: str = "", **settings: Any) -> Stage:
+    """A stage that trains. Settings that are functions are known only when the stages before have run."""
 
-        stage = f"{name}:{settings['style']}" if output else name
-        return Stage(stage, title, recipe.minutes_of(name) or _NO_MINUTES, (result,), make)
+    def make(resume: bool) -> None:
+        known = {key: value() if callable(value) else value for key, value in settings.items()}
+        recipe.train(name, resume, output, **known)
 
-    def guidance() -> float:
+    stage = f"{name}:{settings['style']}" if output else name
+    return Stage(stage, title, recipe.minutes_of(name) or _NO_MINUTES, (result,), make)
+
+
+def _base(recipe: Recipe) -> list[Stage]:
+    """The model, what judges its pictures, and the scale it is guided with best."""
+    report_on_colours, figures = recipe.path("autoencoder") / "colours.md", recipe.agreement / "figures.json"
+    tokenizer = str(recipe.base / "tokenizer")
+    return [
+        _trained(recipe, "autoencoder", "autoencoder", recipe.vae),
+        Stage("colours", "do colours survive extrapolation?", 1.0, (report_on_colours,), partial(_colours, recipe)),
+        _trained(recipe, "base", "text encoder and U-Net", recipe.base / "model_index.json", vae=str(recipe.vae)),
+        _trained(recipe, "contrast", "image-text model", recipe.contrast / "README.md", tokenizer=tokenizer),
+        Stage("agreement", "agreement at every guidance scale", 30.0, (figures,), partial(_agreement, recipe)),
+    ]
+
+
+def _distilled(recipe: Recipe) -> list[Stage]:
+    """SUN and its peers, at the scale that was chosen."""
+    first, lcm = (
+        recipe.path("sun") / "adapter.safetensors",
+        recipe.path("lcm-lora") / "pytorch_lora_weights.safetensors",
+    )
+
+    def scale() -> float:
         return recipe.guidance
 
-    def guidance_range() -> tuple[float, float]:
-        return (1.0, max(*config.guidance_scales, recipe.guidance))
+    def scales() -> tuple[float, float]:
+        return (1.0, max(*recipe.config.guidance_scales, recipe.guidance))
 
-    first = str(recipe.path("sun") / "adapter.safetensors")
-    on_base: dict[str, Any] = {"model": base, "guidance_scale": guidance}
-    stages = [
-        trained("autoencoder", "autoencoder", recipe.vae),
-        Stage("colours", "do colours survive extrapolation?", 1.0, (recipe.path("autoencoder") / "colours.md",),
-              partial(_colours, recipe)),
-        trained("base", "text encoder and U-Net", recipe.base / "model_index.json", vae=str(recipe.vae)),
-        trained("contrast", "image-text model", recipe.contrast / "README.md",
-                tokenizer=str(recipe.base / "tokenizer")),
-        Stage("agreement", "agreement at every guidance scale", 30.0, (recipe.agreement / "figures.json",),
-              partial(_agreement, recipe)),
-        trained("sun", "SUN", Path(first), **on_base),
-        trained("sun-guided", "SUN, with the guidance scale as input", recipe.adapter, **on_base, init_adapter=first,
-                guidance_range=guidance_range),
-        trained("lcm-lora", "LCM-LoRA", recipe.path("lcm-lora") / "pytorch_lora_weights.safetensors", **on_base),
-        trained("guided-distill", "guided distillation", recipe.path("guided-distill") / "unet", **on_base),
-    ]  # fmt: skip
-    for style in config.styles:
-        folder = f"style-{style}"
-        stages.append(trained("style", f"fine-tune on {style}", recipe.path(folder) / "model" / "README.md", folder,
-                              style=style, model=base))  # fmt: skip
-    folder = f"lora-{config.lora_style}"
-    stages += [
-        trained("lora", f"LoRA of {config.lora_style}", recipe.path(folder) / "lora" / "README.md", folder,
-                style=config.lora_style, model=base),
-        trained("controlnet", "edge ControlNet", recipe.path("controlnet") / "controlnet" / "README.md", model=base),
-        trained("inpainting", "inpainting U-Net", recipe.path("inpainting") / "inpainting" / "README.md", model=base),
-        Stage("evaluation", "every method on every model", 60.0, (recipe.evaluation / "figures.json",),
-              partial(_evaluation, recipe)),
-        Stage("release", "cards, weights, pictures and reports", 5.0, (recipe.folder / "released.json",),
-              partial(_release, recipe)),
-    ]  # fmt: skip
-    return stages
+    on_base: dict[str, Any] = {"model": str(recipe.base), "guidance_scale": scale}
+    widened = {**on_base, "init_adapter": str(first), "guidance_range": scales}
+    return [
+        _trained(recipe, "sun", "SUN", first, **on_base),
+        _trained(recipe, "sun-guided", "SUN, with the guidance scale as input", recipe.adapter, **widened),
+        _trained(recipe, "lcm-lora", "LCM-LoRA", lcm, **on_base),
+        _trained(recipe, "guided-distill", "guided distillation", recipe.path("guided-distill") / "unet", **on_base),
+    ]
+
+
+def _variants(recipe: Recipe) -> list[Stage]:
+    """What else is made of the base: unseen models, and what is drawn with."""
+    model, lora = str(recipe.base), recipe.config.lora_style
+
+    def result(folder: str, inside: str) -> Path:
+        return recipe.path(folder) / inside / "README.md"
+
+    styles = [
+        _trained(
+            recipe,
+            "style",
+            f"fine-tune on {style}",
+            result(f"style-{style}", "model"),
+            f"style-{style}",
+            style=style,
+            model=model,
+        )
+        for style in recipe.config.styles
+    ]
+    tuned = result(f"lora-{lora}", "lora")
+    return [
+        *styles,
+        _trained(recipe, "lora", f"LoRA of {lora}", tuned, f"lora-{lora}", style=lora, model=model),
+        _trained(recipe, "controlnet", "edge ControlNet", result("controlnet", "controlnet"), model=model),
+        _trained(recipe, "inpainting", "inpainting U-Net", result("inpainting", "inpainting"), model=model),
+    ]
 
 
 def _colours(recipe: Recipe, resume: bool) -> None:
@@ -211,10 +244,17 @@ def _colours(recipe: Recipe, resume: bool) -> None:
 
 def _agreement(recipe: Recipe, resume: bool) -> None:
     config = EvaluateConfig(
-        models={"base": str(recipe.base)}, adapter="init", methods=("cond-25",), measure=("agreement",),
-        agreement_scales=recipe.config.guidance_scales, agreement_methods=("cond-25",), features="emoji",
-        contrast=str(recipe.contrast), output=str(recipe.agreement), resume=resume,
-    )  # fmt: skip
+        models={"base": str(recipe.base)},
+        adapter="init",
+        methods=("cond-25",),
+        measure=("agreement",),
+        agreement_scales=recipe.config.guidance_scales,
+        agreement_methods=("cond-25",),
+        features="emoji",
+        contrast=str(recipe.contrast),
+        output=str(recipe.agreement),
+        resume=resume,
+    )
     report(apply(config, recipe.config.stages.get("agreement", {}), "stages.agreement"))
 
 
@@ -226,10 +266,17 @@ def _evaluation(recipe: Recipe, resume: bool) -> None:
     lora = recipe.config.lora_style
     models[f"lora-{lora}"] = {"model": base, "lora": str(folder(f"lora-{lora}") / "lora"), "style": lora}
     config = EvaluateConfig(
-        models=models, adapter=str(recipe.adapter), lcm_lora=str(folder("lcm-lora")), skip_missing=True,
-        guidance_scale=recipe.guidance, measure=("distances", "negatives", "agreement"), features="emoji",
-        contrast=str(recipe.contrast), output=str(recipe.evaluation), resume=resume,
-    )  # fmt: skip
+        models=models,
+        adapter=str(recipe.adapter),
+        lcm_lora=str(folder("lcm-lora")),
+        skip_missing=True,
+        guidance_scale=recipe.guidance,
+        measure=("distances", "negatives", "agreement"),
+        features="emoji",
+        contrast=str(recipe.contrast),
+        output=str(recipe.evaluation),
+        resume=resume,
+    )
     report(apply(config, recipe.config.stages.get("evaluation", {}), "stages.evaluation"))
 
 
@@ -261,11 +308,24 @@ def quick(config: ReproduceConfig) -> ReproduceConfig:
     methods = ["sun-2", "ddim-2", "lcm-lora-2", "guided-distill-2"]
     tiny = {
         "autoencoder": {"size": 64, "crop": 32, "run": run},
-        "base": {**scenes, "stages": [[32, 0.5], [64, 0.5]], "channels": [32, 32, 32, 32], "heads": 2, "text_width": 32,
-                 "text_layers": 1, "vocabulary": 600, "text_steps": 2, "text_batch": 4},
-        "contrast": {"check_scenes": 4, "candidates": 2, "styles": ["twemoji", "google"], "run": run,
-                     "shape": {"size": 32, "widths": [16, 32], "text_width": 32, "text_layers": 1, "text_heads": 2,
-                               "dim": 32}},
+        "base": {
+            **scenes,
+            "stages": [[32, 0.5], [64, 0.5]],
+            "channels": [32, 32, 32, 32],
+            "heads": 2,
+            "text_width": 32,
+            "text_layers": 1,
+            "vocabulary": 600,
+            "text_steps": 2,
+            "text_batch": 4,
+        },
+        "contrast": {
+            "check_scenes": 4,
+            "candidates": 2,
+            "styles": ["twemoji", "google"],
+            "run": run,
+            "shape": {"size": 32, "widths": [16, 32], "text_width": 32, "text_layers": 1, "text_heads": 2, "dim": 32},
+        },
         "agreement": few,
         "sun": sun,
         "sun-guided": sun,
@@ -276,7 +336,7 @@ def quick(config: ReproduceConfig) -> ReproduceConfig:
         "controlnet": {**scenes, "rank": 2, "check_scenes": 2},
         "inpainting": {**scenes, "rank": 2, "check_scenes": 2},
         "evaluation": {**few, "methods": methods, "negative_pairs": 2},
-    }  # fmt: skip
+    }
     return replace(
         config, minutes=0.0, unet_calls=60, guidance_scales=(1.0, 2.0), styles=config.styles[:1], stages=tiny
     )

@@ -91,10 +91,17 @@ class BaseConfig(SceneConfig):
 
     run: RunConfig = field(
         default_factory=lambda: RunConfig(
-            output="runs/emoji-base", steps=6000, batch_size=64, lr=8e-4, lr_schedule="cosine", warmup_steps=100,
-            weight_decay=0.01, betas=(0.9, 0.99), ema_decay=0.999,
+            output="runs/emoji-base",
+            steps=6000,
+            batch_size=64,
+            lr=8e-4,
+            lr_schedule="cosine",
+            warmup_steps=100,
+            weight_decay=0.01,
+            betas=(0.9, 0.99),
+            ema_decay=0.999,
         )
-    )  # fmt: skip
+    )
     stages: tuple[tuple[int, float], ...] = ((64, 0.35), (128, 0.65))
     vae: str = "runs/emoji-vae/vae"
     init_model: str = ""  # a diffusers folder to go on from: its text encoder, tokenizer and U-Net
@@ -111,20 +118,29 @@ class BaseConfig(SceneConfig):
 def build_text_encoder(config: BaseConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=config.text_width, intermediate_size=4 * config.text_width,
-            num_hidden_layers=config.text_layers, num_attention_heads=4, max_position_embeddings=77,
-            hidden_act="quick_gelu", projection_dim=config.text_width, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            vocab_size=len(tokenizer),
+            hidden_size=config.text_width,
+            intermediate_size=4 * config.text_width,
+            num_hidden_layers=config.text_layers,
+            num_attention_heads=4,
+            max_position_embeddings=77,
+            hidden_act="quick_gelu",
+            projection_dim=config.text_width,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
-    )  # fmt: skip
+    )
 
 
 def build_unet(config: BaseConfig) -> UNet2DConditionModel:
     """SD 1.5's topology (4 stages, 2 layers each, 16 cross-attention layers), narrow."""
     return UNet2DConditionModel(
-        sample_size=config.stages[-1][0] // 8, block_out_channels=config.channels,
-        cross_attention_dim=config.text_width, attention_head_dim=config.heads,
-    )  # fmt: skip
+        sample_size=config.stages[-1][0] // 8,
+        block_out_channels=config.channels,
+        cross_attention_dim=config.text_width,
+        attention_head_dim=config.heads,
+    )
 
 
 def build_models(
@@ -146,9 +162,15 @@ def build_models(
 def sd15_scheduler() -> DDIMScheduler:
     """SD 1.5's noise schedule and scheduler settings."""
     return DDIMScheduler(
-        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-        clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon",
-    )  # fmt: skip
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+    )
 
 
 def train_base(config: BaseConfig) -> Path:
@@ -160,9 +182,15 @@ def train_base(config: BaseConfig) -> Path:
     if config.text_steps and not config.init_model:
         text_encoder = pretrained_text(config, folder / "text_encoder", vae, emojis, tokenizer, text_encoder)
     pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=sd15_scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=sd15_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     trained: dict[str, torch.nn.Module] = {"unet": unet}
     if config.train_text:
         trained["text_encoder"] = text_encoder
@@ -205,10 +233,13 @@ Losses = tuple[torch.Tensor, torch.Tensor]
 
 
 def train_on_scenes(
-    config: SceneConfig, run: TrainingRun, pipe: StableDiffusionPipeline, save: Callable[[int], object],
+    config: SceneConfig,
+    run: TrainingRun,
+    pipe: StableDiffusionPipeline,
+    save: Callable[[int], object],
     loss_of: Callable[[Batch], Losses] | None = None,
     encoded: Callable[[int], tuple[list[Scene], torch.Tensor]] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Denoise scenes of ``config.style`` until ``run`` ends: the U-Net, and the text encoder if ``run`` trains it.
 
     ``save(size)``, with the picture size of the moment in pixels, is called at intervals and at the end.
@@ -249,9 +280,12 @@ def train_on_scenes(
 
 
 def denoising_loss(
-    config: SceneConfig, run: TrainingRun, pipe: StableDiffusionPipeline, batch: Batch,
+    config: SceneConfig,
+    run: TrainingRun,
+    pipe: StableDiffusionPipeline,
+    batch: Batch,
     predict: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-) -> Losses:  # fmt: skip
+) -> Losses:
     """(weighted loss, plain MSE) of the noise predicted for one batch of latents [B, 4, h, w].
 
     ``predict(x_t, t, context)`` gives the noise; without it the U-Net alone does.
@@ -306,8 +340,12 @@ def sample_images(
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(SAMPLE_PROMPTS))]
     try:
         return pipe(
-            list(SAMPLE_PROMPTS), num_inference_steps=25, guidance_scale=guidance_scale, generator=generators,
-            height=size, width=size,
-        ).images  # fmt: skip
+            list(SAMPLE_PROMPTS),
+            num_inference_steps=25,
+            guidance_scale=guidance_scale,
+            generator=generators,
+            height=size,
+            width=size,
+        ).images
     finally:
         pipe.scheduler = plain

@@ -74,10 +74,13 @@ def draw(
         attach(pipe, adapter)
     try:
         images = pipe(
-            captions, num_inference_steps=steps or (SUN_STEPS if adapter else REFERENCE_STEPS),
-            output_type="pt", generator=[torch.Generator().manual_seed(i) for i in range(len(captions))],
-            **({} if adapter else {"guidance_scale": guidance}), **inputs,
-        ).images  # fmt: skip
+            captions,
+            num_inference_steps=steps or (SUN_STEPS if adapter else REFERENCE_STEPS),
+            output_type="pt",
+            generator=[torch.Generator().manual_seed(i) for i in range(len(captions))],
+            **({} if adapter else {"guidance_scale": guidance}),
+            **inputs,
+        ).images
     finally:
         if adapter is not None:
             detach(pipe)

@@ -62,9 +62,12 @@ class PictureEncoder(nn.Module):
         # Flattened rather than averaged: captions say where things are.
         last = shape.widths[-1]
         self.head = nn.Sequential(
-            nn.GroupNorm(8, last), nn.SiLU(), nn.Conv2d(last, 32, 1), nn.Flatten(),
+            nn.GroupNorm(8, last),
+            nn.SiLU(),
+            nn.Conv2d(last, 32, 1),
+            nn.Flatten(),
             nn.Linear(32 * side * side, shape.dim, bias=False),
-        )  # fmt: skip
+        )
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """The output [B, C, h, w] of each stage."""

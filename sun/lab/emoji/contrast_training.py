@@ -33,10 +33,17 @@ class ContrastConfig:
 
     run: RunConfig = field(
         default_factory=lambda: RunConfig(
-            output="runs/emoji-contrast", steps=1500, batch_size=128, lr=1e-3, lr_schedule="cosine", warmup_steps=100,
-            weight_decay=0.05, betas=(0.9, 0.98), ema_decay=0.99,
+            output="runs/emoji-contrast",
+            steps=1500,
+            batch_size=128,
+            lr=1e-3,
+            lr_schedule="cosine",
+            warmup_steps=100,
+            weight_decay=0.05,
+            betas=(0.9, 0.98),
+            ema_decay=0.99,
         )
-    )  # fmt: skip
+    )
     shape: ContrastShape = field(default_factory=ContrastShape)
     styles: tuple[str, ...] = ("twemoji", "openmoji", "fluent", "google")
     emojis: str = "everyday"  # or "wide", "all": see sources.load_metadata
@@ -148,9 +155,14 @@ def check_contrast(model: EmojiContrast, pool: ScenePool, count: int, candidates
     known = max(len(e) for e in pool.emojis.values())
     found = 1 / min(candidates, count)
     chance = {
-        "image_to_text": found, "text_to_image": found, "emoji": 1 / known, "background": 1 / len(BACKGROUNDS),
-        "size": 1 / 2, "place": 1 / 4, "order": 1 / 2,
-    }  # fmt: skip
+        "image_to_text": found,
+        "text_to_image": found,
+        "emoji": 1 / known,
+        "background": 1 / len(BACKGROUNDS),
+        "size": 1 / 2,
+        "place": 1 / 4,
+        "order": 1 / 2,
+    }
     return {"scenes": count, "candidates": candidates, "mean": mean, "chance": chance, "styles": rows}
 
 

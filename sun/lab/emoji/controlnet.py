@@ -44,10 +44,17 @@ class ControlNetConfig(SceneConfig):
 
     run: RunConfig = field(
         default_factory=lambda: RunConfig(
-            output="runs/emoji-controlnet", steps=1000, batch_size=32, lr=1e-3, lr_schedule="cosine", warmup_steps=50,
-            weight_decay=0.01, betas=(0.9, 0.99), ema_decay=0.99,
+            output="runs/emoji-controlnet",
+            steps=1000,
+            batch_size=32,
+            lr=1e-3,
+            lr_schedule="cosine",
+            warmup_steps=50,
+            weight_decay=0.01,
+            betas=(0.9, 0.99),
+            ema_decay=0.99,
         )
-    )  # fmt: skip
+    )
     stages: tuple[tuple[int, float], ...] = ()
     scenes: int = 2500
     # Without a caption only the edges say what is there: that is how a ControlNet learns to read them.
@@ -164,10 +171,8 @@ def draw_controlled(
             f"without it, {REFERENCE_STEPS} steps": draw(
                 pipe, checked.captions, config.sample_guidance, width=size, height=size
             ),
-            f"with it, {REFERENCE_STEPS} steps": draw(
-                steered, checked.captions, config.sample_guidance, image=control
-            ),
-        }  # fmt: skip
+            f"with it, {REFERENCE_STEPS} steps": draw(steered, checked.captions, config.sample_guidance, image=control),
+        }
         if adapter := adapter_for(config.model):
             rows[f"with it and SUN, {SUN_STEPS} steps"] = draw(steered, checked.captions, 1.0, adapter, image=control)
     return rows

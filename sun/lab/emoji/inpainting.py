@@ -44,10 +44,17 @@ class InpaintingConfig(SceneConfig):
 
     run: RunConfig = field(
         default_factory=lambda: RunConfig(
-            output="runs/emoji-inpainting", steps=1000, batch_size=32, lr=1e-3, lr_schedule="cosine", warmup_steps=50,
-            weight_decay=0.01, betas=(0.9, 0.99), ema_decay=0.99,
+            output="runs/emoji-inpainting",
+            steps=1000,
+            batch_size=32,
+            lr=1e-3,
+            lr_schedule="cosine",
+            warmup_steps=50,
+            weight_decay=0.01,
+            betas=(0.9, 0.99),
+            ema_decay=0.99,
         )
-    )  # fmt: skip
+    )
     stages: tuple[tuple[int, float], ...] = ()
     scenes: int = 6000
     sample_guidance: float = 4.0
@@ -195,8 +202,12 @@ def draw_inpainted(
     inpainting = StableDiffusionInpaintPipeline(**{**pipe.components, "unet": wide}, requires_safety_checker=False)
     size, guidance = config.stages[-1][0], config.sample_guidance
     given: dict[str, Any] = {
-        "image": checked.pixels / 2 + 0.5, "mask_image": masks, "strength": 1.0, "width": size, "height": size,
-    }  # fmt: skip
+        "image": checked.pixels / 2 + 0.5,
+        "mask_image": masks,
+        "strength": 1.0,
+        "width": size,
+        "height": size,
+    }
     with torch.no_grad(), run.accelerator.autocast():
         pixels = checked.pixels.to(run.accelerator.device)
         rows = {"autoencoder alone": pipe.vae.decode(pipe.vae.encode(pixels).latents).sample.float().cpu()}

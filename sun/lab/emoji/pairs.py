@@ -85,9 +85,14 @@ def full_caption(scene: Scene) -> Statement:
         subject = f"{emojis[0].name} on the left and {emojis[1].name} on the right"
     parts = [PLACE_PHRASES.get(scene.place, ""), "mirrored" if scene.mirrored else "", f"{scene.background} background"]
     return Statement(
-        ", ".join(filter(None, (subject, *parts))), tuple(e.code for e in emojis), len(emojis) == 2,
-        scene.background, scene.size, scene.place, scene.mirrored,
-    )  # fmt: skip
+        ", ".join(filter(None, (subject, *parts))),
+        tuple(e.code for e in emojis),
+        len(emojis) == 2,
+        scene.background,
+        scene.size,
+        scene.place,
+        scene.mirrored,
+    )
 
 
 def phrases(scene: Scene, rng: random.Random) -> Statement:

@@ -15,21 +15,38 @@ from PIL import Image
 from .sources import Emoji, load_metadata
 
 BACKGROUNDS = {
-    "white": (255, 255, 255), "black": (16, 16, 18), "gray": (140, 144, 150), "red": (214, 48, 49),
-    "orange": (243, 146, 55), "yellow": (250, 220, 90), "green": (86, 176, 80), "cyan": (110, 206, 218),
-    "blue": (52, 104, 205), "purple": (138, 74, 178), "pink": (247, 168, 196), "brown": (124, 84, 58),
-}  # fmt: skip
+    "white": (255, 255, 255),
+    "black": (16, 16, 18),
+    "gray": (140, 144, 150),
+    "red": (214, 48, 49),
+    "orange": (243, 146, 55),
+    "yellow": (250, 220, 90),
+    "green": (86, 176, 80),
+    "cyan": (110, 206, 218),
+    "blue": (52, 104, 205),
+    "purple": (138, 74, 178),
+    "pink": (247, 168, 196),
+    "brown": (124, 84, 58),
+}
 SIZES = {"small": 0.48, "": 0.72, "large": 0.94}
 PLACES = {"": (0.5, 0.5), "left": (0.0, 0.5), "right": (1.0, 0.5), "top": (0.5, 0.0), "bottom": (0.5, 1.0)}
 
 PLACE_PHRASES = {
-    "left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom",
-}  # fmt: skip
+    "left": "on the left",
+    "right": "on the right",
+    "top": "at the top",
+    "bottom": "at the bottom",
+}
 CATEGORY_WORDS = {
-    "Smileys & Emotion": "smiley", "People & Body": "person", "Animals & Nature": "nature",
-    "Food & Drink": "food", "Travel & Places": "travel", "Activities": "activity", "Objects": "object",
+    "Smileys & Emotion": "smiley",
+    "People & Body": "person",
+    "Animals & Nature": "nature",
+    "Food & Drink": "food",
+    "Travel & Places": "travel",
+    "Activities": "activity",
+    "Objects": "object",
     "Symbols": "symbol",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -72,9 +89,12 @@ def write_caption(
     subject = " ".join(filter(None, (said_size, names[0])))
     if len(emojis) == 2:
         subject = rng.choice(
-            (f"{names[0]} and {names[1]}", f"{names[0]} on the left and {names[1]} on the right",
-             f"{names[0]} next to {names[1]}")
-        )  # fmt: skip
+            (
+                f"{names[0]} and {names[1]}",
+                f"{names[0]} on the left and {names[1]} on the right",
+                f"{names[0]} next to {names[1]}",
+            )
+        )
     else:
         subject = rng.choice(("{}", "a {}", "{} emoji")).format(subject)
     parts = []
@@ -117,9 +137,12 @@ def posed(picture: Image.Image, scene: Scene, rng: random.Random) -> Image.Image
     middle = picture.width / 2
     x, y = (middle * (1 + rng.uniform(-0.2, 0.2)) for _ in range(2))
     return picture.transform(
-        picture.size, Image.Transform.AFFINE, (a, b, middle - a * x - b * y, d, e, middle - d * x - e * y),
-        Image.Resampling.BICUBIC, fillcolor=BACKGROUNDS[scene.background],
-    )  # fmt: skip
+        picture.size,
+        Image.Transform.AFFINE,
+        (a, b, middle - a * x - b * y, d, e, middle - d * x - e * y),
+        Image.Resampling.BICUBIC,
+        fillcolor=BACKGROUNDS[scene.background],
+    )
 
 
 def subject_mask(scene: Scene, pictures: dict[str, Image.Image], size: int, which: int = 0) -> Image.Image:

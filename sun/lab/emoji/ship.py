@@ -81,14 +81,24 @@ def ship_base(
     pipe = load_pipeline(out)
     images = sample_images(pipe, guidance_scale)
     save_png(captioned_grid(images, list(SAMPLE_PROMPTS), 6), out / "samples.png")
+    runs = {"autoencoder": vae_run, "text encoder and U-Net": run}
+    histories = {what: _history(Path(folder)) for what, folder in runs.items() if folder}
+    (out / "README.md").write_text(base_card(pipe, out, guidance_scale, histories, notes))
+    return out
+
+
+def base_card(
+    pipe: Any, folder: Path, guidance_scale: float, histories: Mapping[str, dict[str, Any]], notes: str
+) -> str:
+    """The model card, Markdown: what the parts are, their data, their runs by ``histories`` (last line of each log)."""
+    unet, encoder = pipe.unet.config, pipe.text_encoder.config
     counts = {
-        name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("unet", "text_encoder", "vae")
+        name: sum(p.numel() for p in getattr(pipe, name).parameters()) / 1e6 for name in ("unet", "text_encoder", "vae")
     }
-    size = sum(f.stat().st_size for f in out.rglob("*.safetensors"))
-    style, done = STYLES["twemoji"], _history(run)
-    vae_done = _history(Path(vae_run)) if vae_run else None
-    card = (
-        f"""---
+    size = sum(f.stat().st_size for f in folder.rglob("*.safetensors")) / 1e6
+    pixels, style = unet.sample_size * 8, STYLES["twemoji"]
+    done = histories["text encoder and U-Net"]
+    return f"""---
 license: cc-by-4.0
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -97,17 +107,17 @@ pipeline_tag: text-to-image
 # Emoji Diffusion
 
 A small Stable Diffusion 1.x: the same parts, topology and noise schedule (4 stages, 2 layers each, 16 cross-attention
-layers, epsilon prediction), narrow enough to be trained on two CPU cores. {pipe.unet.config.sample_size * 8} x {pipe.unet.config.sample_size * 8} pixels.
+layers, epsilon prediction), narrow enough to be trained on two CPU cores. {pixels} x {pixels} pixels.
 It exists so that this project can train, test and show SUN on a real diffusion model that fits in a repository.
 
 ![24 prompts, 25 steps of DPM-Solver++ with CFG {guidance_scale:g}](samples.png)
 
 | part | parameters |
 |---|---|
-| U-Net, widths {tuple(pipe.unet.config.block_out_channels)}, {pipe.unet.config.attention_head_dim} heads | {counts["unet"] / 1e6:.2f} M |
-| CLIP text encoder, width {pipe.text_encoder.config.hidden_size}, {pipe.text_encoder.config.num_hidden_layers} layers, own BPE vocabulary of {len(pipe.tokenizer)} | {counts["text_encoder"] / 1e6:.2f} M |
-| AutoencoderTiny (TAESD layout), scaling factor {pipe.vae.config.scaling_factor:g} | {counts["vae"] / 1e6:.2f} M |
-| all weights, fp16 | {size / 1e6:.1f} MB |
+| U-Net, widths {tuple(unet.block_out_channels)}, {unet.attention_head_dim} heads | {counts["unet"]:.2f} M |
+| CLIP text encoder, width {encoder.hidden_size}, {encoder.num_hidden_layers} layers, own BPE vocabulary of {len(pipe.tokenizer)} | {counts["text_encoder"]:.2f} M |
+| AutoencoderTiny (TAESD layout), scaling factor {pipe.vae.config.scaling_factor:g} | {counts["vae"]:.2f} M |
+| all weights, fp16 | {size:.1f} MB |
 
 ## Data and licences
 
@@ -126,20 +136,16 @@ The weights are derived from the pictures and carry their licence, CC-BY 4.0.
 
 | | steps | minutes | loss at the end |
 |---|---|---|---|
-"""
-        + "".join(
-            f"| {what} | {d['step']} | {d['seconds'] / 60:.0f} | {', '.join(f'{k} {v:.4f}' for k, v in d['losses'].items())} |\n"
-            for what, d in (("autoencoder", vae_done), ("text encoder and U-Net", done))
-            if d
-        )
-        + f"""
+{"".join(_trained(what, log) for what, log in histories.items())}
 Seed {RunConfig().seed}, {done.get("precision", "bf16")}, EMA, on: {describe_machine()}.
 
 {notes}
 """
-    )
-    (out / "README.md").write_text(card)
-    return out
+
+
+def _trained(what: str, log: Mapping[str, Any]) -> str:
+    losses = ", ".join(f"{name} {value:.4f}" for name, value in log["losses"].items())
+    return f"| {what} | {log['step']} | {log['seconds'] / 60:.0f} | {losses} |\n"
 
 
 def ship_adapter(run_folder: str | Path, destination: str | Path, notes: str = "") -> Path:

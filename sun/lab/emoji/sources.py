@@ -48,20 +48,56 @@ class Style:
 STYLES = {
     s.name: s
     for s in (
-        Style("twemoji", "@twemoji/svg@15.0.0", "package", "svg", "CC-BY 4.0 (graphics), MIT (package)",
-              "Twemoji by Twitter, Inc. and contributors (jdecked/twemoji)"),
-        Style("openmoji", "openmoji@17.0.0", "package/color/svg", "svg", "CC-BY-SA 4.0",
-              "OpenMoji, the open-source emoji and icon project (HfG Schwaebisch Gmuend)"),
-        Style("fluent", "@lobehub/fluent-emoji-flat@1.1.0", "package/assets", "svg", "MIT",
-              "Fluent Emoji by Microsoft, packaged by LobeHub"),
-        Style("google", "emoji-datasource-google@16.0.0", "package/img/google/64", "png", "Apache-2.0 (artwork)",
-              "Noto Emoji by Google, packaged by emoji-data"),
-        Style("blob", "@iconify-json/noto-v1@1.2.5", "package", "json", "Apache-2.0",
-              "Noto Emoji before 2017 (blobs) by Google, packaged by Iconify"),
-        Style("streamline", "@iconify-json/streamline-emojis@1.2.4", "package", "json", "CC-BY 4.0",
-              "Streamline Emojis by Streamline, packaged by Iconify"),
+        Style(
+            "twemoji",
+            "@twemoji/svg@15.0.0",
+            "package",
+            "svg",
+            "CC-BY 4.0 (graphics), MIT (package)",
+            "Twemoji by Twitter, Inc. and contributors (jdecked/twemoji)",
+        ),
+        Style(
+            "openmoji",
+            "openmoji@17.0.0",
+            "package/color/svg",
+            "svg",
+            "CC-BY-SA 4.0",
+            "OpenMoji, the open-source emoji and icon project (HfG Schwaebisch Gmuend)",
+        ),
+        Style(
+            "fluent",
+            "@lobehub/fluent-emoji-flat@1.1.0",
+            "package/assets",
+            "svg",
+            "MIT",
+            "Fluent Emoji by Microsoft, packaged by LobeHub",
+        ),
+        Style(
+            "google",
+            "emoji-datasource-google@16.0.0",
+            "package/img/google/64",
+            "png",
+            "Apache-2.0 (artwork)",
+            "Noto Emoji by Google, packaged by emoji-data",
+        ),
+        Style(
+            "blob",
+            "@iconify-json/noto-v1@1.2.5",
+            "package",
+            "json",
+            "Apache-2.0",
+            "Noto Emoji before 2017 (blobs) by Google, packaged by Iconify",
+        ),
+        Style(
+            "streamline",
+            "@iconify-json/streamline-emojis@1.2.4",
+            "package",
+            "json",
+            "CC-BY 4.0",
+            "Streamline Emojis by Streamline, packaged by Iconify",
+        ),
     )
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,17 @@ class StyleConfig(SceneConfig):
 
     run: RunConfig = field(
         default_factory=lambda: RunConfig(
-            output="", steps=2000, batch_size=32, lr=3e-4, lr_schedule="cosine", warmup_steps=50, weight_decay=0.01,
-            betas=(0.9, 0.99), ema_decay=0.995,
+            output="",
+            steps=2000,
+            batch_size=32,
+            lr=3e-4,
+            lr_schedule="cosine",
+            warmup_steps=50,
+            weight_decay=0.01,
+            betas=(0.9, 0.99),
+            ema_decay=0.995,
         )
-    )  # fmt: skip
+    )
     style: str = "openmoji"
     stages: tuple[tuple[int, float], ...] = ()
     sample_guidance: float = 4.0
@@ -56,10 +63,17 @@ class LoraStyleConfig(SceneConfig):
 
     run: RunConfig = field(
         default_factory=lambda: RunConfig(
-            output="", steps=1500, batch_size=32, lr=1e-3, lr_schedule="cosine", warmup_steps=50, weight_decay=0.01,
-            betas=(0.9, 0.99), ema_decay=0.99,
+            output="",
+            steps=1500,
+            batch_size=32,
+            lr=1e-3,
+            lr_schedule="cosine",
+            warmup_steps=50,
+            weight_decay=0.01,
+            betas=(0.9, 0.99),
+            ema_decay=0.99,
         )
-    )  # fmt: skip
+    )
     style: str = "openmoji"
     stages: tuple[tuple[int, float], ...] = ()
     sample_guidance: float = 4.0

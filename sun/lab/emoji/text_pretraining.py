@@ -23,9 +23,13 @@ class SceneReader(nn.Module):
         super().__init__()
         none = ["none"]
         self.choices: dict[str, list[Any]] = {
-            "first": emojis, "second": none + emojis, "background": list(BACKGROUNDS), "size": list(SIZES),
-            "place": list(PLACES), "mirrored": [False, True],
-        }  # fmt: skip
+            "first": emojis,
+            "second": none + emojis,
+            "background": list(BACKGROUNDS),
+            "size": list(SIZES),
+            "place": list(PLACES),
+            "mirrored": [False, True],
+        }
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(options)) for name, options in self.choices.items()})
         self.picture = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, latents))
 
@@ -33,11 +37,15 @@ class SceneReader(nn.Module):
         """The right choice [N] of every head."""
         shown = [
             {
-                "first": s.emojis[0].code, "second": s.emojis[1].code if len(s.emojis) == 2 else "none",
-                "background": s.background, "size": s.size, "place": s.place, "mirrored": s.mirrored,
+                "first": s.emojis[0].code,
+                "second": s.emojis[1].code if len(s.emojis) == 2 else "none",
+                "background": s.background,
+                "size": s.size,
+                "place": s.place,
+                "mirrored": s.mirrored,
             }
             for s in scenes
-        ]  # fmt: skip
+        ]
         return {
             name: torch.tensor([options.index(row[name]) for row in shown]) for name, options in self.choices.items()
         }
