@@ -81,32 +81,18 @@ def read_json(path: str | os.PathLike[str], most: int = MAX_TEXT) -> Any:
     return parse_json(read_text(path, most), str(path))
 
 
-def read_toml(path: str | os.PathLike[str], most: int = 2**20) -> dict[str, Any]:
-    """The content of a TOML file, with numbers and depth as in :func:`parse_json`. Raises ReadError, OSError."""
-    import tomllib  # since Python 3.11; web UIs, which read no TOML, still run on 3.10
-
-    where, text = printable(str(path)), read_text(path, most)
-    try:
-        content = tomllib.loads(text, parse_float=_finite)
-    except RecursionError:
-        raise ReadError(f"{where} is nested too deeply.") from None
-    except ValueError as error:
-        raise ReadError(f"{where} is not valid TOML: {printable(str(error))}.") from error
-    return dict(_checked(content, where))
-
-
 def parse_json(text: str | bytes, where: str) -> Any:
     """JSON with nothing but finite numbers of usual size, at most 64 levels deep. Raises ReadError naming ``where``."""
     where = printable(where)
     if isinstance(text, bytes):
         text = decode_text(text, where)
     try:
-        content = json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_whole)
+        content = json.loads(text, parse_constant=finite, parse_float=finite, parse_int=_whole)
     except RecursionError:
         raise ReadError(f"{where} is nested too deeply.") from None
     except ValueError as error:
         raise ReadError(f"{where} is not valid JSON: {printable(str(error))}.") from error
-    return _checked(content, where)
+    return checked(content, where)
 
 
 def decode_text(content: bytes, where: str) -> str:
@@ -141,7 +127,8 @@ def _check_regular(path: str | os.PathLike[str], status: os.stat_result, most: i
         raise ReadError(f"{name} has {status.st_size:,} bytes, and at most {most:,} are read of such a file.")
 
 
-def _finite(text: str) -> float:
+def finite(text: str) -> float:
+    """The number a JSON or TOML file spells, for parsers that would take NaN and infinity. Raises ValueError."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text[:20]} is not a finite number")
@@ -154,7 +141,7 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _checked(content: Any, where: str) -> Any:
+def checked(content: Any, where: str) -> Any:
     """``content`` if it is of bounded depth and its whole numbers of usual size (TOML's are only known afterwards)."""
     level = [content]
     for _ in range(MAX_DEPTH):

@@ -6,6 +6,7 @@ import ast
 import difflib
 import math
 import re
+import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
-from .reading import ReadError, printable, read_json, read_text, read_toml
+from .reading import ReadError, checked, finite, printable, read_json, read_text
 
 T = TypeVar("T")
 MAX_SETTINGS = 2**20
@@ -38,6 +39,18 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{printable(str(path))} should hold names and values, not a {type(content).__name__}.")
     return content
+
+
+def read_toml(path: str | Path, most: int = MAX_SETTINGS) -> dict[str, Any]:
+    """The content of a TOML file, with numbers and depth as in `reading.parse_json`. Raises ReadError, OSError."""
+    where, text = printable(str(path)), read_text(path, most)
+    try:
+        content = tomllib.loads(text, parse_float=finite)
+    except RecursionError:
+        raise ReadError(f"{where} is nested too deeply.") from None
+    except ValueError as error:
+        raise ReadError(f"{where} is not valid TOML: {printable(str(error))}.") from error
+    return dict(checked(content, where))
 
 
 def apply(config: T, values: Mapping[str, Any], where: str = "the configuration") -> T:
