@@ -6,46 +6,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from ..sun.inheritance import Plan, parse_plan
-from ..sun.ltc import LtcError, LtcSettings
-from ..sun.ltc.keep import AGAIN, AUTOMATIC
 from . import inheritance, ltc
-
-OFF = "off"
-CALIBRATIONS = [AUTOMATIC, AGAIN]
-
-
-@dataclass(frozen=True)
-class AcceleratorSettings:
-    """What the section "without training" says; both are off by default.
-
-    ltc: skip steps. tau: radians. calibration: one of CALIBRATIONS. inherit: off, a preset, or a plan in words.
-    """
-
-    ltc: bool = False
-    tau: float = 0.1
-    every: int = 2
-    calibration: str = AUTOMATIC
-    inherit: str = OFF
-
-    @property
-    def on(self) -> bool:
-        """Whether anything is to be done."""
-        return self.ltc or self.inherits
-
-    @property
-    def inherits(self) -> bool:
-        return self.inherit.strip() not in ("", OFF)
-
-    def ltc_settings(self) -> LtcSettings:
-        """How LTC-Accel chooses the steps. Raises LtcError for numbers that cannot be."""
-        if self.calibration not in CALIBRATIONS:
-            raise LtcError(f"LTC-Accel's calibration is one of {CALIBRATIONS}, not {self.calibration!r}.")
-        return LtcSettings(tau=float(self.tau), every=int(self.every))
-
-    def plan(self) -> Plan:
-        """What feature inheritance leaves out. Raises InheritanceError for words that are no plan."""
-        return parse_plan(self.inherit)
+from .choices import AcceleratorSettings
 
 
 @dataclass

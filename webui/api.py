@@ -10,22 +10,40 @@ import base64
 import binascii
 import io
 import secrets
+from collections.abc import Callable
 from typing import Any, Literal
 
-from fastapi import Depends, FastAPI, HTTPException
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from modules import call_queue, shared
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from ..sun.files import SunFileError
+from ..sun.common.reading import printable
 from ..sun.inheritance import InheritanceError
-from ..sun.ltc import LtcError
+from ..sun.user_pictures import PictureError, read_mask, read_picture
 from . import folders, generate, store
-from .accelerators import OFF, AcceleratorSettings
-from .run import SunSettings
+from .choices import (
+    AUTOMATIC,
+    EVERY,
+    GUIDANCE,
+    MAX_PLAN,
+    MAX_SEED,
+    MAX_TEXT,
+    OFF,
+    STEPS,
+    STRENGTH,
+    TAU,
+    AcceleratorSettings,
+    SunSettings,
+)
+from .refusal import refusal
 
-MAX_PIXELS = 4096 * 4096
+MAX_PICTURE = 128 * 2**20
+"""Characters of a picture in base64."""
 
 
 class AdapterItem(BaseModel):
@@ -45,8 +63,8 @@ class LtcFields(BaseModel):
     class Config:
         extra = "forbid"
 
-    tau: float = Field(0.1, ge=0.0, le=1.6, description="steps that turn by less, in radians, may be skipped")
-    every: int = Field(2, ge=2, le=10, description="one of this many is")
+    tau: float = Field(0.1, ge=TAU[0], le=TAU[1], description="steps that turn by less, in radians, may be skipped")
+    every: int = Field(2, ge=EVERY[0], le=EVERY[1], description="one of this many is")
     calibration: Literal["automatic", "measure again"] = "automatic"
 
 
@@ -56,27 +74,39 @@ class TextRequest(BaseModel):
     class Config:
         extra = "forbid"  # a misspelt field would otherwise silently do nothing
 
-    prompt: str = Field(..., description="what the picture should show")
-    negative_prompt: str = Field("", description="what it should not show; costs no extra U-Net call")
-    adapter: str | None = Field(None, description="a name of /sun/v1/adapters; the first of them if left out")
-    model: str = Field("", description="a checkpoint of the host's list; the loaded one if left out")
-    strength: float = Field(1.0, ge=0.0, le=2.0)
-    guidance: float = Field(0.0, ge=0.0, le=30.0, description="w of an adapter that takes it; 0: the adapter's own")
-    steps: int = Field(4, ge=1, le=50)
+    prompt: str = Field(..., max_length=MAX_TEXT, description="what the picture should show")
+    negative_prompt: str = Field(
+        "", max_length=MAX_TEXT, description="what it should not show; costs no extra U-Net call"
+    )
+    adapter: str | None = Field(
+        None, max_length=1000, description="a name of /sun/v1/adapters; the one that fits the model if left out"
+    )
+    model: str = Field("", max_length=1000, description="a checkpoint of the host's list; the loaded one if left out")
+    strength: float = Field(1.0, ge=STRENGTH[0], le=STRENGTH[1])
+    guidance: float = Field(
+        0.0, ge=GUIDANCE[0], le=GUIDANCE[1], description="w of an adapter that takes it; 0: the adapter's own"
+    )
+    steps: int = Field(4, ge=STEPS[0], le=STEPS[1])
     width: int = Field(512, ge=64, le=4096, multiple_of=8)
     height: int = Field(512, ge=64, le=4096, multiple_of=8)
     batch_size: int = Field(1, ge=1, le=16)
-    seed: int = Field(-1, ge=-1, le=2**53)
+    seed: int = Field(-1, ge=-1, le=MAX_SEED)
     save_images: bool = False
     ltc: LtcFields | None = Field(None, description="skip steps; the first run with new settings measures in full")
-    inherit: str = Field(OFF, max_length=400, description="feature inheritance: off, fine, balanced, fast or a plan")
+    inherit: str = Field(
+        OFF, max_length=MAX_PLAN, description="feature inheritance: off, fine, balanced, fast or a plan"
+    )
 
 
 class ImageRequest(TextRequest):
     """Body of img2img."""
 
-    image: str = Field(..., description="the picture to start from: base64, with or without a data: head")
-    mask: str | None = Field(None, description="the same for a mask, white where the picture is painted anew")
+    image: str = Field(
+        ..., max_length=MAX_PICTURE, description="the picture to start from: base64, with or without a data: head"
+    )
+    mask: str | None = Field(
+        None, max_length=MAX_PICTURE, description="the same for a mask, white where the picture is painted anew"
+    )
     denoise: float = Field(0.75, ge=0.0, le=1.0)
     denoise_mode: Literal["trained", "respaced"] = "trained"
 
@@ -91,6 +121,34 @@ class PictureResponse(BaseModel):
     interrupted: bool
 
 
+class Route(APIRoute):
+    """A route that answers a wrong body with 422 and a sentence for each fault, and any failure with its reason.
+
+    FastAPI's own answer repeats the body, which fails on what JSON cannot hold (NaN, half a character).
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Any]:
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as error:
+                raise HTTPException(422, [fault(one) for one in error.errors()]) from error
+            except StarletteHTTPException:
+                raise
+            except Exception as error:
+                raise refusal(error) from error
+
+        return guarded
+
+
+def fault(error: dict[str, Any]) -> dict[str, Any]:
+    """One fault of a body: where it is and what is wrong, without what was sent."""
+    place = [part if isinstance(part, int) else printable(str(part))[:100] for part in error.get("loc", ())]
+    return {"loc": place, "msg": printable(str(error.get("msg", "")))[:300], "type": str(error.get("type", ""))}
+
+
 def register(_demo: Any, app: FastAPI) -> None:
     """The host's `on_app_started`."""
     if not (getattr(shared.cmd_opts, "api", False) or getattr(shared.cmd_opts, "nowebui", False)):
@@ -98,7 +156,9 @@ def register(_demo: Any, app: FastAPI) -> None:
     guard = [Depends(check_password)] if getattr(shared.cmd_opts, "api_auth", None) else []
 
     def add(path: str, endpoint: Any, method: str, response: Any) -> None:
-        app.add_api_route(path, endpoint, methods=[method], response_model=response, dependencies=guard)
+        app.router.add_api_route(
+            path, endpoint, methods=[method], response_model=response, dependencies=guard, route_class_override=Route
+        )
 
     add("/sun/v1/adapters", list_adapters, "GET", list[AdapterItem])
     add("/sun/v1/txt2img", txt2img, "POST", PictureResponse)
@@ -114,27 +174,22 @@ def check_password(credentials: HTTPBasicCredentials = Depends(HTTPBasic())) -> 
 
 
 def list_adapters() -> list[AdapterItem]:
-    """Every adapter that can be read; a damaged file is left out."""
-    items = []
-    for name in folders.names():
-        try:
-            path = folders.find(name)
-            adapter = store.load(path)
-        except (OSError, SunFileError):
-            continue
-        items.append(
-            AdapterItem(
-                name=name,
-                hash=store.short_hash(path),
-                base_model=adapter.info.base_model,
-                text_width=adapter.text_width,
-                layers=len(adapter.layers),
-                positive=adapter.positive,
-                guidance_scale=adapter.info.guidance_scale,
-                takes_guidance_scale=adapter.guided,
-            )
+    """Every adapter, by what the head of its file says; other files are left out."""
+    found = [(name, path, store.facts(path)) for name in folders.names() if (path := folders.path_of(name))]
+    return [
+        AdapterItem(
+            name=name,
+            hash=store.short_hash(path),
+            base_model=facts.info.base_model,
+            text_width=facts.text_width,
+            layers=len(facts.channels),
+            positive=facts.positive,
+            guidance_scale=facts.info.guidance_scale,
+            takes_guidance_scale=facts.guided,
         )
-    return items
+        for name, path, facts in found
+        if facts is not None
+    ]
 
 
 def txt2img(body: TextRequest) -> PictureResponse:
@@ -143,31 +198,25 @@ def txt2img(body: TextRequest) -> PictureResponse:
 
 def img2img(body: ImageRequest) -> PictureResponse:
     request = request_of(body, body.denoise_mode)
-    request.image, request.denoise = decode(body.image, "image"), body.denoise
-    request.mask = decode(body.mask, "mask") if body.mask else None
+    try:
+        request.image = read_picture(decode(body.image, "image"), "image")
+        request.mask = read_mask(decode(body.mask, "mask"), "mask") if body.mask else None
+    except PictureError as error:
+        raise HTTPException(422, printable(str(error))) from error
+    request.denoise = body.denoise
     return respond(request)
 
 
 def request_of(body: TextRequest, mode: Literal["trained", "respaced"] = "trained") -> generate.Request:
     """The body as a request. Raises HTTPException 404 for an unknown adapter or model."""
-    adapter = body.adapter if body.adapter is not None else folders.names()[0]
-    try:
-        path = folders.find(adapter)
-    except FileNotFoundError:
-        # Not the message of the exception: it names folders of the server.
-        raise HTTPException(404, f"No SUN adapter named {adapter!r}. /sun/v1/adapters lists them.") from None
-    if body.guidance:
-        try:
-            store.load(path).guidance(body.guidance)
-        except SunFileError as error:
-            raise HTTPException(409, str(error)) from error
-        except ValueError as error:
-            raise HTTPException(422, str(error)) from error
+    adapter = AUTOMATIC if body.adapter is None else body.adapter
+    if adapter != AUTOMATIC and folders.path_of(adapter) is None:
+        raise HTTPException(404, f"No SUN adapter named {adapter!r:.200}. /sun/v1/adapters lists them.")
     if body.model:
         from modules import sd_models
 
         if sd_models.get_closet_checkpoint_match(body.model) is None:
-            raise HTTPException(404, f"No checkpoint named {body.model!r}. /sdapi/v1/sd-models lists them.")
+            raise HTTPException(404, f"No checkpoint named {body.model!r:.200}. /sdapi/v1/sd-models lists them.")
     return generate.Request(
         accelerators=accelerators_of(body),
         prompt=body.prompt,
@@ -194,33 +243,29 @@ def accelerators_of(body: TextRequest) -> AcceleratorSettings:
         if settings.inherits:
             settings.plan()
     except InheritanceError as error:
-        raise HTTPException(422, str(error)) from error
+        raise HTTPException(422, printable(str(error))) from error
     return settings
 
 
-def decode(text: str, name: str) -> Image.Image:
-    """A base64 picture. Raises HTTPException 422 for anything else. Addresses are not fetched."""
+def decode(text: str, name: str) -> bytes:
+    """What a picture in base64 holds. Raises PictureError for anything else. Addresses are not fetched."""
     data = text.split(",", 1)[1] if text.startswith("data:") and "," in text else text
     try:
-        picture = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
-        if picture.width * picture.height > MAX_PIXELS:
-            raise HTTPException(
-                422, f"{name} is {picture.width} x {picture.height} pixels; at most 4096 x 4096 are read."
-            )
-        picture.load()
-    except (binascii.Error, ValueError, UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise HTTPException(422, f"{name} is not a picture in base64: {error}") from error
-    return picture
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise PictureError(f"{name} is not a picture in base64: {error}.") from error
 
 
 def respond(request: generate.Request) -> PictureResponse:
-    """Paints in the host's queue. Raises HTTPException 409 where something does not go with the model."""
+    """Paints in the host's queue. Raises what the host and SUN raise."""
+    try:
+        generate.check(request)
+    except ValueError as error:
+        raise HTTPException(422, str(error)) from error
     with call_queue.queue_lock:
         shared.state.begin(job="sun_api")
         try:
             result = generate.paint(request)
-        except (SunFileError, LtcError, InheritanceError) as error:
-            raise HTTPException(409, str(error)) from error
         finally:
             shared.state.end()
     return PictureResponse(
@@ -234,7 +279,7 @@ def respond(request: generate.Request) -> PictureResponse:
     )
 
 
-def encode(image: Any, infotext: str) -> str:
+def encode(image: Image.Image, infotext: str) -> str:
     """A PNG in base64 that carries its infotext."""
     from PIL.PngImagePlugin import PngInfo
 

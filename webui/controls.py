@@ -1,9 +1,8 @@
-"""The controls of the accordions in txt2img and img2img, and their values as settings."""
+"""The controls of the accordions in txt2img and img2img."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
 from typing import Any
 
 import gradio as gr
@@ -11,17 +10,26 @@ from modules.ui_components import InputAccordion, ToolButton
 
 from ..sun.inheritance import PRESETS
 from . import folders
-from .accelerators import CALIBRATIONS, OFF, AcceleratorSettings
-from .run import SunSettings
+from .choices import AUTOMATIC, CALIBRATIONS, EVERY, GUIDANCE, OFF, STEPS, STRENGTH, TAU, AcceleratorSettings
 
 TITLE = "SUN"
-SUN_CONTROLS = ("enabled", "adapter", "strength", "steps", "main_negative", "negative", "denoise_mode", "sampling")
-ACCELERATOR_CONTROLS = tuple(field.name for field in fields(AcceleratorSettings))
-CONTROLS = (*SUN_CONTROLS, *ACCELERATOR_CONTROLS, "guidance")
-"""Names of the script's arguments, in order; the API's `alwayson_scripts` may give them by name in one object."""
-GUIDANCE = "SUN guidance (0: the adapter's own)"
-DENOISE_MODES = ["trained", "respaced"]
-SAMPLINGS = ["sun", "schedule", "keep"]
+TAKES_OVER = (
+    "While SUN is on, it takes the place of the page's sampler, schedule type, sampling steps and CFG scale (1: the "
+    "guidance is in the adapter). The page's prompts, size, seed and denoising strength count."
+)
+GUIDANCE_LABEL = "SUN guidance"
+DENOISE_CHOICES = [
+    ("the trained timesteps below the denoising strength (0.5: 2 of 4 steps)", "trained"),
+    ("all steps, closer together", "respaced"),
+]
+SAMPLING_CHOICES = [
+    ("SUN's own", "sun"),
+    ("the page's sampler on SUN's timesteps", "schedule"),
+    ("the page's sampler and schedule", "keep"),
+]
+CALIBRATION_CHOICES = list(
+    zip(("once, then keep the measurement", "measure again in every run"), CALIBRATIONS, strict=True)
+)
 
 
 def create(elem_id: Callable[[str], str]) -> list[Any]:
@@ -30,26 +38,60 @@ def create(elem_id: Callable[[str], str]) -> list[Any]:
     return [*controls, *_accelerators(elem_id), guidance]
 
 
+def adapter_names() -> list[str]:
+    """What the list of adapters offers."""
+    return [AUTOMATIC, *folders.names()]
+
+
+def adapter_list(elem_id: str, refresh_id: str, more: Callable[[], dict[Any, Any]] = dict) -> Any:
+    """The list of adapters over the whole width (released names have 42 characters), its arrows, and what to do as long
+    as there is no adapter of the user's own. more: what the arrows renew besides, by component."""
+    with gr.Row():
+        adapter = gr.Dropdown(
+            adapter_names(), value=AUTOMATIC, label="SUN adapter file", elem_id=elem_id,
+            info="Automatic: the first that fits the loaded model",
+        )  # fmt: skip
+        refresh = ToolButton("\U0001f504", elem_id=refresh_id)
+    hint = gr.HTML(folders.first_steps(), elem_classes=["sun-hint"])
+
+    def renewed() -> dict[Any, Any]:
+        return {adapter: gr.update(choices=adapter_names()), hint: folders.first_steps(), **more()}
+
+    refresh.click(fn=renewed, inputs=[], outputs=[adapter, hint, *more()])
+    return adapter
+
+
 def _sun(elem_id: Callable[[str], str]) -> list[Any]:
-    names = folders.names()
     with InputAccordion(False, label=TITLE, elem_id=elem_id("enabled")) as enabled:
+        gr.HTML(f"<p>{TAKES_OVER}</p>", elem_classes=["sun-hint"])
+        adapter = adapter_list(elem_id("adapter"), elem_id("refresh"))
         with gr.Row():
-            adapter = gr.Dropdown(names, value=names[0], label="SUN adapter", elem_id=elem_id("adapter"))
-            refresh = ToolButton("\U0001f504", elem_id=elem_id("refresh"))
-            strength = gr.Slider(0, 2, value=1.0, step=0.05, label="SUN strength", elem_id=elem_id("strength"))
-            steps = gr.Slider(1, 50, value=4, step=1, label="SUN steps", elem_id=elem_id("steps"))
-            guidance = gr.Slider(0, 30, value=0, step=0.1, label=GUIDANCE, elem_id=elem_id("guidance"))
+            steps = gr.Slider(
+                *STEPS, value=4, step=1, label="SUN steps", elem_id=elem_id("steps"),
+                info="4 is trained",
+            )  # fmt: skip
+            strength = gr.Slider(
+                *STRENGTH, value=1.0, step=0.05, label="SUN strength", elem_id=elem_id("strength"),
+                info="1: as trained, 0: off",
+            )  # fmt: skip
+            guidance = gr.Slider(
+                *GUIDANCE, value=0, step=0.1, label=GUIDANCE_LABEL, elem_id=elem_id("guidance"),
+                info="0: the adapter's own",
+            )  # fmt: skip
         main_negative = gr.Checkbox(True, label="Use the main negative prompt", elem_id=elem_id("main_negative"))
         own = gr.Textbox(
-            "", lines=2, label="SUN negative prompt", elem_id=elem_id("negative"),
+            "", lines=2, label="SUN negative prompt", elem_id=elem_id("negative"), interactive=False,
+            elem_classes=["sun-own-negative"],
             placeholder="Used when the box above is off. It acts at CFG 1, where the host's own does not.",
         )  # fmt: skip
-        with gr.Row():
-            mode = gr.Radio(
-                DENOISE_MODES, value="trained", label="SUN image to image, hires fix", elem_id=elem_id("denoise_mode")
-            )
-            sampling = gr.Radio(SAMPLINGS, value="sun", label="SUN sampler", elem_id=elem_id("sampling"))
-    refresh.click(fn=lambda: gr.update(choices=folders.names()), inputs=[], outputs=[adapter])
+        sampling = gr.Radio(SAMPLING_CHOICES, value="sun", label="SUN sampler", elem_id=elem_id("sampling"))
+        mode = gr.Radio(
+            DENOISE_CHOICES, value="trained", label="SUN image to image, hires fix", elem_id=elem_id("denoise_mode")
+        )
+    # What is not used cannot be written into; infotext that is pasted comes here, too.
+    main_negative.change(
+        fn=lambda main: gr.update(interactive=not main), inputs=[main_negative], outputs=[own], show_progress=False
+    )
     return [enabled, adapter, strength, steps, main_negative, own, mode, sampling, guidance]
 
 
@@ -57,46 +99,23 @@ def _accelerators(elem_id: Callable[[str], str]) -> list[Any]:
     """An accordion of its own: opening that of SUN switches SUN on, and these work without."""
     default = AcceleratorSettings()
     with gr.Accordion("SUN without training", open=False, elem_id=elem_id("accelerators")):
+        ltc = gr.Checkbox(default.ltc, label="LTC-Accel: skip steps", elem_id=elem_id("ltc"))
         with gr.Row():
-            ltc = gr.Checkbox(default.ltc, label="LTC-Accel: skip steps", elem_id=elem_id("ltc"))
-            tau = gr.Slider(0, 1.6, value=default.tau, step=0.01, label="LTC-Accel turn (tau)", elem_id=elem_id("tau"))
-            every = gr.Slider(2, 10, value=default.every, step=1, label="LTC-Accel every", elem_id=elem_id("every"))
-        with gr.Row():
-            calibration = gr.Radio(
-                CALIBRATIONS, value=default.calibration, label="LTC-Accel calibration", elem_id=elem_id("calibration")
-            )
-            inherit = gr.Dropdown(
-                [OFF, *PRESETS], value=OFF, label="Feature inheritance (a preset or a plan)", allow_custom_value=True,
-                elem_id=elem_id("inherit"),
+            tau = gr.Slider(
+                *TAU, value=default.tau, step=0.01, label="LTC-Accel turn (tau)", elem_id=elem_id("tau"),
+                info="Skip where the course turns by less, in radians",
             )  # fmt: skip
+            every = gr.Slider(
+                *EVERY, value=default.every, step=1, label="LTC-Accel every", elem_id=elem_id("every"),
+                info="Skip one step of this many; 2 is the fastest",
+            )  # fmt: skip
+        calibration = gr.Radio(
+            CALIBRATION_CHOICES, value=default.calibration, label="LTC-Accel calibration",
+            elem_id=elem_id("calibration"), info="Measuring takes one run at full cost",
+        )  # fmt: skip
+        inherit = gr.Dropdown(
+            [OFF, *PRESETS], value=OFF, label="Feature inheritance (a preset or a plan)", allow_custom_value=True,
+            elem_id=elem_id("inherit"),
+            info="Parts of the U-Net reuse what they made some steps ago: fine changes little, fast much",
+        )  # fmt: skip
     return [ltc, tau, every, calibration, inherit]
-
-
-def arguments(settings: SunSettings | None, accelerators: AcceleratorSettings | None = None) -> list[Any]:
-    """The script's arguments for these settings; None switches SUN, or the accelerators, off."""
-    chosen, more = settings or SunSettings(folders.SHIPPED), accelerators or AcceleratorSettings()
-    values = {field.name: getattr(of, field.name) for of in (chosen, more) for field in fields(of)}
-    return [{**values, "enabled": settings is not None}[name] for name in CONTROLS]
-
-
-def read_arguments(args: tuple[Any, ...]) -> tuple[bool, SunSettings, AcceleratorSettings]:
-    """Whether SUN is on, its settings and the accelerators', from the controls' values or one object with some.
-
-    An object that names only accelerators leaves SUN off. Raises ValueError for names that there are not.
-    """
-    if args and isinstance(args[0], dict):
-        unknown = set(args[0]) - set(CONTROLS)
-        if unknown:
-            raise ValueError(f"SUN has no arguments {sorted(unknown)}; it has {', '.join(CONTROLS)}.")
-        given = {"enabled": not args[0] or bool(set(args[0]) - set(ACCELERATOR_CONTROLS)), **args[0]}
-    else:
-        given = dict(zip(CONTROLS, args, strict=False))
-    enabled = bool(given.pop("enabled", False))
-    values = {name: value for name, value in given.items() if value is not None}
-    accelerators = AcceleratorSettings(**{name: values.pop(name) for name in ACCELERATOR_CONTROLS if name in values})
-    values.setdefault("adapter", folders.names()[0])
-    settings = SunSettings(**values)
-    settings = replace(
-        settings, steps=int(settings.steps), strength=float(settings.strength), guidance=float(settings.guidance)
-    )
-    return enabled, settings, accelerators

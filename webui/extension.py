@@ -6,7 +6,7 @@ import logging
 
 from modules import script_callbacks
 
-from . import api, sampler, settings, steps, tab, xyz
+from . import api, infotext, sampler, settings, steps, tab, xyz
 from .script import SunScript
 
 __all__ = ["SunScript", "register"]
@@ -21,6 +21,7 @@ def register() -> None:
     script_callbacks.on_ui_tabs(tab.create_tabs)
     script_callbacks.on_before_ui(xyz.register)
     script_callbacks.on_app_started(api.register)
+    script_callbacks.on_infotext_pasted(infotext.mend_pasted)
     # Once here and not once a run: the host would keep every one of them.
     script_callbacks.on_cfg_denoiser(steps.before_step)
     script_callbacks.on_cfg_denoised(steps.after_step)

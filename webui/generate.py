@@ -10,9 +10,16 @@ from typing import Any, TypeVar
 
 from modules import processing, scripts, shared
 
-from .accelerators import AcceleratorSettings
-from .controls import arguments
-from .run import SunSettings
+from .choices import (
+    MAX_SEED,
+    MAX_TEXT,
+    AcceleratorSettings,
+    SunSettings,
+    arguments,
+    check_size,
+    number,
+    plain_text,
+)
 from .script import Counter
 
 T = TypeVar("T")
@@ -33,9 +40,9 @@ class Request:
     batch_size: int = 1
     seed: int = -1
     image: Any = None
-    """PIL picture to start from, or None."""
+    """PIL picture to start from (RGB), or None."""
     mask: Any = None
-    """PIL picture, white where `image` is painted anew, or None for all of it."""
+    """PIL picture (L), white where `image` is painted anew, or None for all of it."""
     denoise: float = 0.75
     sampler: str = "DPM++ 2M"
     steps: int = 25
@@ -57,8 +64,23 @@ class Result:
     interrupted: bool = False
 
 
+def check(request: Request) -> None:
+    """Raises ValueError for what no run should be asked for, whoever asks: sliders of a page bound nobody's request."""
+    for name, text in (("prompt", request.prompt), ("negative prompt", request.negative)):
+        plain_text(name, text, MAX_TEXT)
+    for name, value in (("width", request.width), ("height", request.height)):
+        if number(name, value, (64, 4096), whole=True) % 8:
+            raise ValueError(f"SUN: {name} is {value}; it is a multiple of 8.")
+    number("batch size", request.batch_size, (1, 16), whole=True)
+    number("seed", request.seed, (-1, MAX_SEED), whole=True)
+    number("denoise", request.denoise, (0, 1))
+    steps = request.settings.steps if request.settings else request.steps
+    check_size(request.width, request.height, request.batch_size, steps)
+
+
 def paint(request: Request) -> Result:
     """Runs the host's processing. The caller holds the host's queue. Raises what the host and SUN raise."""
+    check(request)
     counter = Counter()
     with closing(build(request)) as p:
         p.sun_counter = counter
@@ -109,8 +131,8 @@ def build(request: Request) -> Any:
     else:
         p = processing.StableDiffusionProcessingImg2Img(
             **common,
-            init_images=[request.image.convert("RGB")],
-            mask=request.mask.convert("L") if request.mask is not None else None,
+            init_images=[request.image],
+            mask=request.mask,
             inpainting_fill=1,  # start from the picture's own content
             inpaint_full_res=False,
             denoising_strength=request.denoise,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from ..sun import __version__
 from ..sun.ltc.keep import AGAIN, AUTOMATIC
 from . import store
-from .run import SunSettings
+from .choices import SunSettings
 
 if TYPE_CHECKING:
-    from .accelerators import AcceleratorSettings
+    from .choices import AcceleratorSettings
 
 ADAPTER = "SUN adapter"
 HASH = "SUN adapter hash"
@@ -45,6 +46,8 @@ def write(settings: SunSettings, path: Path) -> dict[str, Any]:
         SAMPLING: settings.sampling,
         VERSION: __version__,
     }
+    if settings.sampling == "keep":
+        entries.pop(DENOISE_MODE)  # the page's schedule counts image to image in its own way
     if settings.guidance:
         entries[GUIDANCE] = f"{settings.guidance:g}"
     if settings.main_negative:
@@ -69,6 +72,31 @@ def write_measured(p: Any, measured: bool) -> None:
         p.extra_generation_params[MEASURED] = "True"
     elif not getattr(p, "is_hr_pass", False):
         p.extra_generation_params.pop(MEASURED, None)
+
+
+HIRES = ("Hires upscale", "Hires upscaler", "Hires steps")
+IMAGE_TO_IMAGE = re.compile(r"(?:^|, )(?:Denoising strength|Mask blur|Inpaint area|Masked area padding): [^,\n]*")
+
+
+def for_txt2img(infotext: str) -> str:
+    """An infotext that txt2img can take over: the host reads a denoising strength as Hires fix switched on."""
+    head, _, last = infotext.rpartition("\n")
+    if any(f"{key}: " in last for key in HIRES):
+        return infotext
+    last = IMAGE_TO_IMAGE.sub("", last).removeprefix(", ")
+    return f"{head}\n{last}" if head else last
+
+
+def mend_pasted(_infotext: str, params: Params) -> None:
+    """The host's `on_infotext_pasted`: a picture of image to image must not switch Hires fix on in txt2img.
+
+    The host sees Hires fix in a denoising strength beside a size of 0 that it adds itself to every infotext.
+    """
+    ours = any(key in params for key in (ADAPTER, TAU, INHERIT))
+    if ours and not any(key in params for key in HIRES):
+        for key in ("Hires resize-1", "Hires resize-2"):
+            if str(params.get(key, 0)) == "0":
+                params.pop(key, None)
 
 
 def _of_sun(read: Callable[[Params], Any]) -> Callable[[Params], Any]:

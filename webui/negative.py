@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from modules import prompt_parser, sd_samplers, shared
 
-from .run import SunSettings
+from .choices import SunSettings
 
 MARK = 1024.0
 _caches: weakref.WeakKeyDictionary[Any, dict[bool, list[Any]]] = weakref.WeakKeyDictionary()

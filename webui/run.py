@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -15,31 +15,15 @@ from ..sun.files import SunFileError
 from ..sun.kept import Negative, SunRun
 from ..sun.layers import AttentionLayer, layers_of_ldm
 from . import store
+from .choices import SunSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ..sun.adapter import SunAdapter
     from ..sun.conditioning import AdapterTexts, LayerTexts
-    from ..sun.schedule import DenoiseMode
 
 UNCONDITIONAL = -1
-
-
-@dataclass(frozen=True)
-class SunSettings:
-    """What the accordion, the tab and the API say."""
-
-    adapter: str
-    strength: float = 1.0
-    steps: int = 4
-    main_negative: bool = True
-    negative: str = ""
-    denoise_mode: DenoiseMode = "trained"
-    sampling: str = "sun"
-    """"sun": the sampler SUN; "schedule": the chosen sampler on the trained timesteps; "keep": both as chosen."""
-    guidance: float = 0.0
-    """w of an adapter that takes it; 0: the adapter's own."""
 
 
 @dataclass(eq=False)
@@ -143,8 +127,19 @@ def batch_was_changed(rows: int, size: int) -> RuntimeError:
     )
 
 
-def fit(adapter: SunAdapter, unet: Any, where: str) -> tuple[AttentionLayer, ...]:
-    """The cross-attention layers of an LDM U-Net if the adapter fits them. Raises SunFileError that names both."""
+class Base(NamedTuple):
+    """What an adapter has to fit."""
+
+    layers: tuple[AttentionLayer, ...]
+    text_width: int
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        return tuple(layer.channels for layer in self.layers)
+
+
+def base_of(unet: Any, where: str) -> Base:
+    """The cross-attention layers of an LDM U-Net. Raises SunFileError where it is not of Stable Diffusion 1.x."""
     try:
         layers = layers_of_ldm(unet)
     except ValueError as error:
@@ -152,9 +147,7 @@ def fit(adapter: SunAdapter, unet: Any, where: str) -> tuple[AttentionLayer, ...
             f"SUN works on Stable Diffusion 1.x models, and {where} is none ({error}) Choose an SD 1.5 checkpoint."
         ) from error
     to_k = unet.get_submodule(layers[0].ldm).to_k
-    text_width = getattr(to_k, "in_features", None) or to_k.weight.shape[-1]
-    adapter.check_base([layer.channels for layer in layers], text_width, where)
-    return tuple(layers)
+    return Base(tuple(layers), getattr(to_k, "in_features", None) or to_k.weight.shape[-1])
 
 
 _current: list[WebuiRun] = []

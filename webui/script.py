@@ -5,22 +5,23 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from modules import scripts, shared
 
-from . import controls, folders, host, infotext, negative, sampler, store
-from .accelerators import AcceleratorRun, AcceleratorSettings
-from .controls import CONTROLS, DENOISE_MODES, SAMPLINGS, TITLE, read_arguments
-from .run import SunSettings, WebuiRun, active, fit
+from ..sun.files import SunFileError
+from . import choices, controls, folders, host, infotext, negative, sampler, store, xyz
+from .accelerators import AcceleratorRun
+from .choices import CONTROLS, SunSettings, overridden, read_arguments
+from .controls import TITLE
+from .refusal import refusal
+from .run import WebuiRun, active, base_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 log = logging.getLogger(__name__)
-
-Settings = TypeVar("Settings", SunSettings, AcceleratorSettings)
 
 
 @dataclass
@@ -61,10 +62,18 @@ class SunScript(scripts.Script):
             p.sun_run = WebuiRun(settings=settings)
             with kept_error(p.sun_run):
                 prepare(p, p.sun_run)
+        else:
+            store.forget_copy()  # 40 to 150 MB of the device that nobody uses now
         if accelerators.on:
             p.sun_accelerators = AcceleratorRun(accelerators)
             with kept_error(p.sun_accelerators):
                 p.extra_generation_params.update(infotext.write_accelerators(accelerators))
+
+    def process(self, p: Any, *args: Any) -> None:
+        """The checkpoint is the right one from here on: the host loads the one a request names after before_process."""
+        if run := run_of(p):
+            with kept_error(run):
+                take_adapter(p, run)
 
     def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
         if run := run_of(p):
@@ -98,17 +107,6 @@ def accelerators_of(p: Any) -> AcceleratorRun | None:
     return getattr(p, "sun_accelerators", None)
 
 
-def override(p: Any, **values: Any) -> None:
-    """Sets fields of the run's settings on this processing object only, whatever the accordion says."""
-    p.sun_overrides = {**getattr(p, "sun_overrides", {}), **values}
-
-
-def overridden(p: Any, settings: Settings) -> Settings:
-    """Settings with those of their fields that `override` has set."""
-    names = {field.name for field in fields(settings)}
-    return replace(settings, **{k: v for k, v in getattr(p, "sun_overrides", {}).items() if k in names})
-
-
 @contextmanager
 def kept_error(run: WebuiRun | AcceleratorRun) -> Iterator[None]:
     """Keeps an exception for `guard_sampling`: the host would log it and paint a picture without it."""
@@ -119,30 +117,52 @@ def kept_error(run: WebuiRun | AcceleratorRun) -> Iterator[None]:
 
 
 def prepare(p: Any, run: WebuiRun) -> None:
-    """Loads the adapter and sets what SUN needs on the processing object. Raises SunFileError, FileNotFoundError,
-    and ValueError for settings that cannot be."""
-    settings = run.settings
-    if settings.denoise_mode not in DENOISE_MODES or settings.sampling not in SAMPLINGS:
-        raise ValueError(f"SUN: denoise mode is one of {DENOISE_MODES}, sampler one of {SAMPLINGS}.")
+    """Sets what SUN needs on the processing object, except what an axis of the host's X/Y/Z plot has set.
+
+    Raises ValueError for settings that cannot be, and for an axis that does nothing with SUN.
+    """
+    settings, axes = run.settings, xyz.axes_of(p)
+    if "Steps" in axes:
+        settings = replace(settings, steps=choices.read("steps", p.steps))
     if not settings.main_negative and settings.negative and p.styles:
         text = shared.prompt_styles.apply_negative_styles_to_prompt(settings.negative, p.styles)
-        run.settings = settings = replace(settings, negative=text)
+        settings = replace(settings, negative=text)
+    own_sampler = settings.sampling == "sun" and "Sampler" not in axes
+    own_schedule = settings.sampling != "keep" and "Schedule type" not in axes
+    if settings.sampling != "keep":
+        settings = replace(settings, sampling="keep" if not own_schedule else "sun" if own_sampler else "schedule")
+    run.settings = settings
+    xyz.check(axes, own_schedule)
+    p.steps = settings.steps
+    if own_schedule:
+        p.scheduler = sampler.SCHEDULE_LABEL
+        if sampler.host_schedules() is not None:  # Forge Classic would read it back as one of its settings
+            p.extra_generation_params["Schedule type"] = sampler.SCHEDULE_LABEL
+    if own_sampler:
+        p.sampler_name = sampler.SAMPLER
+    if getattr(p, "enable_hr", False):
+        p.hr_scheduler = None if own_schedule else p.hr_scheduler
+        p.hr_sampler_name = None if own_sampler and "Hires sampler" not in axes else p.hr_sampler_name
+
+
+def take_adapter(p: Any, run: WebuiRun) -> None:
+    """Loads the adapter, sets the guidance and writes the infotext. Raises SunFileError, FileNotFoundError, and
+    ValueError for a guidance scale that the adapter does not take."""
+    settings, unet = run.settings, host.of(p.sd_model).unet_of(p.sd_model)
+    if settings.adapter == choices.AUTOMATIC:
+        settings = replace(settings, adapter=folders.that_fits(unet))
     path = folders.find(settings.adapter)
     run.adapter = store.load(path)
+    if xyz.CFG in xyz.axes_of(p):
+        settings = replace(settings, guidance=xyz.guidance(p.cfg_scale, run.adapter.guided))
+    run.settings = settings
     run.strength, run.guidance = settings.strength, settings.guidance or None
     run.adapter.guidance(run.guidance)  # says so now if the adapter cannot
     if note := run.adapter.guidance_note(settings.guidance):
         p.comment(f"SUN: {note}")
-    p.steps, p.cfg_scale = settings.steps, 1.0
+    p.cfg_scale = 1.0
     if hasattr(p, "hr_cfg"):
         p.hr_cfg = 1.0
-    if settings.sampling != "keep":
-        p.scheduler = sampler.SCHEDULE_LABEL
-    if settings.sampling == "sun":
-        p.sampler_name = sampler.SAMPLER
-    if getattr(p, "enable_hr", False) and settings.sampling != "keep":
-        p.hr_scheduler = None
-        p.hr_sampler_name = None if settings.sampling == "sun" else p.hr_sampler_name
     p.extra_generation_params.update(infotext.write(settings, path))
 
 
@@ -170,17 +190,25 @@ def guard_sampling(p: Any, run: WebuiRun | None, accelerators: AcceleratorRun | 
             state.guarded = True
     launch = getattr(own, "sun_launch", None) or own.launch_sampling  # a sampler may run several batches
     own.sun_launch = launch
+    if run is not None and run.settings.sampling != "keep":
+        with kept_error(run):
+            sampler.keep_to_trained(own, p)
 
     def guarded(steps: int, func: Any) -> Any:
-        for state in (run, accelerators):
-            if state is not None and state.error is not None:
-                raise state.error
-        with ExitStack() as stack:
-            for entered in around(p, run, accelerators, counter, steps):
-                stack.enter_context(entered)
-            result = launch(steps, func)
-        if run is not None:
-            check_sampled(run)
+        try:
+            for state in (run, accelerators):
+                if state is not None and state.error is not None:
+                    raise state.error
+            with ExitStack() as stack:
+                for entered in around(p, run, accelerators, counter, steps):
+                    stack.enter_context(entered)
+                result = launch(steps, func)
+            if run is not None:
+                check_sampled(run)
+        except Exception as error:
+            if not getattr(p, "is_api", False):
+                raise
+            raise refusal(error) from error  # the host's API would answer without the reason
         return result
 
     own.launch_sampling = guarded
@@ -213,7 +241,12 @@ def sun_sampling(p: Any, run: WebuiRun) -> Iterator[None]:
     """SUN on the model while one sampling runs. Raises SunFileError if the adapter does not fit the model."""
     family = host.of(p.sd_model)
     assert run.adapter is not None
-    run.layers = fit(run.adapter, family.unet_of(p.sd_model), "the loaded model")
+    base = base_of(family.unet_of(p.sd_model), "the loaded model")
+    try:
+        run.adapter.check_base(base.channels, base.text_width, "the loaded model")
+    except SunFileError as error:
+        raise SunFileError(f"{error} {folders.where_to_get_one(base.text_width)}") from error
+    run.layers = base.layers
     if run.settings.strength == 0.0:
         log.info("SUN: strength is 0, so the plain model samples without guidance.")
     run.layer_calls = 0

@@ -7,6 +7,8 @@ from typing import Any
 import gradio as gr
 from modules import sd_samplers, shared
 
+from .controls import DENOISE_CHOICES
+
 SECTION = ("sun", "SUN")
 
 
@@ -24,7 +26,7 @@ def register() -> None:
     add("sun_show_tab", True, "Show the tab SUN (after Reload UI)")
     add(
         "sun_denoise_mode", "trained", "Image to image with the sampler SUN alone, without the accordion",
-        gr.Radio, {"choices": ["trained", "respaced"]},
+        gr.Radio, {"choices": DENOISE_CHOICES},
     )  # fmt: skip
     add("sun_compare_sampler", "DPM++ 2M", "Compare: sampler of the other picture", gr.Dropdown, _samplers)
     add(

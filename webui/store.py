@@ -1,15 +1,18 @@
-"""Loaded adapters: one read of each file, one copy of it on the device of the run."""
+"""Adapters: what their files say of themselves, one read of each, one copy of it on the device of the run."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from ..sun import files
 from ..sun.adapter import SunAdapter
+from ..sun.files import AdapterTensors, SunFileError
 
 Key = tuple[str, int, int]
 
@@ -18,6 +21,26 @@ def key_of(path: Path) -> Key:
     """Changes when the file does, without reading it."""
     stat = path.stat()
     return str(path.resolve()), stat.st_mtime_ns, stat.st_size
+
+
+def facts(path: Path) -> AdapterTensors | None:
+    """What a file says of itself (tensors without their values), or None if it is no SUN adapter.
+
+    Of a .safetensors file the head alone is read.
+    """
+    try:
+        found = _facts(key_of(path))
+    except OSError:
+        return None
+    return found if isinstance(found, AdapterTensors) else None
+
+
+def is_another_model(path: Path) -> bool:
+    """Whether a file can be read and is something else (a LoRA, say). A damaged one may well be an adapter."""
+    try:
+        return _facts(key_of(path)) is False
+    except OSError:
+        return False
 
 
 def load(path: Path) -> SunAdapter:
@@ -49,6 +72,25 @@ def forget_copy() -> None:
 
 
 _copy: tuple[tuple[int, torch.device, torch.dtype], SunAdapter, SunAdapter] | None = None
+
+
+MAX_PICKLE = 2**30
+"""Bytes of a pickle that is read to see what it is; adapters have 40 to 150 MB."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _facts(key: Key) -> AdapterTensors | bool | None:
+    """Facts of an adapter, False for another model, None for what cannot be read."""
+    path = Path(key[0])
+    if path.suffix.lower() != ".safetensors" and key[2] > MAX_PICKLE:
+        return False
+    try:
+        content = files.peek(path)
+    except SunFileError as error:
+        return False if "is not a SUN adapter" in str(error) else None
+    # A pickle was read whole; of its values nothing is kept.
+    layers = tuple({part: value.to("meta") for part, value in layer.items()} for layer in content.layers)
+    return replace(content, layers=layers)
 
 
 @functools.lru_cache(maxsize=2)

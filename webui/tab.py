@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import html
+import importlib
 import json
 from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 from modules import call_queue, infotext_utils, sd_models, shared
-from modules.ui_components import ToolButton
+from PIL import ImageChops
 
-from . import folders, generate
-from .controls import GUIDANCE
-from .run import SunSettings
+from ..sun.user_pictures import flatten, flatten_mask
+from . import choices, generate, infotext
+from .choices import SunSettings
+from .controls import DENOISE_CHOICES, GUIDANCE_LABEL, adapter_list
 
 LOADED_MODEL = "The loaded model"
 TARGETS = ("txt2img", "img2img", "inpaint")
@@ -33,8 +35,7 @@ def _create() -> None:
     task = gr.Textbox(visible=False, elem_id="sun_task")
     with gr.Row():
         with gr.Column(scale=6):
-            prompt = gr.Textbox(label="Prompt", lines=3, elem_id="sun_prompt")
-            negative = gr.Textbox(label="Negative prompt", lines=2, elem_id="sun_negative")
+            prompt, negative = _prompt("sun_prompt", "Prompt", 3), _prompt("sun_negative", "Negative prompt", 2)
         with gr.Column(scale=2, min_width=180):
             paint_button = gr.Button("Generate", variant="primary", elem_id="sun_generate")
             compare_button = gr.Button("Compare with 25 steps", elem_id="sun_compare")
@@ -42,10 +43,13 @@ def _create() -> None:
     with gr.Row():
         with gr.Column():
             controls = _controls()
-        with gr.Column(elem_id="sun_gallery_container"):
-            gallery = gr.Gallery(label="SUN pictures", show_label=False, elem_id="sun_gallery", columns=2)
+        with gr.Column(elem_id="sun_results"):
+            # The host puts its progress bar before this group, into the column around it.
+            with gr.Group(elem_id="sun_gallery_container"):
+                gallery = gr.Gallery(label="SUN pictures", show_label=False, elem_id="sun_gallery", columns=2)
             infotexts = gr.Textbox("[]", visible=False, elem_id="sun_infotexts")
-            infotext = gr.Textbox(label="Parameters", lines=2, interactive=False, elem_id="sun_infotext")
+            shown = gr.Textbox(label="Parameters", lines=2, interactive=False, elem_id="sun_infotext")
+            for_txt2img = gr.Textbox(visible=False, elem_id="sun_infotext_txt2img")
             report = gr.HTML(elem_id="sun_report")
             log = gr.HTML(elem_id="sun_log")
             with gr.Row():
@@ -55,12 +59,12 @@ def _create() -> None:
                         infotext_utils.ParamBinding(
                             paste_button=button,
                             tabname=target,
-                            source_text_component=infotext,
+                            source_text_component=for_txt2img if target == "txt2img" else shown,
                             source_image_component=gallery,
                         )
                     )
 
-    outputs = [gallery, infotexts, infotext, report, log]
+    outputs = [gallery, infotexts, shown, report, log]
     for button, work in ((paint_button, paint), (compare_button, compare)):
         button.click(
             fn=call_queue.wrap_gradio_gpu_call(work, extra_outputs=[None, "[]", "", ""]),
@@ -70,18 +74,37 @@ def _create() -> None:
             show_progress=False,
         )
     interrupt.click(fn=shared.state.interrupt, inputs=[], outputs=[])
-    gallery.select(fn=infotext_of, inputs=[infotexts], outputs=[infotext], show_progress=False)
+    gallery.select(fn=infotext_of, inputs=[infotexts], outputs=[shown], show_progress=False)
+    shown.change(fn=infotext.for_txt2img, inputs=[shown], outputs=[for_txt2img], show_progress=False)
+
+
+def _prompt(elem_id: str, label: str, lines: int) -> Any:
+    """A box for a prompt with the host's counter of tokens in its corner (javascript/sun.js starts it)."""
+    with gr.Row():  # of its own: the host puts the counter into the corner of what is around the box
+        box = gr.Textbox(label=label, lines=lines, elem_id=elem_id)
+    counter = gr.HTML("<span>0/75</span>", elem_id=f"{elem_id}_token_counter", elem_classes=["token-counter"])
+    count = gr.Button(visible=False, elem_id=f"{elem_id}_token_button")
+    count.click(fn=tokens_of, inputs=[box], outputs=[counter], show_progress=False)
+    return box
+
+
+def tokens_of(text: str) -> str:
+    """The host's count of a prompt's tokens, as HTML."""
+    count = getattr(importlib.import_module("modules.ui"), "update_token_counter", None)
+    return str(count(text, 4, [])) if count else ""
 
 
 def _controls() -> list[Any]:
     """The tab's controls in the order of `read`."""
-    names = folders.names()
-    with gr.Row():
-        model = gr.Dropdown(
-            [LOADED_MODEL, *sd_models.checkpoint_tiles()], value=LOADED_MODEL, label="Model", elem_id="sun_model"
-        )
-        adapter = gr.Dropdown(names, value=names[0], label="SUN adapter", elem_id="sun_adapter")
-        refresh = ToolButton("\U0001f504", elem_id="sun_refresh")
+    model = gr.Dropdown(
+        [LOADED_MODEL, *sd_models.checkpoint_tiles()], value=LOADED_MODEL, label="Model", elem_id="sun_model"
+    )
+
+    def models() -> dict[Any, Any]:
+        sd_models.list_models()
+        return {model: gr.update(choices=[LOADED_MODEL, *sd_models.checkpoint_tiles()])}
+
+    adapter = adapter_list("sun_adapter", "sun_refresh", models)
     with gr.Row():
         width = gr.Slider(64, 2048, value=512, step=8, label="Width", elem_id="sun_width")
         height = gr.Slider(64, 2048, value=512, step=8, label="Height", elem_id="sun_height")
@@ -89,32 +112,47 @@ def _controls() -> list[Any]:
         batch = gr.Slider(1, 8, value=1, step=1, label="Batch size", elem_id="sun_batch")
         seed = gr.Number(-1, label="Seed", precision=0, elem_id="sun_seed")
         steps = gr.Slider(1, 12, value=4, step=1, label="Steps", elem_id="sun_steps")
-        strength = gr.Slider(0, 2, value=1.0, step=0.05, label="SUN strength", elem_id="sun_strength")
-        guidance = gr.Slider(0, 30, value=0, step=0.1, label=GUIDANCE, elem_id="sun_guidance")
+    with gr.Row():
+        strength = gr.Slider(*choices.STRENGTH, value=1.0, step=0.05, label="SUN strength", elem_id="sun_strength")
+        guidance = gr.Slider(*choices.GUIDANCE, value=0, step=0.1, label=GUIDANCE_LABEL, elem_id="sun_guidance")
     with gr.Accordion("Start from a picture", open=False, elem_id="sun_start"):
-        with gr.Row():
-            image = gr.Image(label="Picture", type="pil", elem_id="sun_image")
-            mask = gr.Image(label="Mask: white is painted anew", type="pil", elem_id="sun_mask")
-        with gr.Row():
-            denoise = gr.Slider(0, 1, value=0.75, step=0.01, label="Denoise", elem_id="sun_denoise")
-            mode = gr.Radio(["trained", "respaced"], value="trained", label="SUN image to image", elem_id="sun_mode")
-
-    def refreshed() -> tuple[Any, Any]:
-        sd_models.list_models()
-        return (
-            gr.update(choices=[LOADED_MODEL, *sd_models.checkpoint_tiles()]),
-            gr.update(choices=folders.names()),
+        image, brush = _picture()
+        mask = gr.Image(
+            label="A mask of your own: white is painted anew", type="pil", image_mode="RGBA", elem_id="sun_mask"
         )
+        denoise = gr.Slider(0, 1, value=0.75, step=0.01, label="Denoise", elem_id="sun_denoise")
+        mode = gr.Radio(DENOISE_CHOICES, value="trained", label="SUN image to image", elem_id="sun_mode")
+    return [model, adapter, width, height, batch, seed, steps, strength, guidance, image, brush, mask, denoise, mode]
 
-    refresh.click(fn=refreshed, inputs=[], outputs=[model, adapter])
-    return [model, adapter, width, height, batch, seed, steps, strength, guidance, image, mask, denoise, mode]
+
+def _picture() -> tuple[Any, Any]:
+    """A picture to start from, and what a brush painted over the parts to paint anew.
+
+    Forge has a canvas of two components; in Gradio 3 one component gives both, and the second one is empty.
+    """
+    gr.HTML("<p>Paint over what is to be made anew; without paint all of it is.</p>", elem_classes=["sun-hint"])
+    try:
+        canvas = importlib.import_module("modules_forge.forge_canvas.canvas").ForgeCanvas(
+            elem_id="sun_image", height=512, scribble_color="#ffffff", scribble_color_fixed=True, scribble_alpha=60,
+            scribble_alpha_fixed=True, scribble_softness_fixed=True,
+        )  # fmt: skip
+    except (ImportError, AttributeError, TypeError):
+        image = gr.Image(
+            label="Picture", source="upload", tool="sketch", type="pil", image_mode="RGBA", elem_id="sun_image",
+            brush_color="#ffffff",
+        )  # fmt: skip
+        return image, gr.State(None)
+    return canvas.background, canvas.foreground
 
 
 def read(
     prompt: str, negative: str, model: str, adapter: str, width: float, height: float, batch: float, seed: float | None,
-    steps: float, strength: float, guidance: float, image: Any, mask: Any, denoise: float, mode: Any,
+    steps: float, strength: float, guidance: float, image: Any, brush: Any, mask: Any, denoise: float, mode: Any,
 ) -> generate.Request:  # fmt: skip
-    """The controls' values as a request. Raises ValueError for a mask without a picture."""
+    """The controls' values as a request. Raises ValueError for a mask without a picture, and for masks of another size
+    than the picture."""
+    if isinstance(image, dict):  # Gradio 3, with a brush
+        image, brush = image["image"], image["mask"]
     if mask is not None and image is None:
         raise ValueError("There is a mask but no picture. Add the picture the mask belongs to.")
     return generate.Request(
@@ -128,10 +166,24 @@ def read(
         height=int(height),
         batch_size=int(batch),
         seed=-1 if seed is None else int(seed),
-        image=image,
-        mask=mask,
+        image=None if image is None else flatten(image),
+        mask=None if image is None else mask_of(image, brush, mask),
         denoise=float(denoise),
     )
+
+
+def mask_of(image: Any, brush: Any, mask: Any) -> Any:
+    """What to paint anew (mode L, white), of the brush's strokes and a mask of one's own; None for all of `image`."""
+    painted = None
+    if brush is not None:
+        strokes = brush.getchannel("A") if brush.mode in ("RGBA", "LA") else brush.convert("L")
+        if brush.mode in ("RGBA", "LA") and strokes.getextrema()[0] == 255:  # opaque all over: white on black
+            strokes = brush.convert("L")
+        painted = strokes.point(lambda level: 255 if level else 0) if strokes.getextrema()[1] else None
+    if mask is None:
+        return painted
+    own = flatten_mask(mask)
+    return own if painted is None else ImageChops.lighter(own.resize(painted.size), painted)
 
 
 def paint(_task: str, *values: Any) -> Outputs:
@@ -170,8 +222,11 @@ def reference(request: generate.Request, seed: int) -> generate.Request:
 
 
 def outputs_of(results: list[tuple[str, generate.Result]]) -> Outputs:
-    """Gallery, infotexts as JSON, the first infotext, the table, and the host's comments."""
-    images = [image for _, result in results for image in result.images]
+    """Gallery, infotexts as JSON, the first infotext, the table, and the host's comments.
+
+    Where there is something to compare, the pictures say what made them.
+    """
+    images = [(image, name) if len(results) > 1 else image for name, result in results for image in result.images]
     texts = [text for _, result in results for text in result.infotexts[: len(result.images)]]
     comments = "".join(result.comments for _, result in results)
     log = f"<p class='comments'>{html.escape(comments)}</p>" if comments else ""

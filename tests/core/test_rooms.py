@@ -38,11 +38,7 @@ MAY_IMPORT = {
     "scripts": {"webui"},
 }
 EXCEPTIONS: set[tuple[str, str]] = set()
-IN_CIRCLES: set[str] = {
-    "webui.accelerators",
-    "webui.infotext",
-    "webui.ltc",
-}
+IN_CIRCLES: set[str] = set()
 
 
 def modules() -> dict[str, Path]:

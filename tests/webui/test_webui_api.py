@@ -30,7 +30,7 @@ def client(family: Any, host: Any, monkeypatch: pytest.MonkeyPatch) -> TestClien
     init = processing.StableDiffusionProcessingImg2Img.init
 
     def with_latent(p: Any) -> None:
-        p.init_latent = torch.zeros(p.batch_size, 4, 8, 8)
+        p.init_latent = torch.zeros(p.batch_size, 4, p.height // 8, p.width // 8)
         p.mask = None
         init(p)
 

@@ -147,7 +147,7 @@ def test_axes_change_the_run_and_are_added_once(family: Any, host: Any, plot: An
 
 
 def test_an_axis_does_not_reach_the_next_cell(host: Any) -> None:
-    override = host.part("script").override
+    override = host.part("choices").override
     first = SimpleNamespace()
     override(first, strength=0.5)
     second = SimpleNamespace(**vars(first))  # the plot copies the processing object, not what it holds

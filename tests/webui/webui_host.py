@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STUBS = REPOSITORY / "tests/stubs/webui"
-TOP_LEVEL = ("modules", "gradio", "backend", "ldm_unet", "models", "sd_webui_sun", "modules_forge")
+TOP_LEVEL = ("modules", "gradio", "backend", "ldm_patched", "ldm_unet", "models", "sd_webui_sun", "modules_forge")
 STAGES, WIDTH = (8, 16, 24, 24), 16
 """A tiny random model: widths of its stages, and of its text states."""
 ADAPTER = "tiny.safetensors"
@@ -22,8 +22,11 @@ ADAPTER = "tiny.safetensors"
 
 
 @contextmanager
-def stand_in_host(models_path: Path) -> Iterator[SimpleNamespace]:
-    """The host with the extension loaded by its own loader: .modules(name), .part(name of webui/), .process(...)."""
+def stand_in_host(models_path: Path, without: Sequence[str] = ()) -> Iterator[SimpleNamespace]:
+    """The host with the extension loaded by its own loader: .modules(name), .part(name of webui/), .process(...).
+
+    without: modules that this host does not have.
+    """
 
     def clear() -> dict[str, Any]:
         names = [name for name in sys.modules if name.split(".")[0] in TOP_LEVEL]
@@ -31,6 +34,7 @@ def stand_in_host(models_path: Path) -> Iterator[SimpleNamespace]:
 
     before = clear()
     sys.path.insert(0, str(STUBS))
+    sys.modules.update(dict.fromkeys(without))  # type: ignore[arg-type]
     try:
         paths = importlib.import_module("modules.paths")
         paths.models_path = str(models_path)
@@ -60,11 +64,17 @@ def load_model(family: str, unet: Any, encode: Any) -> Any:
 
 
 def process(
-    sun: dict[str, Any] | None = None, image: Any = None, overrides: Any = None, **fields: Any
+    sun: dict[str, Any] | None = None,
+    image: Any = None,
+    overrides: Any = None,
+    axes: Any = None,
+    api: bool = False,
+    **fields: Any,
 ) -> SimpleNamespace:
     """One run by the host's processing. sun: arguments of SUN's script by name, None for off.
 
-    image: start latent, for image to image. Returns .images [B, 4, H, W], .infotexts, .p, .errors (reported, not
+    image: start latent, for image to image. axes: called with the processing object, as an X/Y/Z plot does. api: as the
+    host's own API does it. Returns .images [B, 4, H, W], .infotexts, .p, .errors (reported, not
     raised) of the run.
     """
     processing, scripts = importlib.import_module("modules.processing"), importlib.import_module("modules.scripts")
@@ -79,6 +89,9 @@ def process(
     p.scripts, p.script_args = runner, tuple(values)
     if overrides:
         p.sun_overrides = overrides
+    if axes is not None:
+        axes(p)
+    p.is_api = api
     del errors.reports[:]
     processed = processing.process_images(p)
     return SimpleNamespace(
@@ -95,7 +108,7 @@ def sun_scripts(host: Any) -> list[Any]:
 def pasted(host: Any, infotext: str, is_img2img: bool = False) -> dict[str, Any]:
     """The accordion's values after the host pasted an infotext; fields that answer None keep theirs."""
     script = sun_scripts(host)[is_img2img]
-    params = host.modules("infotext_utils").parse_generation_parameters(infotext)
+    params = host.modules("infotext_utils").paste(infotext)
     values = [control.value for control in host.scripts.scripts_txt2img.inputs[script.args_from : script.args_to]]
     for i, (_, read) in enumerate(script.infotext_fields):
         answer = read(params)

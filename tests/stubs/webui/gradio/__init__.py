@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 CREATED: list[Any] = []
+_around: list[Any] = []
 
 
 class Component:
@@ -16,13 +17,16 @@ class Component:
         self.label, self.elem_id = given.get("label"), given.get("elem_id")
         self.choices, self.visible = given.get("choices"), given.get("visible", True)
         self.arguments, self.handlers = given, []
+        self.values = [choice[1] if isinstance(choice, tuple) else choice for choice in self.choices or []]
+        self.parent = _around[-1] if _around else None
         CREATED.append(self)
 
     def __enter__(self) -> Any:
+        _around.append(self)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        return None
+        _around.remove(self)
 
     def _on(self, fn: Any = None, _js: str | None = None, inputs: Any = None, outputs: Any = None, **_: Any) -> None:
         inputs, outputs = inputs or [], outputs or []
@@ -70,6 +74,10 @@ class HTML(Component):
 
 
 class Image(Component):
+    pass
+
+
+class State(Component):
     pass
 
 

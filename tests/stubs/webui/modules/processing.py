@@ -69,7 +69,7 @@ class StableDiffusionProcessing:
         self.c = self.get_conds_with_caching(multi, self.prompts, self.steps, [self.cached_c], {})
 
     def reset_forge(self) -> None:
-        if shared.family == "forge":
+        if shared.family != "a1111":
             self.sd_model.forge_objects = SimpleNamespace(**vars(self.sd_model.forge_objects_after_applying_lora))
 
     def first_noise(self) -> torch.Tensor:
@@ -84,7 +84,7 @@ class StableDiffusionProcessing:
 
 class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
     def init(self) -> None:
-        if shared.family == "forge":
+        if shared.family in ("forge", "reforge"):
             self.hr_cfg = getattr(self, "hr_cfg", 7.0)
 
     def sample(self) -> torch.Tensor:

@@ -30,6 +30,10 @@ def on_app_started(callback: Any) -> None:
     callbacks["app_started"].append(callback)
 
 
+def on_infotext_pasted(callback: Any) -> None:
+    callbacks["infotext_pasted"].append(callback)
+
+
 def on_cfg_denoiser(callback: Any) -> None:
     callbacks["cfg_denoiser"].append(callback)
 

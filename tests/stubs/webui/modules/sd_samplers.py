@@ -25,15 +25,21 @@ all_samplers = [
         sd_samplers_common.SamplerData(
             label, lambda model, f=function: sd_samplers_timesteps.CompVisSampler(f, model), [], {}
         )
-        for label, function in (("DDIM", sd_samplers_timesteps.ddim), ("PLMS", sd_samplers_timesteps.plms))
+        for label, function in (
+            ("DDIM", sd_samplers_timesteps.ddim),
+            ("PLMS", sd_samplers_timesteps.plms),
+            ("UniPC", sd_samplers_timesteps.unipc),
+        )
     ),
 ]
 all_samplers_map = {x.name: x for x in all_samplers}
 samplers: list[Any] = []
+samplers_map: dict[str, str] = {}
 
 
 def set_samplers() -> None:
     samplers[:] = all_samplers
+    samplers_map.update({sampler.name.lower(): sampler.name for sampler in all_samplers})
 
 
 def find_sampler_config(name: str | None) -> Any:

@@ -4,6 +4,8 @@ A1111 1.10 (sd_samplers_cfg_denoiser.py): rows are each image's AND sub-prompts,
 the unconditional rows are left out only where skip_early_cond says so, and image_cond is NOT cut with them; chunks of
 the batch size without batch_cond_uncond; the first sub-prompt's prediction stands in for the unconditional one.
 
+reForge and Forge Classic have Forge's way here; reForge encodes the unconditional prompt at CFG 1, too.
+
 Forge (sampling_function.py): conditions with model_conds and a strength, conditioning modifiers, the unconditional part
 left out at scale 1, one batch for each sub-prompt stacked to chunks, and the sum of strengths multiplies the picture.
 """
@@ -107,7 +109,7 @@ class ForgeDenoiser(Denoiser):
         )
         script_callbacks.call("cfg_denoiser", params)
         if self.p.is_hr_pass:
-            cond_scale = self.p.hr_cfg
+            cond_scale = getattr(self.p, "hr_cfg", cond_scale)
         unet = shared.sd_model.forge_objects.unet
         parts = [
             {"model_conds": {"c_crossattn": tensor[[row for row, _ in column]]}, "strength": column[0][1]}

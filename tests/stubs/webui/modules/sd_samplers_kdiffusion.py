@@ -8,8 +8,13 @@ from typing import Any
 
 import torch
 
-from . import sd_samplers_cfg_denoiser, sd_samplers_common, sd_schedulers
+from . import sd_samplers_cfg_denoiser, sd_samplers_common
 from .shared import opts
+
+try:
+    from . import sd_schedulers
+except ImportError:  # Forge Classic: a schedule belongs to its sampler
+    sd_schedulers = None  # type: ignore[assignment]
 
 
 def steps_of(
@@ -88,6 +93,14 @@ class KDiffusionSampler(sd_samplers_common.Sampler):
         self.model_wrap = self.model_wrap_cfg.inner_model
 
     def get_sigmas(self, p: Any, steps: int) -> torch.Tensor:
+        steps += opts.always_discard_next_to_last_sigma
+        sigmas = self.sigmas_of(p, steps)
+        return torch.cat([sigmas[:-2], sigmas[-1:]]) if opts.always_discard_next_to_last_sigma else sigmas
+
+    def sigmas_of(self, p: Any, steps: int) -> torch.Tensor:
+        if sd_schedulers is None:
+            table = self.model_wrap.sigmas
+            return torch.tensor([float(table[-(1 + int(i * len(table) / steps))]) for i in range(steps)] + [0.0])
         name = (p.hr_scheduler if p.is_hr_pass else p.scheduler) or "Automatic"
         if name == "Automatic":
             name = self.config.options.get("scheduler", "simple")

@@ -1,4 +1,4 @@
-"""opts, cmd_opts, state, the loaded model. `family` is the test's: "a1111" or "forge"."""
+"""opts, cmd_opts, state, the loaded model. `family` is the test's: "a1111", "forge", "reforge" or "classic"."""
 
 from __future__ import annotations
 
