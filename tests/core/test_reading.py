@@ -34,9 +34,8 @@ from sun.common.reading import (
     read_bytes,
     read_json,
     read_text,
-    read_toml,
 )
-from sun.common.settings import ConfigError, apply, convert, read_config, read_lines
+from sun.common.settings import ConfigError, apply, convert, read_config, read_lines, read_toml
 from sun.facts import adapter_facts, describe
 from sun.ltc import LtcError, LtcKey, LtcSettings, LtcTable, load_table
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from sun.adapter import SunAdapter
 from sun.cli import app
 from sun.common.settings import ConfigError, read_config
-from sun.evaluation.methods import parse_method
+from sun.evaluation import parse_method
 from sun.training.variants import variant_configs
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
