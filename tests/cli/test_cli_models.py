@@ -234,7 +234,7 @@ def test_a_folder_that_predicts_v_draws_and_says_so(sun: Run, folder: Path, adap
     _edit(file, prediction_type="v_prediction", rescale_betas_zero_snr=True, skip_prk_steps=None)
     common = ("generate", "a", "--model", folder, "--seed", 1, "--out", tmp_path / "x.png")
     assert "note: this model predicts v" in sun(*common, "--adapter", adapter_file).output
-    assert "predicts" not in sun(*common, "--adapter", "none").output
+    assert "predicts v" not in sun(*common, "--adapter", "none").output
     with pytest.raises(ConfigError, match="v_prediction"):
         load_frozen(str(folder))
 
