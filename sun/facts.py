@@ -19,6 +19,19 @@ from .common.identity import Stamp, sha256_of, stamp
 from .common.reading import ReadError, printable, read_json
 from .files import AdapterTensors, SunFileError
 
+_TRANSFORMER_LORA = "a LoRA for a diffusion transformer (Flux, SD 3); SUN works with Stable Diffusion 1.x"
+_NO_LORAS = {
+    ".oft_": "OFT",
+    ".boft_": "BOFT",
+    ".on_input": "IA3",
+    ".ia3_": "IA3",
+    ".vera_": "VeRA",
+    ".b1.weight": "GLoRA",
+}
+_LORA_FAMILY = {
+    ".hada_w1": "LoHa", ".lokr_w": "LoKr", ".dora_scale": "DoRA", ".lora_magnitude_vector": "DoRA",
+    ".w_norm": "file of changed norms", ".diff": "file of whole differences",
+}  # fmt: skip
 # (what it is, a text every such file has in one of its tensor names); the first match counts.
 _KINDS = (
     (
@@ -28,8 +41,12 @@ _KINDS = (
     ("a Control-LoRA, a ControlNet made of the model's own U-Net; use it as --controlnet", "lora_controlnet"),
     ("a ControlNet", "zero_conv"),
     ("a ControlNet", "controlnet_cond_embedding."),
-    ("a LoRA; use it as --lora", ".lora_"),
-    ("a LoRA; use it as --lora", "lora_unet_"),
+    # what --lora would refuse, and is not to be sent there for
+    ("a LoRA for SDXL, which has two text encoders; SUN works with Stable Diffusion 1.x", "lora_te2_"),
+    *((_TRANSFORMER_LORA, mark) for mark in ("lora_transformer_", "transformer.transformer_", "transformer.single_")),
+    *((f"an adapter of the kind {kind}, which --lora does not take", mark) for mark, kind in _NO_LORAS.items()),
+    *((f"a {kind}, of LoRA's family; use it as --lora", mark) for mark, kind in _LORA_FAMILY.items()),
+    *(("a LoRA; use it as --lora", mark) for mark in (".lora_", ".lora.", "_lora.", "lora_unet_", "lora_te_")),
     ("an IP-Adapter", "ip_adapter."),
     ("a textual inversion embedding", "emb_params"),
     ("a VAE", "decoder.up_blocks."),

@@ -95,6 +95,15 @@ def test_inspect_tells_all_of_an_adapter(sun: Run, adapter_file: Path, tmp_path:
         ("text_model.encoder.layers.0.mlp.fc1.weight", "a text encoder"),
         ("controlnet_cond_embedding.conv_in.weight", "a ControlNet"),
         ("lora_controlnet", "a Control-LoRA"),
+        ("lora_unet_mid_block.hada_w1_a", "a LoHa"),
+        ("lora_unet_mid_block.lokr_w2", "a LoKr"),
+        ("base_model.model.mid_block.lora_A.weight", "a LoRA; use it"),
+        ("unet.mid_block.attn1.processor.to_q_lora.down.weight", "a LoRA; use it"),
+        ("lora_unet_mid_block.dora_scale", "a DoRA"),
+        ("lora_unet_mid_block.oft_blocks", "an adapter of the kind OFT, which --lora does not take"),
+        ("lora_unet_mid_block.on_input", "an adapter of the kind IA3, which --lora does not take"),
+        ("lora_te2_text_model_encoder.lora_up.weight", "a LoRA for SDXL"),
+        ("transformer.single_transformer_blocks.0.lora_A.weight", "a LoRA for a diffusion transformer"),
     ],
 )
 def test_inspect_tells_when_a_file_is_something_else(sun: Run, tmp_path: Path, key: str, kind: str) -> None:
