@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -103,7 +104,10 @@ Memory = dict[int, Feature]
 
 @contextmanager
 def substituted(roles: tuple[Role, ...], memory: Memory, step: int, key: bool, forecast: float) -> Iterator[None]:
-    """For one call of the U-Net: in a key step every part is watched, in others it plays its role."""
+    """For one call of the U-Net: in a key step every part is watched, in others it plays its role.
+
+    Other threads that call the U-Net meanwhile do not notice.
+    """
     replaced: list[tuple[nn.Module, Any]] = []
     try:
         for position, role in enumerate(roles):
@@ -112,7 +116,7 @@ def substituted(roles: tuple[Role, ...], memory: Memory, step: int, key: bool, f
             forward = _watched if key else _inherited
             call = forward(role, memory, position, step, forecast, module.forward)
             replaced.append((module, before))
-            module.__dict__["forward"] = call
+            module.__dict__["forward"] = _in_this_thread(call, module.forward)
         yield
     finally:
         for module, before in reversed(replaced):
@@ -120,6 +124,11 @@ def substituted(roles: tuple[Role, ...], memory: Memory, step: int, key: bool, f
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = before
+
+
+def _in_this_thread(forward: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    owner = threading.get_ident()
+    return lambda *args, **kwargs: (forward if threading.get_ident() == owner else original)(*args, **kwargs)
 
 
 def _watched(

@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline, StableDiffusionImg2ImgPipeline
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 from PIL import Image
 from tiny import TEXT_WIDTH, make_adapter, make_unet
 
@@ -295,3 +300,58 @@ def test_control_residuals_are_respected(make_pipeline: Callable[..., Any]) -> N
     assert ours.isfinite().all()
     assert (ours - plain).abs().max() < plain.abs().max()
     assert not torch.equal(ours, other)
+
+
+@pytest.mark.parametrize("leaves_first", [0, 1])
+def test_pipelines_that_share_a_unet_keep_their_plans(make_pipeline: Callable[..., Any], leaves_first: int) -> None:
+    pipe = make_pipeline()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    plain, alone = draw(pipe), []
+    for plan in ("stages=1 every=2", "outer=2 every=3"):
+        inheritance.attach(pipe, plan)
+        alone.append(draw(pipe))
+        inheritance.detach(pipe)
+    assert not torch.equal(*alone)
+    pipes = (pipe, other)
+    for target, plan in zip(pipes, ("stages=1 every=2", "outer=2 every=3"), strict=True):
+        inheritance.attach(target, plan)
+    assert torch.equal(draw(pipe), alone[0])
+    assert torch.equal(draw(other), alone[1])
+    assert inheritance.run_of(pipe) is not inheritance.run_of(other)
+    first, second = pipes[leaves_first], pipes[1 - leaves_first]
+    inheritance.detach(first)
+    assert torch.equal(draw(first), plain)
+    assert torch.equal(draw(second), alone[1 - leaves_first])
+    inheritance.detach(second)
+    assert not hasattr(pipe.unet, "_inheritance")
+    assert torch.equal(draw(second), plain)
+
+
+def test_a_unet_detached_under_a_pipeline_is_noticed(make_pipeline: Callable[..., Any]) -> None:
+    pipe = make_pipeline()
+    inheritance.attach(pipe, "stages=1")
+    inheritance.detach(pipe.unet)
+    with pytest.raises(InheritanceError, match="replaced or detached"):
+        draw(pipe)
+    inheritance.attach(pipe, "stages=1")
+    draw(pipe)
+
+
+def test_a_broken_run_of_a_pipeline_leaves_nothing(make_pipeline: Callable[..., Any]) -> None:
+    """Broken off inside the U-Net, where torch runs no hooks afterwards."""
+    pipe = make_pipeline()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    inheritance.attach(pipe, "stages=1")
+    expected = draw(pipe)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = pipe.unet.mid_block.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipe)
+    handle.remove()
+    assert not [m for m in pipe.unet.modules() if "forward" in vars(m)]
+    assert torch.equal(draw(pipe), expected)
