@@ -19,10 +19,12 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from ..sun.ltc import LtcKey, LtcSettings, TableStore, fingerprint, kdiffusion
+from ..sun.common.identity import digest_of
+from ..sun.ltc import LtcKey, LtcSettings, LtcTable, TableStore, adapter_digest, fingerprint, kdiffusion
+from ..sun.ltc.fingerprint import signs_digest
 from ..sun.ltc.kdiffusion import SamplerRun
-from ..sun.ltc.keep import AUTOMATIC, keep_measured, open_run
-from . import merging, notices
+from ..sun.ltc.keep import AUTOMATIC, running
+from . import merging, notices, sun_patch
 
 log = logging.getLogger(__name__)
 
@@ -77,28 +79,58 @@ def _sampler_sample(
     solver = solver_of(executor.class_obj)
     levels = tuple(float(sigma) for sigma in sigmas)
     flow = isinstance(guider.model_patcher.get_model_object("model_sampling"), comfy.model_sampling.CONST)
-    key = LtcKey(
-        fingerprint(guider.model_patcher.model.diffusion_model), f"flow_{solver}" if flow else solver, levels,
-        float(getattr(guider, "cfg", 1.0)),
-    )  # fmt: skip
-    store = TableStore(tables_folder())
-    run = open_run(key, choice.settings, store, choice.calibration)
-    options = extra_args["model_options"].setdefault("transformer_options", {})
-    options[KEY] = SamplerRun(solver, levels, run)
-    try:
-        samples = executor(guider, sigmas, extra_args, *args, **kwargs)
-    finally:
-        options.pop(KEY, None)
-    if levels[-1] == 0:  # otherwise another sampler goes on from here, and the last step was not seen
-        run.finish(samples)
-    if run.measure is not None:
-        table = keep_measured(run.measure, key, store)
+    patcher = guider.model_patcher
+    model = fingerprint(patcher.model.diffusion_model, attention=not patcher.patches)  # they may be in place or not
+    sampler, w = f"flow_{solver}" if flow else solver, float(getattr(guider, "cfg", 1.0))
+    key = LtcKey(model, sampler, levels, w, steering(patcher))
+
+    def measured(table: LtcTable) -> None:
         text = "ltc_measured" if table.coefficients else "ltc_nothing"
         notices.tell(choice.node, text, calls=table.calls, steps=key.steps)
-    else:
+
+    with running(key, choice.settings, TableStore(tables_folder()), choice.calibration, measured) as run:
+        options = extra_args["model_options"].setdefault("transformer_options", {})
+        options[KEY] = SamplerRun(solver, levels, run)
+        try:
+            samples = executor(guider, sigmas, extra_args, *args, **kwargs)
+        finally:
+            options.pop(KEY, None)
+        if levels[-1] == 0:  # otherwise another sampler goes on from here, and the last step was not seen
+            run.finish(samples)
+    if run.measure is None:
         saved = round(100 * run.skips_made / key.steps)
         notices.tell(choice.node, "ltc_saved", calls=key.steps - run.skips_made, steps=key.steps, saved=saved)
     return samples
+
+
+def steering(patcher: ModelPatcher) -> str:
+    """SUN and the LoRAs on a model, for `LtcKey`."""
+    parts: list[str] = []
+    sun, adapters = sun_patch.settings_of(patcher), patcher.get_additional_models_with_key(sun_patch.KEY)
+    if sun is not None and adapters:
+        scale = "" if sun.guidance is None else f"{sun.guidance:.4g}"
+        parts.append(f"sun {adapter_digest(adapters[0].model)} {sun.strength:.4g} {scale} {sun.effect}")
+    if patcher.patches:
+        parts.append(f"lora {patches_digest(patcher.patches)}")
+    return " ".join(parts)
+
+
+def patches_digest(patches: dict[Any, list[tuple[Any, ...]]]) -> str:
+    """16 hexadecimal digits of the weight patches of a model: LoRAs, and what merging nodes make."""
+    known = []
+    for key in sorted(patches, key=str):
+        for strength, content, of_model, *_ in patches[key]:
+            known.append(f"{key} {strength:.4g} {of_model:.4g} {signs_digest(tensors_in(content))}")
+    return digest_of(known)
+
+
+def tensors_in(content: Any) -> list[torch.Tensor]:
+    """All tensors of a patch: a tensor, a tuple of a kind and tensors, or an object of comfy.weight_adapter."""
+    if isinstance(content, torch.Tensor):
+        return [content]
+    if isinstance(content, (tuple, list)):
+        return [tensor for part in content for tensor in tensors_in(part)]
+    return tensors_in(getattr(content, "weights", ()))
 
 
 def _predict_noise(

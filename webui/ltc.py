@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from modules import paths, sd_samplers_common, shared
 
-from ..sun.ltc import LtcKey, LtcSettings, TableStore, fingerprint
+from ..sun.common.identity import digest_of
+from ..sun.ltc import LtcKey, LtcSettings, LtcTable, TableStore, adapter_digest, fingerprint
 from ..sun.ltc.errors import unknown_sampler
 from ..sun.ltc.kdiffusion import SOLVERS, SamplerRun, solver_of
-from ..sun.ltc.keep import keep_measured, open_run, summary
+from ..sun.ltc.keep import running, summary
 from . import host, infotext
 
 # Written by the hosts themselves in the space of variance 1, where a step with eta 0 is one of Euler.
@@ -47,16 +48,24 @@ def sampling(p: Any, settings: LtcSettings, calibration: str) -> Iterator[None]:
         solver = solver_of(getattr(function, "__name__", ""), given, OWN_SOLVERS, label_of(sampler))
         timesteps, model = given.get("timesteps"), host.of(p.sd_model)
         levels = given["sigmas"] if timesteps is None else levels_at(denoiser, timesteps)
-        key = LtcKey(fingerprint(model.unet_of(p.sd_model)), solver, tuple(map(float, levels)), guidance(p, given))
-        store = TableStore(tables_folder())
-        runs.append(SamplerRun(solver, key.sigmas, open_run(key, settings, store, calibration)))
-        answering = (Denoiser if timesteps is None else UnitVarianceDenoiser)(denoiser, runs[-1])
-        samples = function(answering, *args, **kwargs)
-        runs[-1].run.finish(answering.plain(samples, key.sigmas[-1]))
-        measured = runs[-1].run.measure
-        if measured is not None:
-            p.comment(summary(keep_measured(measured, key, store)))
-        infotext.write_measured(p, measured is not None)
+        unet, loras = model.unet_of(p.sd_model), loras_of(p)
+        key = LtcKey(
+            fingerprint(unet, attention=not loras),  # the host changes these weights when it first calls them
+            solver,
+            tuple(map(float, levels)),
+            guidance(p, given),
+            " ".join(filter(None, (sun_of(p), loras))),
+        )
+
+        def said(table: LtcTable) -> None:
+            p.comment(summary(table))
+
+        with running(key, settings, TableStore(tables_folder()), calibration, said) as run:
+            runs.append(SamplerRun(solver, key.sigmas, run))
+            answering = (Denoiser if timesteps is None else UnitVarianceDenoiser)(denoiser, runs[-1])
+            samples = function(answering, *args, **kwargs)
+            run.finish(answering.plain(samples, key.sigmas[-1]))
+        infotext.write_measured(p, run.measure is not None)
         return samples
 
     sampler.func = skipping
@@ -67,6 +76,22 @@ def sampling(p: Any, settings: LtcSettings, calibration: str) -> Iterator[None]:
             sampler.func = function
     if not runs:
         raise unknown_sampler(p.sampler_name)  # it samples by something else than its function
+
+
+def sun_of(p: Any) -> str:
+    """The SUN of a processing object, for `LtcKey`; empty where it is off."""
+    run = getattr(p, "sun_run", None)
+    if run is None or run.adapter is None:
+        return ""
+    return f"sun {adapter_digest(run.adapter)} {run.strength:.4g} {run.guidance or ''}"
+
+
+def loras_of(p: Any) -> str:
+    """The extra networks that the prompt names, with their weights, for `LtcKey`; empty if there are none."""
+    hires = getattr(p, "is_hr_pass", False) and getattr(p, "hr_extra_network_data", None)
+    networks = (hires or getattr(p, "extra_network_data", None)) or {}
+    named = sorted(f"{kind} {' '.join(map(str, n.items))}" for kind, ones in networks.items() for n in ones)
+    return f"networks {digest_of(named)}" if named else ""
 
 
 def label_of(sampler: Any) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..common import lazy
 from .errors import LtcError
-from .fingerprint import fingerprint
+from .fingerprint import adapter_digest, fingerprint, lora_of
 from .interval import LtcSettings, interval, skipped_steps
 from .run import LtcRun, Measurements
 from .table import LtcKey, LtcTable, TableStore, load_table
@@ -33,6 +33,7 @@ __all__ = [
     "LtcTable",
     "Measurements",
     "TableStore",
+    "adapter_digest",
     "attach",
     "calibrate",
     "detach",
@@ -40,6 +41,7 @@ __all__ = [
     "interval",
     "last_table",
     "load_table",
+    "lora_of",
     "skipped_steps",
 ]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from .interval import LtcSettings, allowed
 from .run import LtcRun, Measurements
@@ -14,6 +15,25 @@ log = logging.getLogger(__name__)
 
 AUTOMATIC, AGAIN = "automatic", "measure again"
 """The choices of a user: take the table there is, or forget it."""
+
+
+@contextmanager
+def running(
+    key: LtcKey,
+    settings: LtcSettings,
+    store: TableStore,
+    calibration: str = AUTOMATIC,
+    said: Callable[[LtcTable], None] = lambda _: None,
+) -> Iterator[LtcRun]:
+    """One sampling run in any host: by the table kept for this key, or one that measures itself.
+
+    What a run measured is kept when it ends, unless it broke off: ``said`` gets it, as a line goes to the log. Raises
+    LtcError for a damaged table.
+    """
+    run = open_run(key, settings, store, calibration)
+    yield run
+    if run.measure is not None and run.complete:
+        said(keep_measured(run.measure, key, store))
 
 
 def open_run(key: LtcKey, settings: LtcSettings, store: TableStore, calibration: str = AUTOMATIC) -> LtcRun:

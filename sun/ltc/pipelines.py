@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,28 +19,38 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..common.finite import NonFiniteError, require_finite
-from ..pipelines.layered import default_of, original_call, put_on, take_off
+from ..common.notes import note
+from ..pipelines.layered import DENOISERS, default_of, original_call, put_on, take_off
+from ..pipelines.unet import CURRENT as SUN_RUN
 from .calibration import run_calibration
 from .errors import LtcError
-from .fingerprint import fingerprint
+from .fingerprint import adapter_digest, fingerprint, lora_of
 from .interval import LtcSettings
-from .keep import keep_measured, none_calm
-from .run import LtcRun, Measurements
+from .keep import none_calm, running
+from .run import LtcRun
 from .schedulers import Stepper, sampler_of
 from .table import LtcKey, LtcTable, TableStore
 
-DENOISERS = ("unet", "transformer")
 SKIPPED = (*DENOISERS, "transformer_2", "controlnet")
+
+
+Opener = Callable[[LtcKey], LtcRun]
 
 
 @dataclass(eq=False)
 class _Attachment:
-    """What is on a pipeline. ``opener`` replaces the usual choice of a run, for calibration."""
+    """What is on a pipeline. ``given``: the table that was brought; ``last_key``: of the run that ended last."""
 
     settings: LtcSettings
     store: TableStore
-    opener: Callable[[LtcKey], LtcRun] | None = None
+    given: LtcTable | None = None
     last_key: LtcKey | None = None
+
+
+_opener: ContextVar[Opener | None] = ContextVar("sun_ltc_opener", default=None)
+"""Instead of the usual choice of a run, for calibration."""
+_stepper: ContextVar[Stepper | None] = ContextVar("sun_ltc_stepper", default=None)
+"""Of the pipeline that is being called in this thread or task."""
 
 
 def attach(
@@ -67,7 +78,7 @@ def attach(
     if table is not None:
         settings = settings or table.settings
         store.put(table)
-    pipe._ltc = _Attachment(settings or LtcSettings(), store)
+    pipe._ltc = _Attachment(settings or LtcSettings(), store, table)
     put_on(pipe, WithLtc)
 
 
@@ -109,8 +120,8 @@ def calibrate(
         raise LtcError("Call sun.ltc.attach(pipe) before calibrate(pipe, ...).")
     parts = [slice(i, i + batch) for i in range(0, len(prompts), batch)]
 
-    def run(opener: Callable[[LtcKey], LtcRun]) -> list[Tensor]:
-        return [_sample(pipe, state, opener, prompts[p], negatives[p], seed + p.start, options) for p in parts]
+    def run(opener: Opener) -> list[Tensor]:
+        return [_sample(pipe, opener, prompts[p], negatives[p], seed + p.start, options) for p in parts]
 
     table = run_calibration(run, state.settings, find_bias=find_bias, progress=progress)
     if not table.coefficients:
@@ -120,18 +131,17 @@ def calibrate(
 
 
 def _sample(
-    pipe: Any, state: _Attachment, opener: Callable[[LtcKey], LtcRun], prompts: Sequence[str],
-    negatives: Sequence[str], seed: int, options: dict[str, Any],
+    pipe: Any, opener: Opener, prompts: Sequence[str], negatives: Sequence[str], seed: int, options: dict[str, Any]
 ) -> Tensor:  # fmt: skip
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     texts: dict[str, Any] = {"prompt": list(prompts)}
     if negatives:
         texts["negative_prompt"] = list(negatives)
-    state.opener = opener
+    before = _opener.set(opener)
     try:
         result = pipe(**texts, generator=generators, output_type="latent", **options)
     finally:
-        state.opener = None
+        _opener.reset(before)
     latents: Tensor = result[0] if isinstance(result, tuple) else next(iter(result.values()))
     try:
         require_finite(latents, "the latents", "Look at a picture of this model first: a table would be made of NaN.")
@@ -147,43 +157,79 @@ def _denoiser(pipe: Any) -> Any:
     raise LtcError(f"LTC-Accel finds no unet or transformer in {type(pipe).__name__}. Use a text-to-image pipeline.")
 
 
-def _open_run(state: _Attachment, key: LtcKey) -> LtcRun:
-    state.last_key = key
-    if state.opener is not None:
-        return state.opener(key)
-    table = state.store.find(key, state.settings)
-    if table is not None:
-        return LtcRun(key.steps, table=table)
-    return LtcRun(key.steps, measure=Measurements(key.steps, state.settings))
-
-
 class WithLtc:
     """The layer that ``attach`` puts on a pipeline's class: it samples with LTC-Accel."""
 
     @staticmethod
-    def around(pipe: Any, given: Mapping[str, Any]) -> AbstractContextManager[None]:
-        w = given.get("guidance_scale", default_of(original_call(pipe), "guidance_scale", 1.0))
-        return _running(pipe, pipe._ltc, float(w or 0.0))
+    @contextmanager
+    def around(pipe: Any, given: Mapping[str, Any]) -> Iterator[None]:
+        state: _Attachment = pipe._ltc
+        with ExitStack() as stack:
+            stepper = Stepper(pipe.scheduler, lambda *found: stack.enter_context(_run(pipe, state, given, *found)))
+            stack.callback(_stepper.reset, _stepper.set(stepper))
+            stack.enter_context(_replaced(pipe.scheduler, "step", _stepping(pipe.scheduler.step, stepper)))
+            for module in _skippable(pipe):
+                stack.enter_context(_replaced(module, "forward", _skipping(module.forward, stepper)))
+            yield
 
 
 @contextmanager
-def _running(pipe: Any, state: _Attachment, w: float) -> Iterator[None]:
-    scheduler, model = pipe.scheduler, _denoiser(pipe)
+def _run(
+    pipe: Any, state: _Attachment, given: Mapping[str, Any], sampler: str, sigmas: tuple[float, ...]
+) -> Iterator[LtcRun]:
+    """The run of a call, once its sampler and noise levels are known."""
+    steering = _steering(pipe, given)
+    w = given.get("guidance_scale", default_of(original_call(pipe), "guidance_scale", 1.0))
+    w = 1.0 if steering.startswith("sun") else float(w or 0.0)  # SUN runs no classifier-free guidance
+    key = state.last_key = LtcKey(fingerprint(_denoiser(pipe)), sampler, sigmas, w, steering)
+    if (opener := _opener.get()) is not None:
+        yield opener(key)
+        return
+    if state.given is not None and state.given.key.parts() != key.parts():
+        note(_of_another_run(state.given.key, key))
+    with running(key, state.settings, state.store) as run:
+        yield run
 
-    def open_run(sampler: str, sigmas: tuple[float, ...]) -> LtcRun:
-        return _open_run(state, LtcKey(fingerprint(model), sampler, sigmas, w))
 
-    def finished(run: LtcRun) -> None:
-        if run.measure is not None and state.opener is None and state.last_key is not None:
-            keep_measured(run.measure, state.last_key, state.store)
+def _steering(pipe: Any, given: Mapping[str, Any]) -> str:
+    """SUN and the LoRAs in a call of the pipeline, for ``LtcKey``."""
+    parts: list[str] = []
+    run, attached = SUN_RUN.get(), pipe.__dict__.get("_sun")
+    if run is not None and attached is not None:
+        adapter = attached.steering.adapter
+        w = adapter.info.guidance_scale if run.guidance is None else float(run.guidance)
+        parts.append(f"sun {adapter_digest(adapter)} {run.strength:.4g} {w or 0:.4g}")
+    if lora := lora_of(_denoiser(pipe)):
+        scale = (given.get("cross_attention_kwargs") or {}).get("scale", 1.0)
+        parts.append(f"lora {lora} {scale:.4g}")
+    return " ".join(parts)
 
-    stepper = Stepper(scheduler, open_run, finished)
-    step = functools.wraps(scheduler.step)(lambda *args, **kwargs: stepper.step(*args, **kwargs))
-    with ExitStack() as stack:
-        stack.enter_context(_replaced(scheduler, "step", step))
-        for module in {id(m): m for m in (getattr(pipe, name, None) for name in SKIPPED) if m is not None}.values():
-            stack.enter_context(_replaced(module, "forward", _skipping(module.forward, stepper)))
-        yield
+
+def _of_another_run(given: LtcKey, found: LtcKey) -> str:
+    """Why the table that was brought does not serve a run."""
+    names = (("model", "model"), ("sampler", "sampler"), ("steps", "number of steps"), ("schedule", "noise levels"),
+             ("w", "guidance scale"), ("steering", "SUN adapter or LoRA"))  # fmt: skip
+    different = [words for name, words in names if getattr(given, name) != getattr(found, name)]
+    return (
+        f"LTC-Accel's table was measured with another {' and another '.join(different)}, so it does not serve this "
+        "run. Calibrate for these settings, or leave the table out: then a run measures itself."
+    )
+
+
+def _skippable(pipe: Any) -> list[Any]:
+    """The modules that a skipped step does not call."""
+    found = (getattr(pipe, name, None) for name in SKIPPED)
+    return list({id(module): module for module in found if module is not None}.values())
+
+
+def _stepping(step: Callable[..., Any], stepper: Stepper) -> Callable[..., Any]:
+    """``scheduler.step``: ours within this call, the scheduler's own for whoever else uses it meanwhile."""
+
+    @functools.wraps(step)
+    def stepping(*args: Any, **kwargs: Any) -> Any:
+        return (stepper.step if _stepper.get() is stepper else step)(*args, **kwargs)
+
+    return stepping
 
 
 def _skipping(forward: Callable[..., Any], stepper: Stepper) -> Callable[..., Any]:
@@ -192,6 +238,8 @@ def _skipping(forward: Callable[..., Any], stepper: Stepper) -> Callable[..., An
 
     @functools.wraps(forward)
     def skipping(*args: Any, **kwargs: Any) -> Any:
+        if _stepper.get() is not stepper:
+            return forward(*args, **kwargs)
         if stepper.skips_next and kept:
             return kept[0]
         kept[:] = [forward(*args, **kwargs)]

@@ -69,6 +69,8 @@ class LtcRun:
         self.steps, self.table, self.measure, self.fits = steps, table, measure, fits or {}
         self.terms = table.settings.terms if table else measure.settings.terms if measure else terms
         self.skips_made = 0
+        self.complete = False
+        """Whether the last step began."""
         self._latents: Tensor | None = None
         self._directions: list[Tensor] = []
 
@@ -80,6 +82,7 @@ class LtcRun:
         """Note the latents [B, ...] at the beginning of step i."""
         self._transition(i - 1, x)
         self._latents = x.detach().float()
+        self.complete = i == self.steps - 1
 
     def target(self, i: int) -> Tensor:
         """x_{i+1} of a skipped step: x_i + sum of c D."""

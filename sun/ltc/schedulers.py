@@ -76,11 +76,11 @@ def has_unit_variance(scheduler: Any) -> bool:
 class Stepper:
     """Steps in the place of ``scheduler.step`` during one run; ``open_run`` is asked for the run at the first step."""
 
-    def __init__(self, scheduler: Any, open_run: Open, on_finish: Callable[[LtcRun], None] | None = None) -> None:
+    def __init__(self, scheduler: Any, open_run: Open) -> None:
         self.scheduler, self.sampler = scheduler, sampler_of(scheduler)
         self.calls_a_step = _CALLS.get(self.sampler, 1)
         self.run: LtcRun | None = None
-        self._open_run, self._on_finish = open_run, on_finish
+        self._open_run = open_run
         self._original = scheduler.step
         self._calls = 0
         self._scales: tuple[float, ...] = ()
@@ -118,8 +118,6 @@ class Stepper:
         self._calls += 1
         if i == self.run.steps - 1 and last_call:
             self.run.finish(self._plain(i + 1, result[0] if isinstance(result, tuple) else result.prev_sample))
-            if self._on_finish:
-                self._on_finish(self.run)
         return result
 
     def _begin(self, timestep: Any) -> None:

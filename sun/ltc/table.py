@@ -27,13 +27,15 @@ class LtcKey:
     """What a table depends on.
 
     model: fingerprint. sampler: name, as ``dpmpp_2m``. sigmas: the noise levels of the steps, then the last one
-    reached, so one more than there are steps. w: scale of classifier-free guidance.
+    reached, so one more than there are steps. w: scale of classifier-free guidance. steering: what else acts, as SUN
+    and its adapter or a LoRA; empty if nothing does.
     """
 
     model: str
     sampler: str
     sigmas: tuple[float, ...]
     w: float
+    steering: str = ""
 
     @property
     def steps(self) -> int:
@@ -46,7 +48,7 @@ class LtcKey:
 
     def parts(self) -> list[Any]:
         """What tells keys apart: all of it, to the digits that hosts agree on."""
-        return [self.model, self.sampler, self.schedule, self.steps, f"{self.w:.4g}"]
+        return [self.model, self.sampler, self.schedule, self.steps, f"{self.w:.4g}", *filter(None, [self.steering])]
 
     def file_name(self, settings: LtcSettings) -> str:
         """``dpmpp_2m-25-0123456789ab.json``: a plain name whatever the sampler is called, in no folder of its own."""
@@ -85,6 +87,7 @@ class LtcTable:
             "schedule": self.key.schedule,
             "steps": self.key.steps,
             "w": self.key.w,
+            "steering": self.key.steering,
             "sigmas": list(self.key.sigmas),
             "settings": asdict(self.settings),
             "coefficients": {str(step): list(factors) for step, factors in self.coefficients.items()},
@@ -124,7 +127,13 @@ class LtcTable:
 
 def _table(content: Mapping[str, Any]) -> LtcTable:
     """The table in JSON that may be anything. Raises KeyError, TypeError, ValueError, AttributeError, LtcError."""
-    key = LtcKey(_text(content["model"]), _text(content["sampler"]), _numbers(content["sigmas"]), _number(content["w"]))
+    key = LtcKey(
+        _text(content["model"]),
+        _text(content["sampler"]),
+        _numbers(content["sigmas"]),
+        _number(content["w"]),
+        _text(content.get("steering", "")),
+    )
     coefficients = {}
     for step, factors in content["coefficients"].items():
         if not re.fullmatch(r"[0-9]{1,4}", step):

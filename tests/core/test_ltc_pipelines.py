@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,12 @@ from diffusers import (
     UNet2DConditionModel,
     UNet3DConditionModel,
 )
+from peft import LoraConfig
 from tiny import TEXT_WIDTH, make_adapter
 
 import sun
 import sun.ltc
+from sun.common.notes import SunWarning
 
 FIXED = sun.ltc.LtcSettings(tau=0)
 
@@ -157,6 +161,108 @@ def test_a_scheduler_that_adds_noise_is_refused_now_and_later(pipe: Any) -> None
     draw(pipe, 4)
 
 
+def test_a_guidance_scale_by_position_files_its_own_table(pipe: Any, tmp_path: Path) -> None:
+    names = list(inspect.signature(pipe.__call__).parameters)
+    sun.ltc.attach(pipe, settings=FIXED, folder=tmp_path)
+    options = {"prompt": "a b", "num_inference_steps": 12, "guidance_scale": 3.0}
+    defaults = [p.default for p in inspect.signature(pipe.__call__).parameters.values()]
+    last = names.index("guidance_scale") + 1
+    pipe(*[options.get(name, default) for name, default in zip(names[:last], defaults, strict=False)])
+    assert sun.ltc.last_table(pipe).key.w == 3.0
+    draw(pipe)
+    assert sun.ltc.last_table(pipe).key.w == 7.5
+    assert len(list(tmp_path.glob("*.json"))) == 2
+
+
+def trailing(pipe: Any) -> Any:
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    return pipe
+
+
+def with_lora(pipe: Any, seed: int = 3) -> None:
+    torch.manual_seed(seed)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+
+
+def with_fused_lora(pipe: Any) -> None:
+    with_lora(pipe)
+    pipe.unet.fuse_lora()
+    pipe.unet.unload_lora()
+
+
+def with_sun(pipe: Any, seed: int = 7, strength: float = 1.0) -> None:
+    sun.attach(pipe, make_adapter(pipe.unet, seed=seed), strength)
+    trailing(pipe)
+
+
+RUNS: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
+    "guidance": (lambda pipe: None, {"guidance_scale": 4.0}),
+    "no guidance": (lambda pipe: None, {"guidance_scale": 1.0}),
+    "lora": (with_lora, {"guidance_scale": 4.0}),
+    "weaker lora": (with_lora, {"guidance_scale": 4.0, "cross_attention_kwargs": {"scale": 0.5}}),
+    "other lora": (lambda pipe: with_lora(pipe, 4), {"guidance_scale": 4.0}),
+    "fused lora": (with_fused_lora, {"guidance_scale": 4.0}),
+    "sun": (with_sun, {}),
+    "weaker sun": (lambda pipe: with_sun(pipe, strength=0.5), {}),
+    "other adapter": (lambda pipe: with_sun(pipe, 8), {}),
+    "sun and lora": (lambda pipe: (with_lora(pipe), with_sun(pipe)), {}),
+}
+
+
+def test_runs_with_guidance_sun_and_loras_never_take_each_others_tables(make_pipeline: Any, tmp_path: Path) -> None:
+    """All on the same noise levels; each finds its own table again, from another pipeline too."""
+    keys = []
+    for again in (False, True):
+        for name, (prepare, options) in RUNS.items():
+            pipe = trailing(make_pipeline())
+            prepare(pipe)
+            sun.ltc.attach(pipe, settings=FIXED, folder=tmp_path)
+            before = len(list(tmp_path.glob("*.json")))
+            draw(pipe, 6, **options)
+            assert len(list(tmp_path.glob("*.json"))) == before + (not again), name
+            keys.append(sun.ltc.last_table(pipe).key)
+    assert len({key.schedule for key in keys}) == 1
+    assert len({key.file_name(FIXED) for key in keys}) == len(RUNS)
+
+
+def test_a_guidance_scale_that_sun_ignores_needs_no_table_of_its_own(pipe: Any, tmp_path: Path) -> None:
+    with_sun(pipe)
+    sun.ltc.attach(pipe, settings=FIXED, folder=tmp_path)
+    draw(pipe, 6)
+    with pytest.warns(SunWarning, match="guidance_scale is ignored"):
+        draw(pipe, 6, guidance_scale=3.0)
+    assert len(list(tmp_path.glob("*.json"))) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["guidance", "sun", "lora"])
+def test_a_table_serves_every_number_format(make_pipeline: Any, tmp_path: Path, dtype: Any, name: str) -> None:
+    prepare, options = RUNS[name]
+    for wanted in (torch.float32, dtype):
+        pipe = trailing(make_pipeline())
+        prepare(pipe)
+        pipe.to(wanted)
+        sun.ltc.attach(pipe, settings=FIXED, folder=tmp_path)
+        draw(pipe, 6, **options)
+    assert len(list(tmp_path.glob("*.json"))) == 1
+
+
+def test_a_given_table_that_does_not_serve_says_why(pipe: Any) -> None:
+    sun.ltc.attach(pipe, settings=FIXED)
+    table = sun.ltc.calibrate(pipe, ["a", "b"], num_inference_steps=12, guidance_scale=7.5)
+    sun.ltc.attach(pipe, table=table)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SunWarning)
+        draw(pipe)
+    with pytest.warns(SunWarning, match=r"another number of steps and another noise levels"):
+        draw(pipe, 10)
+    with pytest.warns(SunWarning, match=r"another guidance scale, so"):
+        draw(pipe, guidance_scale=3.0)
+    with_sun(pipe)
+    with pytest.warns(SunWarning, match=r"another guidance scale and another SUN adapter or LoRA, so"):
+        draw(pipe)
+
+
 # ---------------------------------------------------------------------------------------------------- other pipelines
 
 
@@ -243,4 +349,5 @@ def test_the_fingerprint_knows_a_model_again_but_not_its_number_format(unet: Any
 
     assert sun.ltc.fingerprint(unet) == sun.ltc.fingerprint(make_unet())
     assert sun.ltc.fingerprint(unet) == sun.ltc.fingerprint(make_unet().half())
+    assert sun.ltc.fingerprint(unet) == sun.ltc.fingerprint(make_unet().bfloat16())
     assert sun.ltc.fingerprint(unet) != sun.ltc.fingerprint(make_unet(seed=1))
