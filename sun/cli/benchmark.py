@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..common.settings import configured
+from ..shipped import SHIPPED
 from .app import app
 from .options import ConfigFile, Dtype, Json, Settings
 from .show import err, out, progress_bar, write_json
@@ -68,7 +69,7 @@ def bench(
         if not compile_it or (place != "cpu" if compiled is None else compiled)
         for count in _counts(batch)
     ]
-    models = models_of("emoji" if emoji else "sd15")
+    models = models_of(SHIPPED if emoji else "sd15")
     report: dict[str, Any] = {}
     with progress_bar("measuring") as progress:
         done = 0
@@ -80,7 +81,7 @@ def bench(
 
         progress(0, len(cases) * rounds)
         for case in cases:
-            adapter = load_adapter("emoji") if emoji else _random_adapter(models.unet)
+            adapter = load_adapter(SHIPPED) if emoji else _random_adapter(models.unet)
             chosen = Bench(models, adapter, pixels, pick_dtype(dtype.value, case.device), steps)
             report[str(case)] = chosen.measure(case, rounds, advance)
             write_json(figures, summary(report), last=case is cases[-1])

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..pictures.recipe import Recipe
+from ..shipped import SHIPPED
 from .app import app
 from .options import (
     MAX_SEED,
@@ -67,7 +68,7 @@ def calibrate(
     batch: Annotated[int, typer.Option(help="Pictures at a time.", min=1)] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the first picture.", min=0, max=MAX_SEED)] = 0,
     size: Size = "",
-    model: Model = "emoji",
+    model: Model = SHIPPED,
     config: ConfigDir = "",
     adapter: Adapter = "none",
     lora: Lora = None,
@@ -83,7 +84,7 @@ def calibrate(
         loras=tuple(lora or ()), dtype=dtype.value, device=device,
     )  # fmt: skip
     pairs = [(read_prompt(prompt), negative) for prompt in prompts or ()]
-    if not pairs and model != "emoji":
+    if not pairs and model != SHIPPED:
         raise typer.BadParameter('give prompts this model knows, as in: sun calibrate "a castle" "two cats"')
     with spinner("loading") as status:
         from .. import ltc

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from ..pictures.png import save_png
 from ..pictures.recipe import Recipe, read_recipe
+from ..shipped import SHIPPED
 from .app import app
 from .options import (
     Adapter,
@@ -86,9 +87,9 @@ def generate(
             help="ControlNet: a diffusers folder or a Control-LoRA file. (emoji: the shipped one)", metavar="PATH"
         ),
     ] = "",
-    model: Model = "emoji",
+    model: Model = SHIPPED,
     config: ConfigDir = "",
-    adapter: Adapter = "emoji",
+    adapter: Adapter = SHIPPED,
     lora: Lora = None,
     dtype: Precision = Dtype.auto,
     device: Device = "auto",
@@ -156,9 +157,9 @@ def compare(
         float | None, typer.Option(help="Guidance scale w of the reference. (default: the adapter's own)", min=1.0)
     ] = None,
     sun_strength: Strength = 1.0,
-    model: Model = "emoji",
+    model: Model = SHIPPED,
     config: ConfigDir = "",
-    adapter: Adapter = "emoji",
+    adapter: Adapter = SHIPPED,
     lora: Lora = None,
     dtype: Precision = Dtype.auto,
     device: Device = "auto",

@@ -35,7 +35,7 @@ from ..pipelines.lora import apply_lora
 from ..pipelines.schedulers import make_scheduler
 from ..pipelines.text import encode_prompts, read_as_words
 from ..schedule import denoise_timesteps, trailing_timesteps
-from ..shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_SUN
+from ..shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_SUN, SHIPPED
 from ..user_pictures import PictureError, read_mask, read_picture
 from .recipe import MAX_SIDE, Recipe, RecipeError, fingerprints, png_text, split_lora
 
@@ -83,9 +83,9 @@ def load(recipe: Recipe) -> Loaded:
 
 def load_adapter(name: str) -> SunAdapter:
     """The adapter file ``name``, or the shipped one for ``emoji``. Raises SunFileError or RecipeError."""
-    if name == "emoji" and not EMOJI_SUN.is_file():
+    if name == SHIPPED and not EMOJI_SUN.is_file():
         raise RecipeError("this installation has no shipped adapter. Give --adapter FILE, or install SUN again.")
-    return SunAdapter.load(EMOJI_SUN if name == "emoji" else name)
+    return SunAdapter.load(EMOJI_SUN if name == SHIPPED else name)
 
 
 def load_base(model: str, dtype: torch.dtype = torch.float32, config: str = "") -> Any:
@@ -95,7 +95,7 @@ def load_base(model: str, dtype: torch.dtype = torch.float32, config: str = "") 
 
 
 def _load_controlnet(name: str, unet: Any, dtype: torch.dtype) -> Any:
-    if name != "emoji":
+    if name != SHIPPED:
         return load_controlnet(name, unet, dtype)
     if not EMOJI_CONTROLNET.is_file():
         raise RecipeError("this installation has no shipped ControlNet. Give --controlnet a folder, or update SUN.")
@@ -370,6 +370,6 @@ def _dtype(recipe: Recipe) -> torch.dtype:
 
 
 def _shipped(recipe: Recipe) -> dict[str, str]:
-    found = {"model": str(EMOJI_DIFFUSION)} if recipe.model == "emoji" else {}
-    found |= {"controlnet": str(EMOJI_CONTROLNET)} if recipe.controlnet == "emoji" else {}
-    return found | ({"adapter": str(EMOJI_SUN)} if recipe.adapter == "emoji" else {})
+    found = {"model": str(EMOJI_DIFFUSION)} if recipe.model == SHIPPED else {}
+    found |= {"controlnet": str(EMOJI_CONTROLNET)} if recipe.controlnet == SHIPPED else {}
+    return found | ({"adapter": str(EMOJI_SUN)} if recipe.adapter == SHIPPED else {})

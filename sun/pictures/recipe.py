@@ -12,6 +12,7 @@ from typing import Any
 
 from ..common.identity import fingerprint
 from ..common.reading import ReadError, check_regular, parse_json, printable
+from ..shipped import EMOJI_DIFFUSION, EMOJI_SUN, SHIPPED
 from ..user_pictures import PictureError
 from .png import read_png_text
 
@@ -66,9 +67,9 @@ class Recipe:
     control_scale: float = 1.0
     controlnet: str = ""
     """A diffusers folder, or ``emoji``: the shipped one."""
-    model: str = "emoji"
+    model: str = SHIPPED
     config: str = ""
-    adapter: str = "emoji"
+    adapter: str = SHIPPED
     loras: tuple[str, ...] = ()
     """Each ``path`` or ``path:weight``."""
     dtype: str = "auto"
@@ -113,9 +114,9 @@ class Recipe:
     def files(self) -> dict[str, str]:
         """The files and folders named here, by the field that names them."""
         named = {"init": self.init, "mask": self.mask, "control": self.control}
-        named |= {"controlnet": "" if self.controlnet == "emoji" else self.controlnet}
-        named |= {"model": "" if self.model == "emoji" else self.model}
-        named |= {"adapter": "" if self.adapter in ("emoji", "none") else self.adapter}
+        named |= {"controlnet": "" if self.controlnet == SHIPPED else self.controlnet}
+        named |= {"model": "" if self.model == SHIPPED else self.model}
+        named |= {"adapter": "" if self.adapter in (SHIPPED, "none") else self.adapter}
         named |= {f"lora {i}": split_lora(lora)[0] for i, lora in enumerate(self.loras)}
         return {field: path for field, path in named.items() if path}
 
@@ -185,12 +186,12 @@ def parameters(recipe: Recipe, prints: Mapping[str, str] | None = None, version:
         "CFG scale": 1 if with_sun and recipe.guidance is None else recipe.guidance,
         "Seed": recipe.seed + (recipe.index or 0),
         "Size": f"{recipe.width}x{recipe.height}",
-        "Model": "emoji-diffusion" if recipe.model == "emoji" else Path(recipe.model).stem,
+        "Model": EMOJI_DIFFUSION.name if recipe.model == SHIPPED else Path(recipe.model).stem,
     }
     if recipe.init:
         pairs["Denoising strength"] = recipe.strength
     if with_sun:
-        pairs["SUN adapter"] = "emoji-sun" if recipe.adapter == "emoji" else Path(recipe.adapter).stem
+        pairs["SUN adapter"] = EMOJI_SUN.stem if recipe.adapter == SHIPPED else Path(recipe.adapter).stem
         if "adapter" in prints:
             pairs["SUN adapter hash"] = prints["adapter"][:10]
         pairs["SUN strength"] = recipe.sun_strength

@@ -32,7 +32,7 @@ from ..common.notes import note
 from ..common.reading import ReadError, check_regular, read_bytes, read_json
 from ..common.settings import ConfigError
 from ..prediction import PredictionError, check_prediction, marked_prediction
-from ..shipped import EMOJI_DIFFUSION, SINGLE_FILE_CONFIG
+from ..shipped import EMOJI_DIFFUSION, SHIPPED, SINGLE_FILE_CONFIG
 from .schedulers import prediction_of
 
 _VAES = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, AsymmetricAutoencoderKL)}
@@ -91,8 +91,8 @@ def noise_schedule(folder: str | Path) -> dict[str, Any]:
 
 def model_path(model: str | Path) -> Path:
     """Where the model is. Raises ModelMissing."""
-    path = EMOJI_DIFFUSION if str(model) == "emoji" else Path(model)
-    if str(model) == "emoji" and not path.is_dir():
+    path = EMOJI_DIFFUSION if str(model) == SHIPPED else Path(model)
+    if str(model) == SHIPPED and not path.is_dir():
         raise ModelMissing("this installation has no shipped model. Give --model, or install SUN again.")
     if not path.exists():
         raise ModelMissing(

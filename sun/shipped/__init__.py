@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+SHIPPED = "emoji"
+"""What the shipped model, adapter and ControlNet are called where a file is asked for."""
+
 MODELS_DIR = Path(__file__).resolve().parents[1] / "models"
 EMOJI_DIFFUSION = MODELS_DIR / "emoji-diffusion"
 EMOJI_SUN = MODELS_DIR / "emoji-sun.safetensors"

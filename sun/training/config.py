@@ -9,6 +9,8 @@ import torch
 
 from ..common.devices import AUTOCAST
 from ..common.settings import ConfigError
+from ..common.worlds import EMOJI
+from ..shipped import SHIPPED
 
 OptimizerName = Literal["adamw", "fused", "8bit"]
 DTYPES = {"fp32": torch.float32, **AUTOCAST}
@@ -58,11 +60,11 @@ class SunTrainConfig:
     """
 
     run: RunConfig = field(default_factory=lambda: RunConfig(output="runs/sun", steps=5000, batch_size=32, lr=1e-4))
-    model: str = "emoji"
+    model: str = SHIPPED
     # Folders of fine-tunes of `model`: their U-Nets take turns with its own, `target_reuse` steps each, with its text
     # encoder, and share the `bank_size` trajectories. Each stays in memory.
     fine_tunes: tuple[str, ...] = ()
-    data: str = "emoji:twemoji"
+    data: str = f"{EMOJI}:twemoji"
     # Whether `data` may be the output of a command (pipe:...). Only the command line can say so, never a file.
     allow_commands: bool = field(default=False, metadata={"typed": True})
     cache: str = ""  # latents | latents+text: encode a folder's pictures (and captions) once, on disk

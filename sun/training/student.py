@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..adapter import SunAdapter
 from ..common.settings import ConfigError, without_folders
 from ..files import SunInfo
-from ..shipped import EMOJI_SUN
+from ..shipped import EMOJI_SUN, SHIPPED
 from ..surgery import from_unet, widen
 from .algorithm import guided_noise
 from .config import SunTrainConfig
@@ -61,7 +61,7 @@ def make_adapter(config: SunTrainConfig, unet: Any) -> SunAdapter:
 
 
 def _earlier_adapter(config: SunTrainConfig, guided: bool) -> SunAdapter:
-    path = EMOJI_SUN if config.init_adapter == "emoji" else config.init_adapter
+    path = EMOJI_SUN if config.init_adapter == SHIPPED else config.init_adapter
     adapter = SunAdapter.load(path, dtype=torch.float32)
     if adapter.guided and not guided:
         raise ConfigError("init_adapter takes the guidance scale: set guidance_range.")
@@ -82,7 +82,7 @@ def describe_training(
     """Put into the adapter's header what a reader needs to know of its training and of the ``earlier`` one."""
     settings = without_folders(config)
     info = adapter.info
-    info.base_model = "Emoji Diffusion" if config.model == "emoji" else settings["model"]
+    info.base_model = "Emoji Diffusion" if config.model == SHIPPED else settings["model"]
     info.guidance_scale, info.stage_length = config.guidance_scale, config.stage_length
     # What the adapter is; one to go on from brings its own.
     settings |= {"positive_branch": adapter.positive, "attention_normalization": info.normalized}
