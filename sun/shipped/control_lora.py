@@ -94,5 +94,12 @@ def controlnet_from_unet(unet: Any, file: str | Path) -> Any:
         layer, _, part = ldm.rpartition(".")
         # A name nobody knows is kept as it is: merge() then says that this is another model's.
         changes[names.get(ldm) or f"{layers.get(layer, layer)}.{part}"] = tensor
-    controlnet.load_state_dict(merge(controlnet.state_dict(), changes, Path(file).name))
+    own = controlnet.state_dict()
+    merged = merge(own, changes, Path(file).name)
+    if other := next((name for name in own if merged[name].shape != own[name].shape), None):
+        raise ValueError(
+            f"{Path(file).name} is for a base model of another size: {other} is {list(own[other].shape)} here and "
+            f"{list(merged[other].shape)} there."
+        )
+    controlnet.load_state_dict(merged)
     return controlnet.to(device=unet.device, dtype=unet.dtype).eval()
