@@ -5,7 +5,7 @@
 PYTHON ?= python3
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint chromium clean
+.PHONY: help demo test test-all test-floors lint chromium clean
 
 DEMO := .venv-demo
 TEST := .venv-test
@@ -70,6 +70,19 @@ test: lint chromium ## linter, types and every test
 test-all: lint chromium ## the same with ten times the random inputs, and memory over 200 runs
 	SUN_FUZZ_EXAMPLES=2000 SUN_MEMORY_RUNS=200 $(PYTEST)
 
+FLOORS := .venv-floors
+
+# The oldest versions that pyproject.toml allows: what is read from strangers, the maths, the pipelines.
+$(FLOORS)/.installed: pyproject.toml tests/floors.txt
+	$(CHECK_PYTHON)
+	@echo "Installing into $(FLOORS) (a few minutes, once)"
+	$(PYTHON) -m venv $(FLOORS)
+	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check -c tests/floors.txt -e ".[train]" pytest hypothesis
+	@touch $@
+
+test-floors: $(FLOORS)/.installed ## the core and the command line with the oldest versions allowed
+	$(FLOORS)/bin/python -m pytest -c tests/pytest.ini tests/core tests/cli/test_recipes.py tests/cli/test_terminal.py
+
 clean: ## remove the environments, caches and demo pictures
-	rm -rf $(DEMO) $(TEST) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(DEMO) $(TEST) $(FLOORS) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -51,8 +51,8 @@ GUIDANCE_PARTS = {
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_PICKLE = 2**30
 """Bytes of a pickled adapter. It cannot be looked at without loading it, and the largest adapters have 160 MB."""
-SAFE_PICKLES = (2, 6)
-"""The first torch whose ``weights_only`` holds: before it a pickle could get around it (CVE-2025-32434)."""
+SAFE_PICKLES = (2, 10)
+"""The first torch whose ``weights_only`` holds: before it a pickle could write anywhere (CVE-2026-24747)."""
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.", "sun_adapter.", "adapter.")
 FOREIGN_TEXT_WIDTHS = {1024: "Stable Diffusion 2.x", 1280: "SDXL's second text encoder", 2048: "SDXL"}
 
@@ -312,7 +312,7 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     if version < SAFE_PICKLES:
         raise SunFileError(
-            f"{name} is a pickle, and before torch 2.6 (this is {torch.__version__}) no pickle is safe to load. "
+            f"{name} is a pickle, and before torch 2.10 (this is {torch.__version__}) no pickle is safe to load. "
             "Ask for a .safetensors file, or update torch."
         )
     try:

@@ -18,7 +18,7 @@ import sun
 REPOSITORY = Path(__file__).resolve().parents[2]
 NEEDED = ["__init__.py", "nodes/extension.py", "sun/files.py", "web/sun.js", "web/icon.svg", "web/docs/SUN_Apply.md",
           "locales/zh/nodeDefs.json", "example_workflows/SUN text to image.json", "sun/models/emoji-sun.safetensors",
-          "pyproject.toml", "README.md", "LICENSE", "install.py"]  # fmt: skip
+          "pyproject.toml", "README.md", "LICENSE", "NOTICE", "install.py"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +93,67 @@ def test_the_page_s_script_asks_nobody_else_and_runs_no_text() -> None:
         text = script.read_text(encoding="utf-8")
         assert "://" not in text
         assert not re.search(r"\beval\(|new Function|innerHTML|document\.write|import\(", text), script
+
+
+# --------------------------------------------------------------------------------------- what the pack is made with
+
+
+def test_actions_are_pinned_by_commit_and_the_publisher_by_version() -> None:
+    for workflow in (REPOSITORY / ".github" / "workflows").glob("*.yml"):
+        text = workflow.read_text(encoding="utf-8")
+        used = re.findall(r"uses: (\S+)(.*)", text)
+        assert used
+        for action, comment in used:
+            assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", action), action
+            assert re.fullmatch(r" # v\d+\.\d+\.\d+", comment), f"{action} does not say which version this is"
+        installed = re.findall(r"pip\"? install (.+)", text)
+        assert installed
+        assert all(re.fullmatch(r"[\w-]+==[\d.]+", package) for package in installed), installed
+
+
+def test_no_secret_is_on_a_command_line() -> None:
+    for workflow in (REPOSITORY / ".github" / "workflows").glob("*.yml"):
+        for line in workflow.read_text(encoding="utf-8").splitlines():
+            if "secrets." in line:
+                assert re.fullmatch(r" +[A-Z_]+: \$\{\{ secrets\.[A-Z_]+ \}\}", line), line
+            assert "--token" not in line.split("#")[0]
+
+
+def floors() -> dict[str, str]:
+    lines = (REPOSITORY / "tests" / "floors.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def test_the_floors_that_are_tested_are_those_that_are_allowed(description: dict[str, Any]) -> None:
+    extras = description["project"]["optional-dependencies"]
+    wanted = [w.split(";")[0] for name in ("cli", "train") for w in extras[name] if not w.startswith("speedupnet-sun")]
+    allowed = {}
+    for requirement in wanted:
+        match = re.fullmatch(r"([A-Za-z0-9_-]+)>=([\d.]+)(,<\d+)?", requirement.strip())
+        assert match, f"{requirement} has no floor"
+        allowed[match[1]] = match[2]
+    tested = {name: version for name, version in floors().items() if name in allowed}
+    assert set(tested) == set(allowed)
+    for name, floor in allowed.items():
+        assert (tested[name] + ".0.0").startswith(floor), f"{name}: {floor} is allowed and {tested[name]} tested"
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [
+        ("torch", (2, 10)),  # CVE-2026-24747, CVE-2025-32434: weights_only
+        ("diffusers", (0, 38)),  # CVE-2026-44513, CVE-2026-44827: code in a model's folder
+        ("transformers", (5, 0)),  # CVE-2026-1839: pickled random states
+        ("pillow", (12, 3)),  # GHSA-9hw9-ch79-4vh6 and others: writes out of bounds
+    ],
+)
+def test_no_allowed_version_has_a_known_hole_on_our_path(name: str, safe: tuple[int, int]) -> None:
+    assert tuple(int(part) for part in floors()[name].split(".")[:2]) >= safe
+
+
+def test_what_is_not_ours_is_named_with_its_licence() -> None:
+    notice = (REPOSITORY / "NOTICE").read_text(encoding="utf-8")
+    for part in ("OpenAI", "Twemoji", "CC-BY 4.0", "Noto Emoji", "Apache-2.0", "emoji-datasource", "Streamline"):
+        assert part in notice
+    for model in (REPOSITORY / "sun" / "models").iterdir():
+        assert model.name in notice or model.stem in notice, f"NOTICE says nothing of {model.name}"
