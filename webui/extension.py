@@ -6,7 +6,8 @@ import logging
 
 from modules import script_callbacks
 
-from . import api, infotext, sampler, settings, steps, tab, xyz
+from . import api, infotext, sampler, settings, tab, xyz
+from .hosts import steps
 from .script import SunScript
 
 __all__ = ["SunScript", "register"]

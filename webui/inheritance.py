@@ -21,7 +21,7 @@ from ..sun.inheritance import (
     places_of,
     roles_of,
 )
-from . import host
+from .hosts import family
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 @contextmanager
 def sampling(p: Any, plan: Plan, steps: int) -> Iterator[None]:
     """Lets the U-Net of p inherit features. Raises InheritanceError for a plan that does not fit it."""
-    unet = host.of(p.sd_model).unet_of(p.sd_model)
+    unet = family.of(p.sd_model).unet_of(p.sd_model)
     places = places_of(unet)
     run, call = InheritanceRun(plan, roles_of(plan, places), steps), ExitStack()
 

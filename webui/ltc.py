@@ -22,7 +22,8 @@ from ..sun.ltc import LtcKey, LtcSettings, LtcTable, TableStore, adapter_digest,
 from ..sun.ltc.errors import unknown_sampler
 from ..sun.ltc.kdiffusion import SOLVERS, SamplerRun, solver_of
 from ..sun.ltc.keep import running, summary
-from . import host, infotext
+from . import infotext
+from .hosts import family
 
 # Written by the hosts themselves in the space of variance 1, where a step with eta 0 is one of Euler.
 OWN_SOLVERS = {**SOLVERS, "ddim": "euler"}
@@ -46,7 +47,7 @@ def sampling(p: Any, settings: LtcSettings, calibration: str) -> Iterator[None]:
     def skipping(denoiser: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         given = inspect.signature(function).bind(denoiser, *args, **kwargs).arguments
         solver = solver_of(getattr(function, "__name__", ""), given, OWN_SOLVERS, label_of(sampler))
-        timesteps, model = given.get("timesteps"), host.of(p.sd_model)
+        timesteps, model = given.get("timesteps"), family.of(p.sd_model)
         levels = given["sigmas"] if timesteps is None else levels_at(denoiser, timesteps)
         unet, loras = model.unet_of(p.sd_model), loras_of(p)
         key = LtcKey(

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from modules import scripts, shared
 
 from ..sun.files import SunFileError
-from . import choices, controls, folders, host, infotext, negative, sampler, store, xyz
+from . import choices, controls, folders, infotext, negative, sampler, store, xyz
 from .accelerators import AcceleratorRun
 from .choices import CONTROLS, SunSettings, overridden, read_arguments
 from .controls import TITLE
+from .hosts import family
 from .refusal import refusal
 from .run import WebuiRun, active, base_of
 
@@ -148,7 +149,7 @@ def prepare(p: Any, run: WebuiRun) -> None:
 def take_adapter(p: Any, run: WebuiRun) -> None:
     """Loads the adapter, sets the guidance and writes the infotext. Raises SunFileError, FileNotFoundError, and
     ValueError for a guidance scale that the adapter does not take."""
-    settings, unet = run.settings, host.of(p.sd_model).unet_of(p.sd_model)
+    settings, unet = run.settings, family.of(p.sd_model).unet_of(p.sd_model)
     if settings.adapter == choices.AUTOMATIC:
         settings = replace(settings, adapter=folders.that_fits(unet))
     path = folders.find(settings.adapter)
@@ -239,9 +240,9 @@ def check_sampled(run: WebuiRun) -> None:
 @contextmanager
 def sun_sampling(p: Any, run: WebuiRun) -> Iterator[None]:
     """SUN on the model while one sampling runs. Raises SunFileError if the adapter does not fit the model."""
-    family = host.of(p.sd_model)
+    host = family.of(p.sd_model)
     assert run.adapter is not None
-    base = base_of(family.unet_of(p.sd_model), "the loaded model")
+    base = base_of(host.unet_of(p.sd_model), "the loaded model")
     try:
         run.adapter.check_base(base.channels, base.text_width, "the loaded model")
     except SunFileError as error:
@@ -255,7 +256,7 @@ def sun_sampling(p: Any, run: WebuiRun) -> Iterator[None]:
         len(run.layers), run.settings.adapter, run.settings.strength, p.sampler_name,
     )  # fmt: skip
     try:
-        with active(run), family.sampling(run, p):
+        with active(run), host.sampling(run, p):
             yield
     finally:
         run.end()
@@ -271,7 +272,7 @@ def counting(sd_model: Any, counter: Counter) -> Iterator[None]:
         counter.calls += 1
         counter.rows += args[0].shape[0]
 
-    handle = host.of(sd_model).unet_of(sd_model).register_forward_pre_hook(count)
+    handle = family.of(sd_model).unet_of(sd_model).register_forward_pre_hook(count)
     begin = time.perf_counter()
     try:
         yield

@@ -13,7 +13,7 @@ from typing import Any
 
 from modules import scripts, sd_samplers
 
-from . import folders, host, sampler, store
+from . import folders, sampler, store
 from .choices import (
     AUTOMATIC,
     DENOISE_MODES,
@@ -25,6 +25,7 @@ from .choices import (
     read,
     read_arguments,
 )
+from .hosts import family
 from .refusal import refusal
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def check_of_host(label: str) -> Callable[[Any, Any], None]:
         elif label == CFG:
             name = settings.adapter
             if name == AUTOMATIC:
-                name = folders.that_fits(host.of(p.sd_model).unet_of(p.sd_model))
+                name = folders.that_fits(family.of(p.sd_model).unet_of(p.sd_model))
             facts = store.facts(folders.find(name))
             if facts is not None:
                 for value in values:

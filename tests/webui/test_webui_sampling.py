@@ -233,21 +233,21 @@ def test_a1111_settings_saved_or_changed_during_a_run_are_the_users(host: Any, f
 def test_a1111_rows_of_tiles_and_chunks(
     host: Any, layout: list[int], calls: list[int], expected: list[list[int]]
 ) -> None:
-    batch = host.part("a1111").Batch(layout=layout)
+    batch = host.part("hosts.a1111").Batch(layout=layout)
     for rows, images in zip(calls, expected, strict=True):
         batch.begin(rows)
         assert batch.images == images
 
 
 def test_a1111_rows_that_fit_no_tile(host: Any) -> None:
-    make = host.part("a1111").Batch
+    make = host.part("hosts.a1111").Batch
     for batch, rows in ((make(layout=[0, 1]), 3), (make(layout=[0, 1], row=1), 3), (make(), 1)):
         with pytest.raises(RuntimeError, match="another extension changed the batch"):
             batch.begin(rows)
 
 
 def test_forge_rows_of_tiles(host: Any) -> None:
-    rows_of, off = host.part("forge").rows_of, host.part("run").UNCONDITIONAL
+    rows_of, off = host.part("hosts.forge").rows_of, host.part("run").UNCONDITIONAL
     assert rows_of({"cond_or_uncond": [0]}, 4, 1) == [0, 0, 0, 0]
     assert rows_of({"cond_or_uncond": [0]}, 4, 2) == [0, 1, 0, 1]
     assert rows_of({"cond_or_uncond": [1, 0]}, 8, 2) == [off, off, 0, 1] * 2

@@ -6,8 +6,9 @@ from typing import Any
 
 from modules import shared
 
-from . import host, negative
-from .run import current
+from .. import negative
+from ..run import current
+from . import family
 
 
 def before_step(params: Any) -> None:
@@ -17,7 +18,7 @@ def before_step(params: Any) -> None:
         return
     try:
         run.use_negative(negative.at_step(run.schedules, params.denoiser.step))
-        host.of(shared.sd_model).before_step(run, params)
+        family.of(shared.sd_model).before_step(run, params)
     except Exception as error:  # the host would only log it and go on without SUN
         run.error = error
 
@@ -25,4 +26,4 @@ def before_step(params: Any) -> None:
 def after_step(params: Any) -> None:
     run = current()
     if run is not None and run.error is None:
-        host.of(shared.sd_model).after_step(run, params)
+        family.of(shared.sd_model).after_step(run, params)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from modules import shared
 
-from .run import UNCONDITIONAL, WebuiRun, batch_was_changed
+from ..run import UNCONDITIONAL, WebuiRun, batch_was_changed
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ..run import WebuiRun
 from . import a1111, forge
-from .run import WebuiRun
 
 
 class Host(Protocol):

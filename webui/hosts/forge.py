@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ..sun.attention import Attend
-from .run import UNCONDITIONAL, WebuiRun, batch_was_changed
+from ...sun.attention import Attend
+from ..run import UNCONDITIONAL, WebuiRun, batch_was_changed
 
 TEXT = "sun_text"
 KERNELS = (("backend.attention", "attention_function"), ("ldm_patched.ldm.modules.attention", "optimized_attention"))
