@@ -228,7 +228,18 @@ function sampler(node) {
 
 // --------------------------------------------------------------------------------- what the server says of other nodes
 
-const NOTICES = ["ltc_saved", "ltc_measured", "ltc_nothing", "inherited", "ran", "merged", "saved"];
+const has = (slots, type) => (slots ?? []).some((slot) => slot.type === type);
+const isLtc = (node) => node.comfyClass === "SUN_ApplyLtcAccel";
+// The nodes each of the server's texts is for: a run that goes on behind another workflow names nodes of its own.
+const NOTICES = {
+  "ltc_saved": isLtc,
+  "ltc_measured": isLtc,
+  "ltc_nothing": isLtc,
+  "inherited": (node) => node.comfyClass === "SUN_ApplyFeatureInheritance",
+  "ran": (node) => has(node.outputs, "LATENT") && (has(node.inputs, "MODEL") || has(node.inputs, "GUIDER")),
+  "merged": (node) => has(node.inputs, "MODEL"),
+  "saved": (node) => has(node.inputs, "MODEL"),
+};
 const WARNINGS = ["merged", "saved"];
 const noticed = new WeakMap(); // node -> its show(text, warning)
 
@@ -254,8 +265,8 @@ function noticeOn(node) {
 
 function onNotice({ detail }) {
   const { node: id, text, values } = detail;
-  const node = NOTICES.includes(text) ? nodeOf(id) : null;
-  if (node) noticeOn(node)(say(text, values), WARNINGS.includes(text));
+  const node = nodeOf(id);
+  if (node && NOTICES[text]?.(node)) noticeOn(node)(say(text, values), WARNINGS.includes(text));
 }
 
 /** A node that runs anew says nothing any more of what it did before. */
