@@ -122,6 +122,10 @@ def test_nodes_made_of_html_work_too(page: Page) -> None:
         page.shoot("html-nodes")
         sampler = page.element(f"[data-node-id='{page.node('SUN_Sampler', 'String(node.id)')}']")
         assert sampler.text.split("\n").count("SUN") <= 1  # newer pages write the pack's name on its nodes: once
+        page.js(WITH_KSAMPLER)
+        page.set("KSampler", "cfg", 7.0)
+        page.wait(lambda: "SUN: set steps to 4, cfg to 1.0" in shown(), "name the settings")
+        page.shoot("html-settings")
         assert page.js("return window.seen.errors") == []
     finally:
         page.js("return app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
@@ -171,6 +175,100 @@ def test_settings_that_do_not_fit_are_named_over_the_sampler(page: Page) -> None
     page.set("KSampler", "cfg", 7.0)
     page.node("SUN_Apply", "node.mode = 4")  # bypassed: the model is a plain one
     assert advice() == []
+
+
+WITH_KSAMPLER = """
+    const find = (type) => app.graph.nodes.find(node => node.type === type);
+    const old = find('SUN_Sampler'), node = LiteGraph.createNode('KSampler');
+    node.pos = [old.pos[0], old.pos[1]];
+    app.graph.add(node);
+    find('SUN_Apply').connect(0, node, 0);
+    app.graph.remove(old);
+"""
+
+
+def test_settings_are_named_through_subgraphs(page: Page) -> None:
+    """SUN in one, or the sampler: on the sampler, and on the node that stands for the subgraph it is in."""
+    texts = "n => n.badges.map(b => (typeof b === 'function' ? b() : b).text).filter(t => t.startsWith('SUN:'))"
+    page.drop(workflow(FIRST), FIRST)
+    page.js(WITH_KSAMPLER)
+    page.set("KSampler", "cfg", 7.0)
+    page.js(
+        """
+        const inside = app.graph.nodes.filter(n => ['SUN_Apply', 'SUN_LoadAdapter'].includes(n.type));
+        app.graph.convertToSubgraph(new Set(inside));
+        """
+    )
+    assert page.js(f"return app.graph.nodes.filter(n => n.type === 'KSampler').map({texts})") == [
+        ["SUN: set steps to 4, cfg to 1.0"]
+    ]
+    page.fit()
+    page.shoot("subgraph-sun")
+    page.drop(workflow(FIRST), FIRST)
+    page.js(WITH_KSAMPLER)
+    page.set("KSampler", "cfg", 7.0)
+    page.js("app.graph.convertToSubgraph(new Set(app.graph.nodes.filter(n => n.type === 'KSampler')))")
+    outer, inner = page.js(
+        f"""
+        const outer = app.graph.nodes.find(n => n.subgraph), texts = {texts};
+        return [texts(outer), texts(outer.subgraph.nodes.find(n => n.type === 'KSampler'))];
+        """
+    )
+    assert outer == inner == ["SUN: set steps to 4, cfg to 1.0"]
+    page.fit()
+    page.shoot("subgraph-sampler")
+
+
+def test_accelerators_show_what_a_run_did_on_their_nodes(page: Page) -> None:
+    name = "SUN with both accelerators"
+    page.drop(workflow(name), name)
+    page.run()
+    said = "node.widgets.find(w => w.name === 'sun_notice')?.value"
+    page.wait(lambda: "measured" in (page.node("SUN_ApplyLtcAccel", said) or "").lower(), "tell of LTC-Accel's run")
+    assert re.fullmatch(r"\d of 8 U-Net calls whole, \d inherited", page.node("SUN_ApplyFeatureInheritance", said))
+    page.fit()
+    page.shoot("accelerators")
+
+
+def test_a_merge_says_that_sun_stays_behind(page: Page) -> None:
+    """On the merging node; and not on a node that has the same number in another workflow."""
+    page.drop(workflow(FIRST), FIRST)
+    page.js(
+        """
+        const find = (type) => app.graph.nodes.find(node => node.type === type);
+        const merge = LiteGraph.createNode('ModelMergeSimple'), save = LiteGraph.createNode('ModelSave');
+        merge.pos = [find('SUN_Apply').pos[0], find('SUN_Apply').pos[1] + 300];
+        for (const node of [merge, save]) app.graph.add(node);
+        find('SUN_LoadEmojiDiffusion').connect(0, merge, 0);
+        find('SUN_Apply').connect(0, merge, 1);
+        merge.connect(0, save, 0);
+        for (const type of ['SaveImage', 'VAEDecode', 'SUN_Sampler']) app.graph.remove(find(type));
+        """
+    )
+    page.run()
+    said = "node.widgets.find(w => w.name === 'sun_notice')?.value"
+    page.wait(
+        lambda: "first model of a merge alone" in (page.node("ModelMergeSimple", said) or ""), "tell of the merge"
+    )
+    page.focus("ModelMergeSimple")
+    page.shoot("merge", ["ModelMergeSimple"])
+
+
+def test_example_workflows_speak_the_page_s_language(page: Page) -> None:
+    page.js("return app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+    try:
+        page.open()
+        page.drop(workflow(FIRST), FIRST)
+        note = page.node("MarkdownNote", "[node.title, node.widgets[0].value]")
+        assert note[0] == "请先读"
+        assert note[1].startswith("# 4 步 SUN")
+        assert page.js("return app.graph.groups.map(group => group.title)") == ["带 SUN 的模型", "提示词", "图片"]
+        page.shoot("workflow-zh")
+    finally:
+        page.js("return app.extensionManager.setting.set('Comfy.Locale', 'en')")
+        page.open()
+    page.drop(workflow(FIRST), FIRST)
+    assert page.node("MarkdownNote", "node.widgets[0].value").startswith("# SUN in 4 steps")
 
 
 @pytest.mark.parametrize(("language", "title"), [("zh", "SUN 4 步采样器"), ("en", "SUN 4-step Sampler")])
