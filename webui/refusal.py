@@ -12,6 +12,7 @@ from ..sun.common.reading import printable
 from ..sun.files import SunFileError
 from ..sun.inheritance import InheritanceError
 from ..sun.ltc import LtcError
+from ..sun.prediction import PredictionError
 from . import folders
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def refusal(error: Exception) -> HTTPException:
 
 
 def status_of(error: Exception) -> int:
-    if isinstance(error, SunFileError | LtcError | InheritanceError | FileNotFoundError):
+    if isinstance(error, SunFileError | LtcError | InheritanceError | PredictionError | FileNotFoundError):
         return 409
     return 422 if isinstance(error, ValueError) else 500
 

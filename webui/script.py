@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from modules import scripts, shared
 
 from ..sun.files import SunFileError
+from ..sun.prediction import check_prediction
 from . import choices, controls, folders, infotext, negative, sampler, store, xyz
 from .accelerators import AcceleratorRun
 from .choices import CONTROLS, SunSettings, overridden, read_arguments
@@ -154,6 +155,7 @@ def take_adapter(p: Any, run: WebuiRun) -> None:
         settings = replace(settings, adapter=folders.that_fits(unet))
     path = folders.find(settings.adapter)
     run.adapter = store.load(path)
+    say_what_it_predicts(p)
     if xyz.CFG in xyz.axes_of(p):
         settings = replace(settings, guidance=xyz.guidance(p.cfg_scale, run.adapter.guided))
     run.settings = settings
@@ -165,6 +167,14 @@ def take_adapter(p: Any, run: WebuiRun) -> None:
     if hasattr(p, "hr_cfg"):
         p.hr_cfg = 1.0
     p.extra_generation_params.update(infotext.write(settings, path))
+
+
+def say_what_it_predicts(p: Any) -> None:
+    """Tells of a model that predicts something else than the noise. Raises PredictionError for what SUN cannot do."""
+    alphas = getattr(p.sd_model, "alphas_cumprod", None)
+    last = 1.0 if alphas is None else float(alphas[-1])
+    if note := check_prediction(family.of(p.sd_model).prediction_of(p.sd_model), last):
+        p.comment(f"SUN: {note}")
 
 
 def say_it_was_left_out(p: Any, name: str, run: WebuiRun | AcceleratorRun, written: Iterable[str]) -> None:

@@ -445,6 +445,25 @@ def test_an_unfitting_choice_says_where_a_fitting_one_is(
         family.run({"adapter": host.part("folders").SHIPPED}, prompt="a cat", seed=3)
 
 
+def test_a_model_that_predicts_v_is_told_of(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host samples it; the adapter was trained on models that predict the noise."""
+    usual = family.run(SUN, prompt="a cat", seed=3)
+    assert "predict" not in str(usual.comments)
+
+    def predicts(kind: str) -> None:
+        if family.name == "a1111":
+            monkeypatch.setattr(family.model, "parameterization", {"v_prediction": "v"}.get(kind, kind), raising=False)
+        else:
+            inner = family.model.forge_objects.unet.model
+            monkeypatch.setattr(inner, "predictor", SimpleNamespace(prediction_type=kind), raising=False)
+
+    predicts("v_prediction")
+    assert "trained on models that predict the noise" in str(family.run(SUN, prompt="a cat", seed=3).comments)
+    predicts("edm")
+    with pytest.raises(ValueError, match="SUN cannot sample"):
+        family.run(SUN, prompt="a cat", seed=3)
+
+
 # ------------------------------------------------------------------------------------------------------------- memory
 
 

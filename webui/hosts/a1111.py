@@ -52,6 +52,12 @@ def unet_of(sd_model: Any) -> torch.nn.Module:
     return sd_model.model.diffusion_model
 
 
+def prediction_of(sd_model: Any) -> str:
+    """What the model predicts, by diffusers' names."""
+    said = getattr(sd_model, "parameterization", "eps")
+    return {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}.get(said, str(said))
+
+
 @contextmanager
 def sampling(run: WebuiRun, p: Any) -> Iterator[None]:
     unet = unet_of(p.sd_model)

@@ -17,6 +17,9 @@ class Host(Protocol):
     def unet_of(self, sd_model: Any) -> torch.nn.Module:
         """The U-Net in LDM layout."""
 
+    def prediction_of(self, sd_model: Any) -> str:
+        """What the model predicts, by diffusers' names ("epsilon")."""
+
     def sampling(self, run: WebuiRun, p: Any) -> AbstractContextManager[None]:
         """Hangs SUN on the model while one sampling runs, and takes it off whatever happens."""
 

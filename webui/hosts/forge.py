@@ -24,6 +24,15 @@ def unet_of(sd_model: Any) -> torch.nn.Module:
     return sd_model.forge_objects.unet.model.diffusion_model
 
 
+def prediction_of(sd_model: Any) -> str:
+    """What the model predicts, by diffusers' names: Forge's predictor says it, in reForge and Classic a type."""
+    model = sd_model.forge_objects.unet.model
+    said = getattr(getattr(model, "predictor", None), "prediction_type", None)
+    if said is None:
+        said = getattr(getattr(model, "model_type", None), "name", "EPS").lower()
+    return {"eps": "epsilon"}.get(said, str(said))
+
+
 @contextmanager
 def sampling(run: WebuiRun, p: Any) -> Iterator[None]:
     objects = p.sd_model.forge_objects
