@@ -111,9 +111,7 @@ function addText(node, beforeDraw = () => {}, name = "sun_text") {
     },
   };
   if (html) widget.element = html;
-  // A node that stands for a subgraph takes its widgets from within, but for those of this kind.
-  if (html && node.subgraph) node.addDOMWidget?.(name, "sun_text", html, { serialize: false });
-  else node.addCustomWidget(widget);
+  node.addCustomWidget(widget);
   return (next, isNeeded, nextColour) => {
     [text, needed, colour, wrappedFor] = [next, isNeeded, nextColour, -1];
     widget.value = next;
@@ -182,7 +180,7 @@ function adapterLoader(node) {
   measure.font = FONT;
   const longest = Math.max(...[combo.value, ...[combo.options?.values].flat().filter((name) => typeof name === "string")].map((name) => measure.measureText(name).width));
   // A new node has room for its text and the longest name, up to a bound; a loaded one has its saved size.
-  node.setSize([Math.min(Math.max(node.size[0], longest + 150), 500), node.size[1] + 3 * LINE_HEIGHT]);
+  node.setSize([Math.min(Math.max(node.size[0], longest + 200), 520), node.size[1] + 3 * LINE_HEIGHT]);
   for (const [object, method] of [[combo, "callback"], [node, "onConfigure"]]) { // nodes made of HTML are not drawn
     const original = object[method];
     object[method] = function () {
@@ -386,7 +384,7 @@ function watchSettings(node) {
   if (node.strokeStyles) {
     node.strokeStyles.sunAdvice = () => (adviceOf(node) ? { color: ORANGE, lineWidth: 3 } : undefined);
   }
-  if (globalThis.LiteGraph?.vueNodesMode) {
+  if (globalThis.LiteGraph?.vueNodesMode && !node.subgraph) { // one for a subgraph takes its widgets from within
     const show = addText(node, undefined, "sun_advice");
     let shown = "";
     entry.advise = () => {

@@ -16,7 +16,7 @@ from workflows import NOTES, WIDGETS, declared
 TITLE, BADGE, COLUMN_GAP, GROUP_MARGIN, GROUP_GAP, BAND_GAP = 30, 26, 90, 20, 50, 150
 WIDTH = 320
 WIDTHS = {
-    "VAEDecode": 160, "VAEEncode": 160, "SUN_LoadAdapter": 420, "MarkdownNote": 400, "CLIPTextEncode": 340,
+    "VAEDecode": 160, "VAEEncode": 160, "SUN_LoadAdapter": 460, "MarkdownNote": 400, "CLIPTextEncode": 340,
     "SetLatentNoiseMask": 220, "SUN_Guider": 220,
 }  # fmt: skip
 PICTURE_NODES = ("SaveImage", "PreviewImage")
