@@ -12,8 +12,8 @@ import typer
 
 from ..common.settings import ConfigError, configured, read_config
 from .app import app, emoji_app
-from .options import ConfigFile, Settings
-from .show import out
+from .options import ConfigFile, Json, Settings
+from .show import out, write_json
 
 peer_app = typer.Typer(no_args_is_help=True, help="Train the methods SUN is measured against.")
 app.add_typer(peer_app, name="train-peer")
@@ -161,6 +161,24 @@ def train_variants_command(
             variant.run.minutes = minutes
     for name, adapter in train_variants(configs):
         out.print(f"{name}: {adapter}", soft_wrap=True)
+
+
+@emoji_app.command(
+    "colours",
+    epilog="""Example:
+
+sun train-emoji colours runs/emoji-vae/vae --json colours.json""",
+)
+def train_emoji_colours(
+    model: Annotated[str, typer.Argument(help="Folder of a model or of an autoencoder, or emoji: the shipped one.")],
+    style: Annotated[str, typer.Option(help="Whose objects' colours and held-out scenes.")] = "twemoji",
+    emojis: Annotated[str, typer.Option(help="everyday, wide or all.")] = "wide",
+    figures: Json = None,
+) -> None:
+    """Measure in a minute whether colours survive guidance: flat colours whose latents are scaled and noisy."""
+    found = import_module("..lab.emoji.checks", __package__).colour_figures(model, style, emojis)
+    out.print(import_module("..lab.emoji.colours", __package__).table(found), soft_wrap=True, markup=False)
+    write_json(figures, found.as_json())
 
 
 @emoji_app.command("ship")

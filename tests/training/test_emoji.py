@@ -177,8 +177,15 @@ def test_the_whole_chain_from_pictures_to_a_shipped_folder(packages: Path, tmp_p
     pipe = StableDiffusionPipeline.from_pretrained(out, safety_checker=None)
     assert pipe("polar bear", num_inference_steps=2).images[0].size == (32, 32)
     card = (out / "README.md").read_text()
-    for fact in ("CC-BY 4.0", sources.STYLES["twemoji"].package, "Seed 0", "| text encoder and U-Net | 2 |"):
+    for fact in (
+        "CC-BY 4.0",
+        sources.STYLES["twemoji"].package,
+        "Seed 0",
+        "| text encoder and U-Net | 2 |",
+        "| backgrounds of another hue, of 12 |",
+    ):
         assert fact in card
+    assert "| backgrounds of another hue, of 12 |" in card
     assert (out / "samples.png").exists()
     assert not [f for f in out.rglob("*.json") if str(tmp_path) in f.read_text()]
     # A later run goes on from the shipped folder.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ...pipelines.attach import attach, detach
 from ...pipelines.schedulers import make_scheduler
 from ...shipped import EMOJI_SUN
 from ...shipped.edges import edge_agreement, find_edges
+from .colours import HELD_OUT, Colours, load_autoencoder, measure, object_colours
 from .scenes import Scene, posed, random_scene, render_scene
 from .sources import load_metadata, load_pictures
 from .vae import to_tensor
@@ -50,6 +52,17 @@ def draw_scenes(style: str, emojis: str, count: int, size: int, pose: bool = Fal
     if pose:
         drawn = [posed(picture, scene, rng) for picture, scene in zip(drawn, scenes, strict=True)]
     return Scenes(scenes, pictures, to_tensor(drawn))
+
+
+def colour_figures(where: str | Path, style: str = "twemoji", emojis: str = "wide") -> Colours:
+    """What the autoencoder in a folder does to the colours of backgrounds and emoji, and its PSNR on held-out scenes.
+
+    Raises ConfigError when the folder holds no autoencoder or the pictures cannot be had.
+    """
+    vae = load_autoencoder(where)
+    known = load_metadata(emojis)
+    objects = object_colours(known, load_pictures(style, known, 128))
+    return measure(vae, objects, draw_scenes(style, emojis, HELD_OUT, 128).pixels)
 
 
 def adapter_for(model: str) -> SunAdapter | None:

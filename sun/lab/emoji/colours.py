@@ -24,7 +24,7 @@ from ...common.reading import ReadError, read_json
 from ...common.settings import ConfigError
 from ...shipped import EMOJI_DIFFUSION
 from .scenes import BACKGROUNDS
-from .sources import Emoji, load_metadata, load_pictures
+from .sources import Emoji
 
 RGB = tuple[int, int, int]
 SCALES = (0.5, 0.8, 1.2, 1.5, 2.0)
@@ -98,7 +98,7 @@ def object_colours(emojis: Sequence[Emoji], pictures: Mapping[str, Image.Image])
 def measure(vae: Any, objects: Mapping[str, RGB] | None = None, held_out: Tensor | None = None) -> Colours:
     """Measure the backgrounds' colours and those of ``objects``; ``held_out`` [N, 3, H, W] in -1..1 for PSNR."""
     named = {**BACKGROUNDS, **(objects or {})}
-    pixels = flat_pictures(list(named.values()))
+    pixels = flat_pictures(list(named.values())).to(next(vae.parameters()).device)
     latents = encode(vae, pixels)
     decoded: dict[str, dict[float, RGB]] = {name: {} for name in named}
     changed: dict[float, list[str]] = {}
@@ -189,16 +189,16 @@ def nearest_names(pixels: Tensor) -> Tensor:
 def share_kept(vae: Any, latents: Tensor, noise: float, seed: int = 0) -> float:
     """Share of pixels that are nearest to their own background when noise of a standard deviation is added."""
     generator = torch.Generator().manual_seed(seed)
-    noisy = latents + noise * torch.randn(latents.shape, generator=generator)
-    right = nearest_names(decode(vae, noisy)) == torch.arange(len(latents)).view(-1, 1, 1)
+    noisy = latents + noise * torch.randn(latents.shape, generator=generator).to(latents)
+    right = nearest_names(decode(vae, noisy).cpu()) == torch.arange(len(latents)).view(-1, 1, 1)
     return float(right.float().mean())
 
 
 def fit_colours(latents: Tensor, pixels: Tensor) -> tuple[list[list[float]], list[float], float]:
     """(linear [4][3], offset [3], root mean squared error) of the affine map from latents to mean colours in -1..1."""
     scale = pixels.shape[-1] // latents.shape[-1]
-    z = latents.permute(0, 2, 3, 1).flatten(0, 2)
-    rgb = F.avg_pool2d(pixels, scale).permute(0, 2, 3, 1).flatten(0, 2)
+    z = latents.cpu().permute(0, 2, 3, 1).flatten(0, 2)
+    rgb = F.avg_pool2d(pixels.cpu(), scale).permute(0, 2, 3, 1).flatten(0, 2)
     inputs = torch.cat([z, torch.ones(len(z), 1)], 1).double()
     # lstsq would depend on the rank: flat colours can lie in fewer dimensions than the latents have
     solution = torch.linalg.pinv(inputs, rtol=1e-4) @ rgb.double()
@@ -215,17 +215,11 @@ def psnr(vae: Any, pixels: Tensor) -> float:
     return float((-10 * torch.cat(errors).log10()).mean())
 
 
-def measure_folder(where: str | Path, style: str = "twemoji", emojis: str = "wide") -> Colours:
-    """:func:`measure` of a model's or autoencoder's folder, with the emoji's own colours and PSNR on held-out scenes.
-
-    Raises ConfigError when the folder holds no autoencoder or the pictures cannot be had.
-    """
-    from .checks import draw_scenes
-
-    vae = load_autoencoder(where)
-    known = load_metadata(emojis)
-    objects = object_colours(known, load_pictures(style, known, 128))
-    return measure(vae, objects, draw_scenes(style, emojis, HELD_OUT, 128).pixels)
+def in_a_line(found: Colours) -> str:
+    """What :func:`table` says, for the terminal while training."""
+    changed = ", ".join(f"{len(names)} at x {scale:g}" for scale, names in found.changed.items())
+    kept = ", ".join(f"{share:.2f} at {noise:g}" for noise, share in found.kept.items())
+    return f"flat colours of another hue: {changed}; pixels that keep their colour with noise: {kept}"
 
 
 def table(found: Colours) -> str:

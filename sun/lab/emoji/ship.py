@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from ... import shipped
 from ...adapter import SunAdapter
+from ...common.settings import ConfigError
 from ...evaluation.cells import file_name
 from ...evaluation.tables import agreement_tables
 from ...pictures.png import grid, save_png
@@ -21,6 +23,8 @@ from ...training.config import RunConfig
 from ...training.state import describe_machine
 from .base import SAMPLE_PROMPTS, sample_images
 from .cards import data_section
+from .checks import colour_figures
+from .colours import Colours, load_autoencoder, measure, table
 from .sources import METADATA_PACKAGE, STYLES
 
 
@@ -63,6 +67,15 @@ def _history(run: Path) -> dict[str, Any]:
     return json.loads(lines[-1])
 
 
+def _colours(model: Path) -> Colours:
+    """Those of a model; of the backgrounds alone where the emoji's pictures cannot be had."""
+    try:
+        return colour_figures(model)
+    except ConfigError as error:
+        tqdm.write(f"The card has the backgrounds' colours alone: {error}")
+        return measure(load_autoencoder(model))
+
+
 def ship_base(
     run_folder: str | Path,
     destination: str | Path,
@@ -98,6 +111,7 @@ def base_card(
     size = sum(f.stat().st_size for f in folder.rglob("*.safetensors")) / 1e6
     pixels, style = unet.sample_size * 8, STYLES["twemoji"]
     done = histories["text encoder and U-Net"]
+    colours = table(_colours(folder))
     return f"""---
 license: cc-by-4.0
 library_name: diffusers
@@ -119,6 +133,11 @@ It exists so that this project can train, test and show SUN on a real diffusion 
 | AutoencoderTiny (TAESD layout), scaling factor {pipe.vae.config.scaling_factor:g} | {counts["vae"]:.2f} M |
 | all weights, fp16 | {size:.1f} MB |
 
+## Colours
+
+Guidance extrapolates latents: a flat colour whose latents are scaled may saturate or fade, and should keep its hue.
+
+{colours}
 ## Data and licences
 
 - Pictures: `{style.package}` (npm). {style.attribution}. {style.licence}.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,10 +13,12 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from PIL import Image
 
+from ...common.settings import ConfigError
 from ...pictures.png import save_grid, to_images
 from ...pipelines.loading import load_part
 from ...training.config import RunConfig
 from ...training.run import TrainingRun, start_run
+from .colours import in_a_line, measure
 from .scenes import random_scene, render_scene
 from .sources import load_metadata, load_pictures
 
@@ -37,8 +40,30 @@ class VaeConfig:
     size: int = 128
     crop: int = 64
     edge_weight: float = 0.5
-    latent_noise: float = 0.1
+    latent_noise: float = 0.1  # the decoder sees latents with noise of up to this standard deviation
     latent_weight: float = 0.05
+    # So that guidance, which extrapolates latents, saturates a colour and does not turn it into another (colours.py):
+    # the weight of the error of an affine map from the latents to the picture averaged over 8 x 8 pixels.
+    colour_weight: float = 1.0
+    colour_map: Literal["fixed", "fitted"] = "fixed"
+    colour_relax: float = 0.3  # share of the run, at its end, in which that weight falls to ...
+    colour_end: float = 0.1  # ... this share of itself, when the map is learned and detail can have more room
+
+    def check(self) -> None:
+        """Raise ConfigError for numbers outside their range."""
+        if min(self.colour_weight, self.latent_noise, self.latent_weight, self.edge_weight) < 0:
+            raise ConfigError("colour_weight, latent_noise, latent_weight and edge_weight are 0 or above.")
+        if not (0 <= self.colour_relax <= 1 and 0 <= self.colour_end <= 1):
+            raise ConfigError("colour_relax and colour_end are shares, from 0 to 1.")
+        if self.crop % 8 or not 8 <= self.crop <= self.size:
+            raise ConfigError(f"crop is a multiple of 8 pixels up to size ({self.size}), not {self.crop}.")
+
+    def colour_weight_at(self, fraction: float) -> float:
+        """The colour term's weight when that share of the run is done."""
+        left = 1 - fraction
+        if not self.colour_relax or left >= self.colour_relax:
+            return self.colour_weight
+        return self.colour_weight * (self.colour_end + (1 - self.colour_end) * left / self.colour_relax)
 
 
 def to_tensor(images: list[Image.Image]) -> torch.Tensor:
@@ -57,69 +82,107 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, edge_weight:
     return F.l1_loss(output, target) + 2 * F.mse_loss(output, target) + edge_weight * edges
 
 
+class ColourMap(torch.nn.Module):
+    """Latents [B, 4, h, w] to the small picture [B, 3, h, w] in -1..1 that they stand for: one affine map of channels.
+
+    ``fitted``: the map is trained along; else it is fixed: the first channel is brightness, the second red against
+    green, the third yellow against blue, and the fourth is free for detail.
+    """
+
+    FIXED = ((0.55, 0.35, 0.25, 0.0), (0.55, -0.35, 0.10, 0.0), (0.55, 0.0, -0.40, 0.0))
+
+    def __init__(self, fitted: bool):
+        super().__init__()
+        self.linear = torch.nn.Parameter(torch.tensor(self.FIXED), requires_grad=fitted)
+        self.offset = torch.nn.Parameter(torch.zeros(3), requires_grad=fitted)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("rc,bchw->brhw", self.linear, latents) + self.offset.view(1, 3, 1, 1)
+
+
 class Autoencoding(torch.nn.Module):
     """One training pass through the autoencoder as one module, so that several processes average its gradients."""
 
-    def __init__(self, vae: AutoencoderTiny):
+    def __init__(self, vae: AutoencoderTiny, fitted_colours: bool = False):
         super().__init__()
         self.vae = vae
+        self.colours = ColourMap(fitted_colours)
 
-    def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels [B, 3, H, W], noise [B, 4, H/8, W/8] added to the latents -> (latents, restored pixels), fp32."""
+    def forward(
+        self, pixels: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Pixels [B, 3, H, W], noise [B, 4, H/8, W/8] added to the latents -> (latents, restored pixels, colour term),
+        fp32. The colour term is the mean squared error of the colours that the latents give."""
         latents = self.vae.encoder(pixels).float()
         restored = self.vae.decoder((latents + noise).contiguous(memory_format=torch.channels_last))
-        return latents, restored.float()
+        with torch.autocast(latents.device.type, enabled=False):
+            colour = F.mse_loss(self.colours(latents), F.avg_pool2d(pixels.float(), 8))
+        return latents, restored.float(), colour
 
 
 def train_vae(config: VaeConfig) -> Path:
     """Train, write ``<output>/vae`` (diffusers folder) and sample grids; returns the folder."""
-    emojis = load_metadata("wide")
-    pictures = [load_pictures(s, emojis, config.size) for s in (config.style, *config.extra_styles)]
-    styles = [(p, [e for e in emojis if e.code in p]) for p in pictures]
+    config.check()
     vae = load_part(AutoencoderTiny, Path(config.init_vae), torch.float32) if config.init_vae else AutoencoderTiny()
     vae.to(memory_format=torch.channels_last)
     vae.encoder.requires_grad_(not config.freeze_encoder)
-    run = start_run(config, {"autoencoding": Autoencoding(vae)})
+    run = start_run(config, {"autoencoding": Autoencoding(vae, config.colour_map == "fitted")})
     rng = random.Random(config.run.seed + 7919 * run.progress.step + run.accelerator.process_index)
-
-    def draw(count: int, crop: int) -> torch.Tensor:
-        images = []
-        for _ in range(count):
-            drawings, known = rng.choice(styles)
-            image = render_scene(random_scene(known, rng), drawings, config.size)
-            x, y = (rng.randint(0, config.size - crop) for _ in range(2))
-            images.append(image.crop((x, y, x + crop, y + crop)))
-        return to_tensor(images).to(run.accelerator.device, memory_format=torch.channels_last)
-
-    held = draw(8, config.size)
+    crops = Crops(config, rng, run.accelerator.device)
+    held = crops.draw(8, config.size)
     sampled = 0.0
     for _ in run.steps():
-        pixels = draw(config.run.batch_size, config.crop)
+        pixels = crops.draw(config.run.batch_size, config.crop)
         noise = torch.randn(len(pixels), 4, config.crop // 8, config.crop // 8, device=pixels.device)
         noise *= config.latent_noise * torch.rand(1).item()
         with run.accelerator.autocast():
-            latents, output = run.modules["autoencoding"](pixels, noise)
+            latents, output, colour = run.modules["autoencoding"](pixels, noise)
         pull = latents.mean((0, 2, 3)).square().mean() + (latents.std((0, 2, 3)) - 1).square().mean()
         restored = reconstruction_loss(output, pixels, config.edge_weight)
-        run.update(restored + config.latent_weight * pull, restored=restored, pull=pull)
+        loss = restored + config.latent_weight * pull + config.colour_weight_at(run.fraction) * colour
+        run.update(loss, restored=restored, pull=pull, colour=colour)
         if run.progress.seconds - sampled > 60 * config.run.sample_minutes:
             sampled = run.progress.seconds
             _sample(run, vae, held)
     _sample(run, vae, held)
-    with run.averaged():
+    with run.averaged(), run.writing("the autoencoder"):
         if run.accelerator.is_main_process:
             vae.to(memory_format=torch.contiguous_format).save_pretrained(run.folder / "vae")
     return run.folder / "vae"
 
 
+class Crops:
+    """Random pieces of random scenes of the configured styles."""
+
+    def __init__(self, config: VaeConfig, rng: random.Random, device: torch.device):
+        emojis = load_metadata("wide")
+        pictures = [load_pictures(s, emojis, config.size) for s in (config.style, *config.extra_styles)]
+        self.styles = [(p, [e for e in emojis if e.code in p]) for p in pictures]
+        self.rng, self.size, self.device = rng, config.size, device
+
+    def draw(self, count: int, crop: int) -> torch.Tensor:
+        """[count, 3, crop, crop] in -1..1."""
+        images = []
+        for _ in range(count):
+            drawings, known = self.rng.choice(self.styles)
+            image = render_scene(random_scene(known, self.rng), drawings, self.size)
+            x, y = (self.rng.randint(0, self.size - crop) for _ in range(2))
+            images.append(image.crop((x, y, x + crop, y + crop)))
+        return to_tensor(images).to(self.device, memory_format=torch.channels_last)
+
+
 @torch.no_grad()
 def _sample(run: TrainingRun, vae: AutoencoderTiny, pixels: torch.Tensor) -> None:
+    """Say and show how the averaged weights restore ``pixels``, and how many flat colours they turn into another."""
     if not run.accelerator.is_main_process:
         return
     with run.averaged():
         latents = vae.encoder(pixels)
         output = vae.decoder(latents)
+        colours = measure(vae)
     psnr = -10 * ((output.clamp(-1, 1) - pixels) / 2).square().mean().log10().item()
     run.say(f"step {run.progress.step}: PSNR {psnr:.2f} dB, latent std {latents.std((0, 2, 3)).tolist()}")
+    run.say(in_a_line(colours))
     sheet = run.folder / "samples" / f"{run.progress.step:06d}.png"
-    save_grid(to_images(torch.cat([pixels, output])), len(pixels), sheet, row_labels=("picture", "restored"))
+    with run.writing("samples", needed=False):
+        save_grid(to_images(torch.cat([pixels, output])), len(pixels), sheet, row_labels=("picture", "restored"))
