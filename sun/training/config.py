@@ -100,16 +100,14 @@ class SunTrainConfig:
     rollout_probability: float = 0.0  # share of steps trained through all stages, on the distance of the last state
 
 
+_FROM_ZERO = (
+    "steps", "minutes", "unet_calls", "lr", "warmup_steps", "weight_decay", "checkpoint_minutes", "sample_minutes",
+)  # fmt: skip
+
+
 def check_run(config: RunConfig, precision: str) -> None:
-    """Raise ConfigError for a number outside its range. ``precision`` is the resolved one."""
-    if config.accumulate < 1 or config.batch_size < 1:
-        raise ConfigError("batch_size and accumulate are numbers of pictures and batches: at least 1.")
-    if config.lr < 0:
-        raise ConfigError(f"lr is 0 or above, not {config.lr:g}.")
-    if config.max_grad_norm <= 0:
-        raise ConfigError(f"max_grad_norm is above 0, not {config.max_grad_norm:g}: every gradient would become 0.")
-    if not 0 <= config.ema_decay < 1 or not all(0 <= beta < 1 for beta in config.betas):
-        raise ConfigError(f"ema_decay ({config.ema_decay:g}) and betas {config.betas} are from 0 to below 1.")
+    """Raise ConfigError for settings of a run that cannot work. ``precision`` is the resolved one."""
+    check_numbers(config)
     if config.lr_schedule not in ("constant", "cosine"):
         raise ConfigError(f"lr_schedule is constant or cosine, not {config.lr_schedule!r}.")
     if config.frozen not in ("fp32", precision):
@@ -119,8 +117,24 @@ def check_run(config: RunConfig, precision: str) -> None:
         )
 
 
+def check_numbers(config: RunConfig) -> None:
+    """Raise ConfigError for a number outside its range."""
+    if config.accumulate < 1 or config.batch_size < 1:
+        raise ConfigError("batch_size and accumulate are numbers of pictures and batches: at least 1.")
+    for name in _FROM_ZERO:
+        if getattr(config, name) < 0:
+            raise ConfigError(f"{name} is 0 or above, not {getattr(config, name):g}.")
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"seed is a number from 0 to {2**32 - 1}, not {config.seed}.")
+    if config.max_grad_norm <= 0:
+        raise ConfigError(f"max_grad_norm is above 0, not {config.max_grad_norm:g}: every gradient would become 0.")
+    if not 0 <= config.ema_decay < 1 or not all(0 <= beta < 1 for beta in config.betas):
+        raise ConfigError(f"ema_decay ({config.ema_decay:g}) and betas {config.betas} are from 0 to below 1.")
+
+
 def check_settings(config: SunTrainConfig) -> None:
     """Raise ConfigError for an unknown word or a number outside its range."""
+    check_numbers(config.run)
     if config.msc_error not in ("noise", "state"):
         raise ConfigError(f"msc_error is noise or state, not {config.msc_error!r}.")
     if config.teacher_solver not in ("dpmpp_2m", "ddim"):

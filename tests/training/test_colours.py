@@ -92,16 +92,37 @@ def test_what_counts_as_another_hue(before: str, after: tuple[int, int, int], sc
     assert keeps_hue(BACKGROUNDS[before], after, scale) is kept
 
 
-def test_the_colours_of_emoji_count_as_well(packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "HELD_OUT", 2)
+def test_the_command_measures_the_colours_of_emoji_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = SimpleNamespace(pixels=colours.flat_pictures([(214, 48, 49), (52, 104, 205)], 32))
+    every = colours.object_colours("twemoji", "wide")
+    assert len(every) > 250
+    few = {name: every[name] for name in ("red apple", "frog face", "banana")}
+    monkeypatch.setattr(checks, "draw_scenes", lambda *_: scenes)
+    monkeypatch.setattr(checks, "object_colours", lambda *_: few)
     file = tmp_path / "colours.json"
     done = CliRunner().invoke(app, ["train-emoji", "colours", "emoji", "--json", str(file)])
     assert done.exit_code == 0, done.output
-    assert "objects of another hue, of 6" in done.output
+    assert "objects of another hue, of 3" in done.output
     figures = json.loads(file.read_text())
-    assert figures["decoded"]["red apple"]["1.0"]
-    assert figures["psnr"] > 10
+    assert figures["decoded"]["red apple"]["1.0"] == pytest.approx(
+        colours.object_colours("twemoji", "wide")["red apple"], abs=12
+    )
+    assert figures["psnr"] > 20
     assert len(figures["linear"]) == 4
+
+
+def test_without_the_pictures_the_rest_is_measured_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unavailable(*_: object) -> None:
+        raise ConfigError("npm is needed")
+
+    monkeypatch.setattr(checks, "draw_scenes", unavailable)
+    monkeypatch.setattr(checks, "object_colours", lambda *_: {"flame": (240, 140, 30)})
+    found = checks.colour_figures("emoji")
+    assert found.psnr is None
+    assert "flame" in found.decoded
+    assert "PSNR is not measured: npm is needed" in capsys.readouterr().out
 
 
 def test_a_folder_without_an_autoencoder_says_so(tmp_path: Path) -> None:

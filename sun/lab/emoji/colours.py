@@ -8,23 +8,20 @@ another on one ray, it turns one colour into another. This is measured in second
 from __future__ import annotations
 
 import colorsys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from ...common.reading import ReadError, read_json
 from ...common.settings import ConfigError
 from ...shipped import EMOJI_DIFFUSION
+from .main_colours import first_colour, known_emojis
 from .scenes import BACKGROUNDS
-from .sources import Emoji
 
 RGB = tuple[int, int, int]
 SCALES = (0.5, 0.8, 1.2, 1.5, 2.0)
@@ -81,18 +78,9 @@ def load_autoencoder(where: str | Path) -> Any:
     return vae.requires_grad_(False).eval()
 
 
-def object_colours(emojis: Sequence[Emoji], pictures: Mapping[str, Image.Image]) -> dict[str, RGB]:
-    """The colour that covers most of each emoji's picture, by its name."""
-    found = {}
-    for emoji in emojis:
-        picture = pictures.get(emoji.code)
-        if picture is None:
-            continue
-        pixels = np.asarray(picture.convert("RGBA").resize((32, 32), Image.Resampling.NEAREST)).reshape(-1, 4).tolist()
-        opaque = [tuple(c // 16 * 16 + 8 for c in pixel[:3]) for pixel in pixels if pixel[3] > 127]
-        if opaque:
-            found[emoji.name] = Counter(opaque).most_common(1)[0][0]
-    return found
+def object_colours(style: str, emojis: str) -> dict[str, RGB]:
+    """The colour that covers most of each emoji, by its name. Raises ConfigError for a style of unknown colours."""
+    return {emoji.name: first_colour(emoji.code, style) for emoji in known_emojis(emojis, style)}
 
 
 def measure(vae: Any, objects: Mapping[str, RGB] | None = None, held_out: Tensor | None = None) -> Colours:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny
 from PIL import Image
+from safetensors import safe_open
 from tqdm.auto import tqdm
 
-from ...common.atomic import write_atomically
 from ...common.cache import cache_dir
 from ...common.devices import autocast
-from ...training.data.cache import hash_weights
+from ...common.reading import check_regular
+from ...training.data.cache import hash_weights, write_tensors
 from .scenes import Scene, random_scene, render_scene
 from .sources import Emoji, load_pictures
 from .vae import to_tensor
@@ -55,9 +57,10 @@ def encode_pictures(
     cache.mkdir(parents=True, exist_ok=True)
     made_from = hashlib.sha256(identity.encode())
     hash_weights(made_from, vae.encoder)
-    file = cache / f"{name}-{count}-{made_from.hexdigest()[:16]}.pt"
-    if file.exists():
-        return torch.load(file, weights_only=True)
+    file = cache / f"{name}-{count}-{made_from.hexdigest()[:16]}.safetensors"
+    kept = _kept(file, count)
+    if kept is not None:
+        return kept
     encoder = vae.encoder.to(memory_format=torch.channels_last)
     device = next(encoder.parameters()).device
     out = []
@@ -66,5 +69,23 @@ def encode_pictures(
         with autocast(device):
             out.append(encoder(batch.contiguous(memory_format=torch.channels_last)).float().cpu())
     latents = torch.cat(out) * vae.config.scaling_factor
-    write_atomically(file, lambda handle: torch.save(latents, handle))
+    write_tensors(file, {"latents": latents})
     return latents
+
+
+def _kept(file: Path, count: int) -> torch.Tensor | None:
+    """The latents in a file of the cache; None where there is none, or a damaged one, which is removed and told of."""
+    if not file.exists() and not file.is_symlink():
+        return None
+    try:
+        check_regular(file)
+        with safe_open(str(file), "pt") as handle:
+            latents: torch.Tensor = handle.get_tensor("latents").clone()
+        if latents.ndim == 4 and len(latents) == count and bool(torch.isfinite(latents).all()):
+            return latents
+    except Exception:  # a damaged header makes safetensors raise anything
+        if file.is_dir():
+            raise
+    tqdm.write(f"the cache {file} is damaged. It is made again.")
+    file.unlink()
+    return None

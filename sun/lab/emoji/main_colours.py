@@ -135,6 +135,12 @@ def _palette(text: str) -> Palette:
     return Palette(to_lab(rgb), torch.tensor([float(share) for _, share in parts]) / 100)
 
 
+def first_colour(code: str, style: str) -> tuple[int, int, int]:
+    """RGB of the colour that covers most of an emoji in a style. Raises KeyError for one that the table lacks."""
+    red, green, blue = bytes.fromhex(_table()[code][style].partition(":")[0])
+    return red, green, blue
+
+
 @cache
 def background_tones() -> Tensor:
     """[12, 3]: the backgrounds' colours in CIELAB, in their order."""
