@@ -14,7 +14,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
-from .reading import ReadError, checked, finite, printable, read_json, read_text
+from .reading import MAX_DEPTH, ReadError, checked, finite, printable, read_json, read_text
 
 T = TypeVar("T")
 MAX_SETTINGS = 2**20
@@ -44,6 +44,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def read_toml(path: str | Path, most: int = MAX_SETTINGS) -> dict[str, Any]:
     """The content of a TOML file, with numbers and depth as in `reading.parse_json`. Raises ReadError, OSError."""
     where, text = printable(str(path)), read_text(path, most)
+    # Asked before it is parsed: a name of ten thousand parts takes hours.
+    if any(line.partition("=")[0].count(".") > MAX_DEPTH for line in text.splitlines()):
+        raise ReadError(f"{where} is nested more than {MAX_DEPTH} levels deep.")
     try:
         content = tomllib.loads(text, parse_float=finite)
     except RecursionError:
