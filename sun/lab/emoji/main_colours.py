@@ -137,7 +137,7 @@ def _palette(text: str) -> Palette:
 
 def first_colour(code: str, style: str) -> tuple[int, int, int]:
     """RGB of the colour that covers most of an emoji in a style. Raises KeyError for one that the table lacks."""
-    red, green, blue = bytes.fromhex(_table()[code][style].partition(":")[0])
+    red, green, blue = bytes.fromhex(_table(TABLE_FILE)[code][style].partition(":")[0])
     return red, green, blue
 
 
