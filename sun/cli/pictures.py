@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from ..pictures.png import save_png
-from ..pictures.recipe import Recipe, read_recipe
+from ..pictures.recipe import Recipe, check_files, read_recipe
 from ..shipped import SHIPPED
 from .app import app
 from .options import (
@@ -106,6 +106,8 @@ def generate(
     target = target or Path(f"sun-{recipe.seed + (recipe.index or 0)}.png")
     for path in numbered(target, recipe.batch if recipe.index is None else 1):
         check_target(path)  # a wrong name should not cost a run
+    if source:  # before the libraries load: what another's picture names may be anything
+        check_files(recipe.files())
     engine = _engine()
 
     for change in engine.changes_since(recipe, content) if content else []:

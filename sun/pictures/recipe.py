@@ -135,12 +135,22 @@ def split_lora(text: str) -> tuple[str, float]:
 def fingerprints(files: Mapping[str, str]) -> dict[str, str]:
     """:func:`~sun.common.identity.fingerprint` of each file or model folder, by the field that names it.
 
-    Raises RecipeError for what is not there or cannot be what the field names: nothing else is read.
+    Raises RecipeError as :func:`check_files`, before anything is read.
     """
-    return {field: _fingerprint(field, path) for field, path in files.items()}
+    check_files(files)
+    try:
+        return {field: fingerprint(path) for field, path in files.items()}
+    except (ReadError, OSError) as error:
+        raise RecipeError(f"a file of the recipe cannot be read: {error}") from error
 
 
-def _fingerprint(field: str, path: str) -> str:
+def check_files(files: Mapping[str, str]) -> None:
+    """Raises RecipeError for what is not there or cannot be what the field names. Reads nothing."""
+    for field, path in files.items():
+        _check_file(field, path)
+
+
+def _check_file(field: str, path: str) -> None:
     option = f"--{field.split()[0]}"  # "lora 0" is given with --lora
     shown = printable(path)
     marks = {"model": ["model_index.json"], "controlnet": ["config.json"], "lora": ["*.safetensors", "*.bin"]}
@@ -156,7 +166,6 @@ def _fingerprint(field: str, path: str) -> str:
         elif not any(next(Path(path).glob(mark), None) for mark in marked):
             without = f" without {' or '.join(marked)}" if marked else ""
             raise RecipeError(f"{shown} ({field}) is a folder{without}. Give another with {option}.")
-        return fingerprint(path)
     except RecipeError:
         raise
     except ReadError as error:

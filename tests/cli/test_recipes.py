@@ -157,6 +157,15 @@ def test_files_that_are_none_are_not_read(tmp_path: Path, field: str):
             fingerprints({field: path})
 
 
+def test_files_are_checked_before_the_libraries_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sun.cli.pictures._engine", lambda: pytest.fail("it loads"))
+    monkeypatch.setattr("sun.pictures.recipe.fingerprint", lambda _: pytest.fail("it is read"))
+    for change in ({"adapter": "/dev/zero"}, {"model": "/usr"}, {"init": str(tmp_path)}, {"mask": "none.png"}):
+        picture = png(tmp_path / "x.png", files={"adapter": "x"}, **change)
+        done = CliRunner().invoke(app, ["generate", "--from", str(picture), "--out", str(tmp_path / "y.png")])
+        assert done.exit_code == 2, done.output
+
+
 @pytest.mark.parametrize("named", ["//host/share/x.png", "\\\\host\\share\\x.png", "https://host/x.png"])
 def test_files_on_other_machines_are_not_asked_for(tmp_path: Path, named: str):
     for change in ({"init": named}, {"model": named}, {"loras": [f"{named}:1"]}):
