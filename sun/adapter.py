@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+from einops import rearrange, reduce
 from torch import nn
 
 from . import files
@@ -66,9 +67,9 @@ class SunLayer(nn.Module):
         if guidance is None or not self.guided:
             return plain
         slope: torch.Tensor = getattr(self, f"{name}_w").float()
-        features = guidance.to(slope.device, slope.dtype).unsqueeze(-1)
+        features = rearrange(guidance.to(slope.device, slope.dtype), "b f -> b f 1")
         # A sum of products rather than a matrix product, which autocast would round.
-        return (plain.float() + (features * slope).sum(-2)).unsqueeze(-2)
+        return plain.float() + reduce(features * slope, "b f c -> b 1 c", "sum")
 
     def texts(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
+from einops import repeat
 from torch import Tensor
 
 
@@ -46,10 +46,8 @@ def repeated_in_turn(text: Tensor, rows: int) -> Tensor:
     """
     if text.shape[0] == rows:
         return text
-    if text.shape[0] == 1:
-        return text.expand(rows, -1, -1)
     if text.shape[0] and rows % text.shape[0] == 0:
-        return text.repeat(rows // text.shape[0], 1, 1)
+        return repeat(text, "b l d -> (n b) l d", n=rows // text.shape[0])
     raise ValueError(
         f"SUN: something changed the batch to {rows} rows, and the negative prompt has {text.shape[0]}, which does not "
         "divide it. Use a batch size of 1 with it."
@@ -67,4 +65,4 @@ def repeated_side_by_side(values: Tensor, rows: int, name: str) -> Tensor:
         raise ValueError(
             f"{name} has {given} rows for a batch of {rows}. Pass 1, {rows}, or a number that divides {rows}."
         )
-    return values if given == rows else torch.repeat_interleave(values, rows // given, dim=0)
+    return values if given == rows else repeat(values, "b ... -> (b n) ...", n=rows // given)

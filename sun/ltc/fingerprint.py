@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 # The first and last layers of a U-Net of the SD family, under diffusers' names and under LDM's. A LoRA leaves them.
@@ -93,7 +94,7 @@ def signs(tensors: list[Any], most: int) -> list[bytes]:
 
 
 def _packed(bits: Tensor) -> list[int]:
-    padded = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).reshape(-1, 8)
+    padded = rearrange(torch.nn.functional.pad(bits, (0, -len(bits) % 8)), "(bytes bits) -> bytes bits", bits=8)
     powers = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
     packed: list[int] = (padded * powers).sum(1, dtype=torch.int64).tolist()
     return packed

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
 def angles(current: Tensor, previous: Tensor) -> Tensor:
     """theta = angle(D_i, D_{i-1}) in radians, one a picture: [B] of transitions [B, ...]."""
-    a, b = (t.detach().cpu().double().flatten(1) for t in (current, previous))
+    a, b = (rearrange(t.detach().cpu().double(), "b ... -> b (...)") for t in (current, previous))
     # The half-angle form keeps small angles exact, where the arc cosine of a rounded product would not.
     a, b = (t / t.norm(dim=1, keepdim=True).clamp_min(1e-300) for t in (a, b))
     return 2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1))
@@ -38,8 +39,8 @@ class Fit:
 
     def add(self, current: Tensor, directions: Sequence[Tensor]) -> None:
         """Count D_i = ``current`` [B, ...] and the transitions before it, the latest first."""
-        target = current.detach().cpu().double().flatten()
-        rows = torch.stack([d.detach().cpu().double().flatten() for d in directions[: self.terms]])
+        target = rearrange(current.detach().cpu().double(), "... -> (...)")
+        rows = torch.stack([rearrange(d.detach().cpu().double(), "... -> (...)") for d in directions[: self.terms]])
         products, moments = (rows @ rows.T).tolist(), (rows @ target).tolist()
         for i in range(self.terms):
             self.moments[i] += moments[i]

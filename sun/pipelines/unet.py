@@ -16,6 +16,7 @@ from diffusers.models.attention_processor import (
     SlicedAttnProcessor,
     XFormersAttnProcessor,
 )
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..adapter import SunAdapter
@@ -118,7 +119,8 @@ def frozen_attention(
     mask = None
     if attention_mask is not None:
         rows, tokens = text.shape[:2]
-        mask = attn.prepare_attention_mask(attention_mask, tokens, rows).unflatten(0, (rows, attn.heads))
+        mask = attn.prepare_attention_mask(attention_mask, tokens, rows)
+        mask = rearrange(mask, "(b h) t l -> b h t l", h=attn.heads)
     query = attn.to_q(hidden_states)
     return query, attend(query, attn.to_k(text), attn.to_v(text), attn.heads, mask)
 
@@ -285,7 +287,7 @@ def _score_mask(given: dict[str, Any]) -> Tensor | None:
     mask: Tensor | None = given.get("encoder_attention_mask")
     if mask is None:
         return None
-    return ((1 - mask.to(given["sample"].dtype)) * -10000.0)[:, None, None, :]
+    return rearrange((1 - mask.to(given["sample"].dtype)) * -10000.0, "b l -> b 1 1 l")
 
 
 def _note_plain_call(attachment: UNetAttachment) -> None:

@@ -103,3 +103,38 @@ def test_the_fingerprint_is_that_of_diffusers(host: SimpleNamespace, emoji: Simp
     fingerprint = host.part("sun.ltc").fingerprint
     unet = UNet2DConditionModel.from_pretrained(emoji_folder / "unet")
     assert fingerprint(emoji.model.model.diffusion_model) == fingerprint(unet)
+
+
+def test_tables_of_runs_with_sun_and_with_loras_are_kept_apart(
+    host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace, apply
+) -> None:
+    """All at the same sampler, sigmas and cfg; each finds its own again."""
+    folder = host.part("nodes.ltc_patch").tables_folder()
+    for path in folder.glob("*.json"):
+        path.unlink()
+
+    def patched(scale: float, seed: int = 0):
+        model, generator = emoji.model.clone(), torch.Generator().manual_seed(seed)
+        key = next(k for k in model.model.state_dict() if k.endswith("attn2.to_q.weight"))
+        change = torch.randn(model.model.state_dict()[key].shape, generator=generator)
+        model.add_patches({key: ("diff", (change,))}, scale)
+        return model
+
+    def sun(model, **options):
+        return run.ksampler(run.apply(apply(model), **options), steps=8, cfg=1.0)
+
+    runs = [
+        lambda: run.ksampler(apply(), steps=8, cfg=1.0),
+        lambda: sun(emoji.model),
+        lambda: sun(emoji.model, strength=0.5),
+        lambda: run.ksampler(apply(patched(0.5)), steps=8, cfg=1.0),
+        lambda: run.ksampler(apply(patched(0.2)), steps=8, cfg=1.0),
+        lambda: run.ksampler(apply(patched(0.5, seed=1)), steps=8, cfg=1.0),
+        lambda: sun(patched(0.5)),
+    ]
+    for again in (False, True):
+        for make in runs:
+            before = len(list(folder.glob("*.json")))
+            make()
+            assert len(list(folder.glob("*.json"))) == before + (not again)
+    assert len(list(folder.glob("*.json"))) == len(runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,7 @@ from diffusers.models.attention_processor import (
     IPAdapterAttnProcessor2_0,
     SlicedAttnProcessor,
 )
+from einops import einsum, rearrange
 from peft import LoraConfig
 from tiny import TEXT_WIDTH, make_adapter, make_unet
 
@@ -49,15 +51,16 @@ def sun_by_hooks(unet: Any, adapter: SunAdapter, negative: torch.Tensor, strengt
     handles = []
 
     def softmax_attention(q: torch.Tensor, text: torch.Tensor, k: Any, v: Any, heads: int) -> torch.Tensor:
-        q, k, v = (x.view(*x.shape[:2], heads, -1) for x in (q, text @ k.weight.T, text @ v.weight.T))
-        scores = torch.einsum("bthd,blhd->bhtl", q, k) / q.shape[-1] ** 0.5
-        return torch.einsum("bhtl,blhd->bthd", scores.softmax(-1), v).flatten(2)
+        q, k, v = (rearrange(x, "b t (h c) -> b h t c", h=heads) for x in (q, text @ k.weight.T, text @ v.weight.T))
+        scores = einsum(q, k, "b h t c, b h l c -> b h t l") / q.shape[-1] ** 0.5
+        return rearrange(einsum(scores.softmax(-1), v, "b h t l, b h l c -> b h t c"), "b h t c -> b t (h c)")
 
     def hook(attn: Any, layer: Any) -> None:
         seen: dict[str, torch.Tensor] = {}
 
         def normalized(z: torch.Tensor, zp: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-            return alpha * z * (zp.flatten(1).norm(dim=1) / z.flatten(1).norm(dim=1)).view(-1, 1, 1) + beta
+            norms = (rearrange(x, "b t c -> b (t c)").norm(dim=1) for x in (zp, z))
+            return alpha * z * rearrange(operator.truediv(*norms), "b -> b 1 1") + beta
 
         def change(_module: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
             zp = args[0]

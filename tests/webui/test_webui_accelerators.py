@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -347,3 +348,35 @@ def test_arguments_by_position_as_saved_before_the_accelerators(family: Any, hos
     assert controls.CONTROLS[:8] == controls.SUN_CONTROLS
     enabled, settings, accelerators = controls.read_arguments((True, ADAPTER, 0.5, 4, True, "", "trained", "sun"))
     assert (enabled, settings.adapter, settings.strength, accelerators.on) == (True, ADAPTER, 0.5, False)
+
+
+def test_tables_of_runs_with_sun_and_with_loras_are_kept_apart(family: Any, tables: Path) -> None:
+    """All at the same sampler, schedule and guidance; each finds its own again."""
+    plain_at_1 = {"cfg_scale": 1.0, "scheduler": "SUN Trailing", "sampler_name": "Euler", "steps": 8}
+    kept = {**SUN, **LTC, "steps": 8, "sampling": "schedule"}
+    runs: list[tuple[Any, dict[str, Any]]] = [
+        (LTC, plain_at_1),
+        (kept, {"sampler_name": "Euler"}),
+        ({**kept, "strength": 0.5}, {"sampler_name": "Euler"}),
+        ({**kept, "adapter": "negative-only.safetensors"}, {"sampler_name": "Euler"}),
+    ]
+    for again in (False, True):
+        for settings, fields in runs:
+            before = len(list(tables.glob("*.json")))
+            calls(family, settings, **fields)
+            assert len(list(tables.glob("*.json"))) == before + (not again)
+    assert len(list(tables.glob("*.json"))) == len(runs)
+
+
+def test_the_networks_of_a_prompt_are_part_of_a_table_s_key(host: Any) -> None:
+    of = host.part("ltc").loras_of
+
+    def p(**networks: list[list[str]]) -> Any:
+        return SimpleNamespace(extra_network_data={
+            kind: [SimpleNamespace(items=items) for items in ones] for kind, ones in networks.items()
+        })  # fmt: skip
+
+    assert of(p()) == of(SimpleNamespace()) == ""
+    one, weaker = of(p(lora=[["style", "0.8"]])), of(p(lora=[["style", "0.4"]]))
+    assert len({one, weaker, of(p(lora=[["style", "0.8"], ["other", "1"]])), of(p(hypernet=[["style", "0.8"]]))}) == 4
+    assert one == of(p(lora=[["style", "0.8"]]))
