@@ -156,6 +156,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _assembled(folder: Path, **parts: Any) -> Any:
+    _files_of(folder / "tokenizer")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except _ERRORS as error:
@@ -179,10 +180,19 @@ def _scheduler(folder: Path, name: str = "", **changes: Any) -> Any:
         raise ModelError(f"the noise schedule in {file} could not be read: {_reason(error)}") from error
 
 
+def _files_of(folder: Path) -> list[Path]:
+    """What lies in a folder. Raises ModelError for a pipe or a device, at which a library would wait for ever."""
+    found = list(folder.iterdir())
+    for file in found:
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise ModelError(f"{file} is not a regular file. Get the folder again.")
+    return found
+
+
 def _variant(folder: Path) -> str | None:
     """The variant of the weights to ask for: None for the usual one, else one that is there alone."""
     usual, others = False, set()
-    for file in folder.iterdir():
+    for file in _files_of(folder):
         match = _WEIGHTS.fullmatch(file.name)
         if match and (match[1] or match[2]):
             others.add(match[1] or match[2])

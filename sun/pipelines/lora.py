@@ -81,7 +81,7 @@ def apply_lora(pipe: Any, path: str | Path, weight: float = 1.0) -> None:
         for name, layer in found.items():
             try:
                 new, bias = changed(layer.weight, getattr(layer, "bias", None), file.layers[name], weight)
-            except (ValueError, KeyError, RuntimeError) as error:
+            except (ValueError, KeyError, IndexError, RuntimeError) as error:
                 what = f"lacks its {error}" if isinstance(error, KeyError) else str(error)
                 raise ModelError(
                     f"{file.path} could not be loaded as a LoRA for this model: {name}: {what}. It is for another base "

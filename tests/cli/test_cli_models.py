@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -170,6 +171,11 @@ def _edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({k: v for k, v in {**content, **changes}.items() if v is not None}))
 
 
+def _pipe(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+
+
 def _garble(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
 
@@ -203,6 +209,8 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: _edit(f / "text_encoder" / "config.json", intermediate_size=64),
         "text encoder",
     ),
+    "a pipe for weights": (lambda f: _pipe(_weights_of(f / "text_encoder")), "not a regular file"),
+    "a pipe among the tokenizer's files": (lambda f: _pipe(f / "tokenizer" / "x.json"), "not a regular file"),
     "Git LFS": (
         lambda f: _weights_of(f / "unet").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid x"),
         "Git LFS",

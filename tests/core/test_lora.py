@@ -283,6 +283,9 @@ def test_a_lora_that_does_not_fit_leaves_in_a_sentence(pipe, tmp_path):
     wide = {f"{name}.lora_down.weight": _r(2, 1024), f"{name}.lora_up.weight": _r(8, 2)}
     with pytest.raises(ModelError, match="for another base model"):
         apply_lora(pipe, _saved(wide, tmp_path / "wide.safetensors"))
+    flat = {f"{name}.lora_{end}.weight": torch.tensor(1.0) for end in ("down", "up")}
+    with pytest.raises(ModelError, match="could not be loaded as a LoRA"):
+        apply_lora(pipe, _saved(flat, tmp_path / "flat.safetensors"))
     with pytest.raises(ModelError, match="lacks its 'up'"):
         apply_lora(pipe, _saved({f"{name}.lora_down.weight": _r(2, 8)}, tmp_path / "half.safetensors"))
     sdxl = {f"lora_te2_text_model_x.lora_{e}.weight": _r(2, 2) for e in ("down", "up")} | {
