@@ -107,6 +107,29 @@ def test_the_guidance_scale_of_an_adapter_that_takes_it(family: Any) -> None:
         run("guidance-7.safetensors", guidance=3.0)
 
 
+@pytest.fixture
+def projected(host: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often each layer of an adapter made K and V."""
+    made: list[int] = []
+    layer_class = host.stub("sd_webui_sun.sun.adapter").SunLayer
+    original = layer_class.texts
+    monkeypatch.setattr(
+        layer_class, "texts", lambda self, *args, **k: made.append(id(self)) or original(self, *args, **k)
+    )
+    return made
+
+
+def test_k_and_v_are_made_once_a_picture(family: Any, projected: list[int]) -> None:
+    family.run(SUN, prompt="a cat", negative_prompt="a dog", seed=3)
+    layers = len(set(projected))
+    assert layers == 16
+    assert len(projected) == layers
+    family.run(SUN, prompt="a cat", negative_prompt="[rain:snow:2]", seed=3)
+    assert len(projected) == 3 * layers  # anew for the next picture, and where prompt editing changes the text
+    family.run(SUN, prompt="a cat AND a tree", negative_prompt="a dog", seed=3)
+    assert len(projected) <= 5 * layers
+
+
 def test_own_negative_box_replaces_the_main_one(family: Any) -> None:
     """Forge greys its box out at CFG 1 and encodes nothing; SUN's text is encoded by us."""
     own = family.run(
