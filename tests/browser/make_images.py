@@ -37,7 +37,7 @@ def run_and_help(page: Page) -> None:
     page.fit()
     time.sleep(8)  # the page's note of a finished run goes away
     left, top, right, bottom = page.area(["SUN_LoadEmojiDiffusion", "SUN_Apply", "SUN_Sampler", "SaveImage"])
-    save(page, "comfyui-run", (left - 15, top - 20, right + 15, bottom + 15), width=1200)
+    save(page, "comfyui-run", (left - 15, top - 40, right + 15, bottom + 15), width=1200)
     page.js("app.canvas.selectNode(app.graph.nodes.find(n => n.type === 'SUN_Sampler')); app.canvas.draw(true)")
     page.element("[data-testid='info-button']").click()
     page.element(".node-help-content h1")
@@ -52,6 +52,7 @@ def settings(page: Page) -> None:
         """
         const apply = app.graph.nodes.find(node => node.type === 'SUN_Apply'), node = LiteGraph.createNode('KSampler');
         node.pos = [apply.pos[0] + apply.size[0] + 90, apply.pos[1] - 60];
+        for (const id of [...app.graph.reroutes.keys()]) app.graph.removeReroute(id);
         app.graph.add(node);
         apply.connect(0, node, 0);
         for (const other of [...app.graph.nodes]) if (other !== node && other !== apply) app.graph.remove(other);
