@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 
 from ..sun import files
 from ..sun.adapter import SunAdapter
+from ..sun.common.identity import sha256_of
 from ..sun.files import AdapterTensors, SunFileError
 
 Key = tuple[str, int, int]
@@ -100,8 +100,4 @@ def _load(key: Key) -> SunAdapter:
 
 @functools.lru_cache(maxsize=64)
 def _short_hash(key: Key) -> str:
-    digest = hashlib.sha256()
-    with open(key[0], "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:10]
+    return sha256_of(key[0])[:10]

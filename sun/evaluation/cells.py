@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from ..common.atomic import file_name, write_atomically
 from ..common.devices import process_state
+from ..common.identity import digest_of
 
 Tensors = dict[str, Tensor]
 
@@ -35,7 +36,7 @@ def processes() -> PartialState:
 
 def digest(content: Any) -> str:
     """A short name for anything JSON can hold."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return digest_of(content, 16)
 
 
 def fingerprint_module(module: torch.nn.Module) -> str:
