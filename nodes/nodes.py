@@ -66,6 +66,20 @@ def denoise_mode_input(optional: bool) -> io.Input:
     )
 
 
+def final_step_input() -> io.Input:
+    return io.Combo.Input(
+        "final_step",
+        **known(io.Combo.Input, advanced=True),
+        options=["host", "diffusers"],
+        default="host",
+        optional=True,
+        tooltip=(
+            "host: the last step ends without any noise, as every sampler of ComfyUI does. diffusers: it "
+            "ends where diffusers' DDIM does with Stable Diffusion 1.5's settings, to compare numbers."
+        ),
+    )
+
+
 class LoadSunAdapter(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -219,17 +233,7 @@ class SunSampler(io.ComfyNode):
                     ),
                 ),
                 denoise_mode_input(optional=True),
-                io.Combo.Input(
-                    "final_step",
-                    **known(io.Combo.Input, advanced=True),
-                    options=["host", "diffusers"],
-                    default="host",
-                    optional=True,
-                    tooltip=(
-                        "host: the last step ends without any noise, as every sampler of ComfyUI does. diffusers: it "
-                        "ends where diffusers' DDIM does with Stable Diffusion 1.5's settings, to compare numbers."
-                    ),
-                ),
+                final_step_input(),
                 *effect_inputs(),
             ],
             outputs=[io.Latent.Output("samples", display_name="latent", tooltip="The result, for VAE Decode.")],

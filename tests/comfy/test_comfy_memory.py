@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,6 +44,23 @@ def test_the_adapter_is_loaded_and_evicted_by_comfyui(host: SimpleNamespace, run
     assert loaded_bytes(fresh) == 0
     assert not is_listed()
     assert torch.equal(run.sun(model), expected)
+
+
+def test_nothing_of_an_adapter_stays_once_no_graph_has_it(
+    host: SimpleNamespace, run: SimpleNamespace, adapter_file: Path
+) -> None:
+    """Neither its weights, on the device they were moved to, nor an entry in the host's list of loaded models."""
+    from comfy import model_management
+
+    loaded = host.part("nodes.sun_patch").load_adapter(adapter_file)
+    weights = weakref.ref(loaded.adapter)
+    model = run.apply(adapter=loaded)
+    run.sun(model)
+    del loaded, model
+    gc.collect()
+    model_management.cleanup_models()
+    assert weights() is None
+    assert all(entry.model is not None for entry in model_management.current_loaded_models)
 
 
 def test_an_adapter_loaded_in_part(host: SimpleNamespace, run: SimpleNamespace, fresh, monkeypatch) -> None:
