@@ -344,7 +344,7 @@ def test_axes_switch_them_on(family: Any, host: Any) -> None:
 
 def test_arguments_by_position_as_saved_before_the_accelerators(family: Any, host: Any) -> None:
     """An API caller's list of SUN's eight arguments still means the same."""
-    controls = host.part("controls")
+    controls = host.part("choices")
     assert controls.CONTROLS[:8] == controls.SUN_CONTROLS
     enabled, settings, accelerators = controls.read_arguments((True, ADAPTER, 0.5, 4, True, "", "trained", "sun"))
     assert (enabled, settings.adapter, settings.strength, accelerators.on) == (True, ADAPTER, 0.5, False)
