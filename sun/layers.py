@@ -1,7 +1,7 @@
 """One map of the cross-attention layers for every host.
 
 A U-Net of the SD family is described by its stages: how many ResNet/attention pairs each has, how wide it is and how
-many transformer blocks each attention has. Names and numbers of all hosts follow from that (hosts.md section B).
+many transformer blocks each attention has. Names and numbers of all hosts follow from that.
 """
 
 from __future__ import annotations

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file, in every import mode of pytest
 from comfy_helpers import Counts, make_controlnet, make_inpainting
 from comfyui_host import obtain_comfyui, start_comfyui
 

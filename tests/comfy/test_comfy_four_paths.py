@@ -4,7 +4,6 @@ real."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 from comfy_helpers import relative
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS / "webui"), str(TESTS / "cli")]
 from ldm import _unet as ldm_name  # noqa: E402
 from webui_host import UnetLog, stand_in_host  # noqa: E402
 

@@ -76,7 +76,7 @@ def saved(values: dict[str, Any], folder: Path) -> str:
 
 def launch(values: dict[str, Any], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Train with two CPU processes."""
-    script = str(Path(__file__).parent / "sun_process.py")
+    script = str(Path(__file__).parents[1] / "helpers" / "sun_process.py")
     return command("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone",
                    script, saved(values, folder), *arguments)  # fmt: skip
 

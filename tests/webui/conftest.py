@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from webui_host import ADAPTER, REPOSITORY, WIDTH, hooks_on, load_model, make_adapter, make_unet, stand_in_host
 
 

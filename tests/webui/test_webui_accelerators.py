@@ -1,4 +1,4 @@
-"""LTC-Accel and feature inheritance in both families, with SUN on and off (contracts: hosts.md F.4 to F.6)."""
+"""LTC-Accel and feature inheritance in both families, with SUN on and off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The routes /sun/v1/*: bodies are validated, errors have honest codes (hosts.md F.2)."""
+"""The routes /sun/v1/*: bodies are validated, errors have honest codes."""
 
 from __future__ import annotations
 

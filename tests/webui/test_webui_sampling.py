@@ -1,4 +1,4 @@
-"""Pictures through the hosts' own order of calls, in both families (contracts: hosts.md D, F.3 to F.6)."""
+"""Pictures through the hosts' own order of calls, in both families."""
 
 from __future__ import annotations
 
@@ -372,7 +372,7 @@ def test_hires_fix_uses_the_hires_negative_and_one_call_a_step(family: Any) -> N
     ],
 )
 def test_image_to_image_timesteps(family: Any, denoise: float, mode: str, timesteps: list[int]) -> None:
-    """The hosts' own count starts 4 steps at 0.5 from t=749 (hosts.md F.5)."""
+    """The hosts' own count starts 4 steps at 0.5 from t=749."""
     with UnetLog(family.unet) as log:
         result = family.run(
             {**SUN, "denoise_mode": mode}, image=latent(), prompt="a cat", seed=3, denoising_strength=denoise
@@ -412,7 +412,7 @@ def test_the_sampler_works_without_the_accordion(family: Any) -> None:
 
 
 def test_start_noise_is_that_of_diffusers(host: Any, family: Any) -> None:
-    """x_T = noise: sigma 14.6 times noise is 0.23 % off sqrt(1 + sigma^2) (hosts.md F.5)."""
+    """x_T = noise: sigma 14.6 times noise is 0.23 % off sqrt(1 + sigma^2)."""
     first: list[float] = []
     noise = latent(3)
     handle = family.unet.register_forward_pre_hook(lambda _m, a: first.append(relative(a[0], noise)))

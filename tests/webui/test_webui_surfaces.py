@@ -1,4 +1,4 @@
-"""What a user touches: accordion, tab, infotext, X/Y/Z axes, settings, loading (contracts: hosts.md F.1, F.2)."""
+"""What a user touches: accordion, tab, infotext, X/Y/Z axes, settings, loading."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_the_api_may_name_arguments(family: Any) -> None:
 
 @pytest.fixture
 def plot(host: Any) -> Any:
-    """The host's X/Y/Z script: loaded by path, found through scripts_data (hosts.md F.2)."""
+    """The host's X/Y/Z script: loaded by path, found through scripts_data."""
 
     class AxisOption:
         def __init__(self, label: str, type: Any, apply: Any, choices: Any = None, cost: float = 0.0) -> None:

@@ -1,6 +1,6 @@
 """A Stable Diffusion 1.x U-Net in LDM layout: module names as in checkpoints, CrossAttention as in the hosts.
 
-With `transformer_options` its blocks follow Forge's contract (hosts.md A.1, F.6): attn2_patch before the projections,
+With `transformer_options` its blocks follow Forge's contract: attn2_patch before the projections,
 a replacement looked up as (block, id, depth) and then (block, id), both given the same dict. Without, A1111's: to_q,
 to_k, to_v, attention, to_out.
 """

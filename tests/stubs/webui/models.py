@@ -1,4 +1,4 @@
-"""The loaded model of each family around one U-Net in LDM layout (hosts.md F.4, F.6)."""
+"""The loaded model of each family around one U-Net in LDM layout."""
 
 from __future__ import annotations
 

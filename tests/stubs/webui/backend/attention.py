@@ -1,4 +1,4 @@
-"""Forge's attention kernel: (q, k, v, heads, mask=None), heads not split (hosts.md F.6)."""
+"""Forge's attention kernel: (q, k, v, heads, mask=None), heads not split."""
 
 from ldm_unet import attention
 

@@ -1,5 +1,5 @@
 """The order of a run: before_process, options, process, each batch (process_batch, conditions, sampling), postprocess,
-and Forge's reset of `forge_objects` before every sampling (hosts.md F.4, F.6). Images are the latents, not decoded."""
+and Forge's reset of `forge_objects` before every sampling. Images are the latents, not decoded."""
 
 from __future__ import annotations
 

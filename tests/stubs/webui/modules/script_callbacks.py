@@ -1,4 +1,4 @@
-"""Callbacks by kind; exceptions in them are reported and swallowed (hosts.md F.4)."""
+"""Callbacks by kind; exceptions in them are reported and swallowed."""
 
 from __future__ import annotations
 

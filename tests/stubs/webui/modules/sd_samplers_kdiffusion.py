@@ -1,4 +1,4 @@
-"""Samplers in k-diffusion's space: get_sigmas, sample, sample_img2img, as both families have them (hosts.md F.5)."""
+"""Samplers in k-diffusion's space: get_sigmas, sample, sample_img2img, as both families have them."""
 
 from __future__ import annotations
 

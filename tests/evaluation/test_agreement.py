@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
+from small_models import EMOJIS
 from torch import Tensor
 
 from sun.common import worlds
@@ -24,8 +25,6 @@ from sun.lab.emoji.scenes import BACKGROUNDS
 from sun.lab.emoji.sources import Emoji, load_metadata
 from sun.lab.emoji.vae import to_tensor
 from sun.surgery import from_unet
-
-from .conftest import EMOJIS
 
 BY_NAME = {emoji.name: emoji for emoji in load_metadata("wide")}
 FROG, AVOCADO, GHOST, APPLE = (BY_NAME[name] for name in ("frog face", "avocado", "ghost", "red apple"))

@@ -13,6 +13,7 @@ import torch
 from diffusers import StableDiffusionControlNetPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+from small_models import EMOJIS, make_run
 from torch.nn.utils import parametrize
 
 from sun.common.settings import apply, read_config
@@ -34,8 +35,6 @@ from sun.shipped import EMOJI_CONTROLNET, EMOJI_INPAINTING
 from sun.shipped.control_lora import MARK, OWN_LAYERS, controlnet_from_unet, ldm_name, to_control_lora
 from sun.shipped.edges import edge_agreement, edge_picture, find_edges
 from sun.shipped.lowrank import add_low_rank, changes_of, merge
-
-from .conftest import EMOJIS, make_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

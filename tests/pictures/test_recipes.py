@@ -1,6 +1,6 @@
 """A recipe in somebody's PNG is read, or refused as RecipeError in a sentence; it reads and fills nothing.
 
-`pytest -c tests/pytest.ini tests/cli/test_recipes.py -rP` prints how many of each there were.
+`pytest -c tests/pytest.ini tests/pictures/test_recipes.py -rP` prints how many of each there were.
 """
 
 from __future__ import annotations

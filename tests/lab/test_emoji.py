@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from PIL import Image
+from small_models import COLOURS, EMOJIS, make_run
 from transformers import CLIPTokenizer
 
 from sun.common.settings import ConfigError
@@ -20,8 +21,6 @@ from sun.lab.emoji.scenes import BACKGROUNDS, Scene, caption_of, random_scene, r
 from sun.lab.emoji.ship import captioned_grid, ship_base
 from sun.lab.emoji.text_pretraining import SceneReader, pretrain_text
 from sun.lab.emoji.vae import VaeConfig, reconstruction_loss, to_tensor, train_vae
-
-from .conftest import COLOURS, EMOJIS, make_run
 
 
 def test_metadata_leaves_flags_out(packages: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from safetensors import safe_open
+from small_models import make_run
 from typer.testing import CliRunner
 
 from sun.common.settings import ConfigError, apply, read_config
@@ -23,8 +24,6 @@ from sun.lab.emoji.style import (
     train_lora,
     train_style,
 )
-
-from .conftest import make_run
 
 
 def load(folder: Path) -> StableDiffusionPipeline:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import EMOJIS, make_run
 
 from sun.common.settings import ConfigError, apply, read_config
 from sun.lab.emoji.contrast import ContrastShape, EmojiContrast
@@ -17,8 +18,6 @@ from sun.lab.emoji.pairs import Pair, ScenePool, caption, full_caption, phrases
 from sun.lab.emoji.scenes import Scene, random_scene
 from sun.lab.emoji.ship import ship_folder
 from sun.lab.emoji.sources import STYLES, load_metadata
-
-from .conftest import EMOJIS, make_run
 
 SMALL = ContrastShape(size=32, widths=(16, 32), text_width=32, text_layers=1, text_heads=2, dim=32)
 BEAR, APPLE = EMOJIS[:2]

@@ -1,6 +1,6 @@
 """Files from elsewhere are read within bounds: no waiting, no filling of memory, no raw error, nothing for a terminal.
 
-`pytest -c tests/pytest.ini tests/core/test_reading.py -rP` prints how many mutated files were read and refused.
+`pytest -c tests/pytest.ini tests/common/test_reading.py -rP` prints how many mutated files were read and refused.
 """
 
 from __future__ import annotations
