@@ -19,8 +19,19 @@ RIGHT = "4 steps, cfg 1.0, euler, ddim or dpmpp_2m, scheduler simple (or the sig
 
 # Samplers of ComfyUI that add new noise on the way, and those that ask the U-Net between the steps as well.
 NOISY = ("ancestral", "sde", "ddpm", "lcm", "seeds", "sa_solver")
-TWICE = ("heun", "heunpp2", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpm_fast", "dpm_adaptive",
-         "seeds_2", "seeds_3", "sa_solver_pece")  # fmt: skip
+TWICE = (
+    "heun",
+    "heunpp2",
+    "dpm_2",
+    "dpm_2_ancestral",
+    "dpmpp_2s_ancestral",
+    "dpmpp_sde",
+    "dpm_fast",
+    "dpm_adaptive",
+    "seeds_2",
+    "seeds_3",
+    "sa_solver_pece",
+)
 
 
 def check_effect(effect: tuple[float, float]) -> None:
@@ -40,8 +51,9 @@ def check_run(guider: Any, sampler: Any, sigmas: torch.Tensor, latent: torch.Ten
     if abs(cfg - 1.0) > 1e-6:
         log.warning(
             "SUN: cfg is %g, so each step costs two U-Net calls and the guidance counts twice. "
-            "SUN has the guidance in its weights: set cfg to 1.0.", cfg,
-        )  # fmt: skip
+            "SUN has the guidance in its weights: set cfg to 1.0.",
+            cfg,
+        )
     table = getattr(sampling, "sigmas", None)
     if said := _check_prediction(sampling, table):
         log.warning("SUN: %s", said)
@@ -61,8 +73,11 @@ def check_report(guider: Any, steps: int, calls: int, answered: int) -> None:
     cache = guider.model_options.get("transformer_options", {}).get("easycache")
     log.warning(
         "SUN: %s has answered %d of %d calls in the place of the U-Net. In so few steps each counts, and the picture "
-        "is another one: take it out.", getattr(cache, "name", "another node"), left_out, calls + left_out,
-    )  # fmt: skip
+        "is another one: take it out.",
+        getattr(cache, "name", "another node"),
+        left_out,
+        calls + left_out,
+    )
 
 
 def check_something_runs(sigmas: torch.Tensor, latent: torch.Tensor) -> None:
@@ -115,8 +130,9 @@ def _check_timesteps(timesteps: list[int], total: int, empty: bool) -> None:
         log.warning(
             "SUN: these sigmas visit the timesteps %s, and adapters are trained for steps of equal length that begin "
             "with the noisiest (4 steps: 999, 749, 499, 249). The picture will be worse. Choose %s.",
-            ", ".join(str(t) for t in timesteps[:-1]), RIGHT,
-        )  # fmt: skip
+            ", ".join(str(t) for t in timesteps[:-1]),
+            RIGHT,
+        )
 
 
 def name_of(sampler: Any) -> str:
@@ -132,13 +148,15 @@ def _check_sampler(sampler: Any) -> None:
     if (any(kind in name for kind in NOISY) or options.get("s_churn", 0.0) > 0.0) and not quiet:
         log.warning(
             "SUN: the sampler %s adds new noise at every step, and adapters are trained for deterministic steps. "
-            "Choose euler, ddim or dpmpp_2m.", name,
-        )  # fmt: skip
+            "Choose euler, ddim or dpmpp_2m.",
+            name,
+        )
     if name in TWICE:
         log.warning(
             "SUN: the sampler %s asks the U-Net more than once a step, between the trained timesteps too. "
-            "Choose euler, ddim or dpmpp_2m.", name,
-        )  # fmt: skip
+            "Choose euler, ddim or dpmpp_2m.",
+            name,
+        )
 
 
 def _check_single_pass(guider: Any, sampler: Any) -> None:
@@ -147,8 +165,9 @@ def _check_single_pass(guider: Any, sampler: Any) -> None:
     if "cfg_pp" in name:
         log.warning(
             "SUN: the sampler %s (CFG++) asks for the picture without guidance too, so each step costs two U-Net calls "
-            "and the guidance counts twice. Choose euler, ddim or dpmpp_2m.", name,
-        )  # fmt: skip
+            "and the guidance counts twice. Choose euler, ddim or dpmpp_2m.",
+            name,
+        )
     patches = options.get("transformer_options", {}).get("patches", {})
     added = {_node_of(patch) for kind in patches.values() for patch in kind}
     if "NAGuidance" in added:
@@ -161,8 +180,9 @@ def _check_single_pass(guider: Any, sampler: Any) -> None:
         names = sorted({_node_of(function) for function in asking}) or ["another node"]
         log.warning(
             "SUN: %s asks for the picture without guidance at every step, so each step costs two U-Net calls. "
-            "SUN has the guidance in its weights: take it out.", " and ".join(names),
-        )  # fmt: skip
+            "SUN has the guidance in its weights: take it out.",
+            " and ".join(names),
+        )
 
 
 def _node_of(function: Any) -> str:

@@ -20,9 +20,17 @@ from .nodes import (
 class SunExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
-            LoadSunAdapter, ApplySun, SunSampler, SunScheduler, SunGuider, SunAdapterInfo, LoadEmojiDiffusion,
-            LoadEmojiControlNet, ApplyLtcAccel, ApplyFeatureInheritance,
-        ]  # fmt: skip
+            LoadSunAdapter,
+            ApplySun,
+            SunSampler,
+            SunScheduler,
+            SunGuider,
+            SunAdapterInfo,
+            LoadEmojiDiffusion,
+            LoadEmojiControlNet,
+            ApplyLtcAccel,
+            ApplyFeatureInheritance,
+        ]
 
 
 async def comfy_entrypoint() -> SunExtension:

@@ -65,9 +65,14 @@ def apply(model: ModelPatcher, plan: Plan) -> ModelPatcher:
 
 
 def _outer_sample(
-    executor: Any, noise: torch.Tensor, latent_image: torch.Tensor, sampler: Any, sigmas: torch.Tensor, *args: Any,
+    executor: Any,
+    noise: torch.Tensor,
+    latent_image: torch.Tensor,
+    sampler: Any,
+    sigmas: torch.Tensor,
+    *args: Any,
     **kwargs: Any,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     guider = executor.class_obj
     plan: Plan | None = guider.model_patcher.get_attachment(KEY)
     if plan is None:
@@ -87,9 +92,15 @@ def _outer_sample(
 
 
 def _diffusion_model(
-    executor: Any, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor | None = None, y: Any = None,
-    control: Any = None, transformer_options: dict[str, Any] | None = None, **kwargs: Any,
-) -> torch.Tensor:  # fmt: skip
+    executor: Any,
+    x: torch.Tensor,
+    timesteps: torch.Tensor,
+    context: torch.Tensor | None = None,
+    y: Any = None,
+    control: Any = None,
+    transformer_options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
     options = transformer_options if transformer_options is not None else {}
     state = options.get(KEY)
     if not isinstance(state, ComfyInheritance):

@@ -134,9 +134,12 @@ def tensors_in(content: Any) -> list[torch.Tensor]:
 
 
 def _predict_noise(
-    executor: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any] | None = None,
+    executor: Any,
+    x: torch.Tensor,
+    timestep: torch.Tensor,
+    model_options: dict[str, Any] | None = None,
     seed: int | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     options = model_options if model_options is not None else {}
     run = options.get("transformer_options", {}).get(KEY)
     if not isinstance(run, SamplerRun):

@@ -65,8 +65,9 @@ def _say_merged(patcher: ModelPatcher) -> None:
     if what := _what(patcher):
         log.warning(
             "%s: no part of a model's weights, so a merge keeps it of its first model alone. If this was another one, "
-            "apply it to the merged model.", what,
-        )  # fmt: skip
+            "apply it to the merged model.",
+            what,
+        )
         notices.tell(notices.running_node(), "merged", what=what)
 
 

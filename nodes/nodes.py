@@ -177,9 +177,15 @@ class ApplySun(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, adapter: loading.LoadedAdapter, strength: float, negative: Any = None,
-        start_percent: float = 0.0, end_percent: float = 1.0, guidance: float = 0.0,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        model: Any,
+        adapter: loading.LoadedAdapter,
+        strength: float,
+        negative: Any = None,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        guidance: float = 0.0,
+    ) -> io.NodeOutput:
         effect = (start_percent, end_percent)
         return io.NodeOutput(sun_patch.apply(model, adapter, strength, negative, effect, guidance or None))
 
@@ -241,14 +247,31 @@ class SunSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, positive: Any, negative: Any, latent: dict, seed: int, steps: int, denoise: float,
-        denoise_mode: DenoiseMode = "trained", final_step: sampling.FinalStep = "host", start_percent: float = 0.0,
+        cls,
+        model: Any,
+        positive: Any,
+        negative: Any,
+        latent: dict,
+        seed: int,
+        steps: int,
+        denoise: float,
+        denoise_mode: DenoiseMode = "trained",
+        final_step: sampling.FinalStep = "host",
+        start_percent: float = 0.0,
         end_percent: float = 1.0,
-    ) -> io.NodeOutput:  # fmt: skip
+    ) -> io.NodeOutput:
         samples, line = sampling.sample(
-            model, positive, negative, latent, seed, steps, denoise, denoise_mode, final_step,
+            model,
+            positive,
+            negative,
+            latent,
+            seed,
+            steps,
+            denoise,
+            denoise_mode,
+            final_step,
             (start_percent, end_percent),
-        )  # fmt: skip
+        )
         return io.NodeOutput(samples, ui={"text": [line]})
 
 

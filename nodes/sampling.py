@@ -47,9 +47,14 @@ class Guider(comfy.samplers.CFGGuider):
         self.sun_report: RunReport | None = None
 
     def sample(
-        self, noise: torch.Tensor, latent_image: torch.Tensor, sampler: Any, sigmas: torch.Tensor, *args: Any,
+        self,
+        noise: torch.Tensor,
+        latent_image: torch.Tensor,
+        sampler: Any,
+        sigmas: torch.Tensor,
+        *args: Any,
         **kwargs: Any,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """As ComfyUI's. Raises ValueError when there is neither a step to run nor a picture to give back."""
         checks.check_something_runs(sigmas, latent_image)
         return super().sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -72,8 +77,11 @@ def trained_sigmas(
     if not timesteps:
         log.warning(
             "SUN: denoise %g of %d steps leaves no step to run, so the latent comes back unchanged. "
-            "Set denoise to %g or more, or use more steps.", denoise, steps, least_denoise(steps, mode),
-        )  # fmt: skip
+            "Set denoise to %g or more, or use more steps.",
+            denoise,
+            steps,
+            least_denoise(steps, mode),
+        )
         return torch.zeros(0)
     table = table.float().cpu()
     return torch.cat([table[list(timesteps)], torch.zeros(1) if final == "host" else table[:1]])
@@ -85,9 +93,13 @@ def least_denoise(steps: int, mode: DenoiseMode = "trained") -> float:
 
 
 def finished_as_diffusers(
-    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any] | None = None, callback: Any = None,
+    model: Any,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Any = None,
     disable: bool | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Euler down to the sigma of timestep 0, as diffusers' DDIM ends with set_alpha_to_one=False (SD 1.5's setting).
 
     diffusers' latents are those of ComfyUI divided by sqrt(1 + sigma^2), which is 1 only at sigma 0. What a mask keeps
@@ -100,9 +112,17 @@ def finished_as_diffusers(
 
 
 def sample(
-    model: ModelPatcher, positive: list, negative: list, latent: dict[str, Any], seed: int, steps: int, denoise: float,
-    mode: DenoiseMode = "trained", final: FinalStep = "host", effect: tuple[float, float] = WHOLE_RUN,
-) -> tuple[dict[str, Any], str]:  # fmt: skip
+    model: ModelPatcher,
+    positive: list,
+    negative: list,
+    latent: dict[str, Any],
+    seed: int,
+    steps: int,
+    denoise: float,
+    mode: DenoiseMode = "trained",
+    final: FinalStep = "host",
+    effect: tuple[float, float] = WHOLE_RUN,
+) -> tuple[dict[str, Any], str]:
     """Samples a LATENT with SUN; returns it and a line on what happened. Without a step to run it comes back unchanged.
 
     Raises ValueError, in a sentence, when the model has no SUN adapter or the settings cannot work.

@@ -170,9 +170,14 @@ def settings_of(model: comfy.model_patcher.ModelPatcher) -> SunSettings | None:
 
 
 def _outer_sample(
-    executor: Any, noise: torch.Tensor, latent: torch.Tensor, sampler: Any, sigmas: torch.Tensor, *args: Any,
+    executor: Any,
+    noise: torch.Tensor,
+    latent: torch.Tensor,
+    sampler: Any,
+    sigmas: torch.Tensor,
+    *args: Any,
     **kwargs: Any,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     guider = executor.class_obj
     settings = settings_of(guider.model_patcher)
     if settings is None:
@@ -217,8 +222,11 @@ def _begin(guider: Any, settings: SunSettings) -> tuple[SunRun, tuple[int, ...]]
     tokens = tuple(text.shape[1] for text in texts)
     log.info(
         "SUN active: %d layers, negative %s tokens, strength %g, adapter %s",
-        len(settings.layers), " + ".join(map(str, tokens)), settings.strength, settings.name,
-    )  # fmt: skip
+        len(settings.layers),
+        " + ".join(map(str, tokens)),
+        settings.strength,
+        settings.name,
+    )
     return SunRun(settings.strength, settings.guidance, entries, effect, settings.layers), tokens
 
 
@@ -262,9 +270,15 @@ def _negatives(guider: Any, settings: SunSettings) -> tuple[list[torch.Tensor], 
 
 
 def _apply_model(
-    executor: Any, x: torch.Tensor, t: torch.Tensor, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
-    transformer_options: dict[str, Any] | None = None, **kwargs: Any,
-) -> torch.Tensor:  # fmt: skip
+    executor: Any,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    c_concat: Any = None,
+    c_crossattn: Any = None,
+    control: Any = None,
+    transformer_options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
     options = transformer_options or {}
     run = options.get(KEY)
     negatives: list[torch.Tensor] = []
@@ -310,9 +324,15 @@ def _which(options: dict[str, Any], device: torch.device) -> tuple[Any, ...]:
 
 
 def _diffusion_model(
-    executor: Any, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor | None = None, y: Any = None,
-    control: Any = None, transformer_options: dict[str, Any] | None = None, **kwargs: Any,
-) -> torch.Tensor:  # fmt: skip
+    executor: Any,
+    x: torch.Tensor,
+    timesteps: torch.Tensor,
+    context: torch.Tensor | None = None,
+    y: Any = None,
+    control: Any = None,
+    transformer_options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
     options = transformer_options if transformer_options is not None else {}
     forward = options.get(KEY)
     if isinstance(forward, (SunForward, PlainForward)):

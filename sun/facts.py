@@ -29,9 +29,13 @@ _NO_LORAS = {
     ".b1.weight": "GLoRA",
 }
 _LORA_FAMILY = {
-    ".hada_w1": "LoHa", ".lokr_w": "LoKr", ".dora_scale": "DoRA", ".lora_magnitude_vector": "DoRA",
-    ".w_norm": "file of changed norms", ".diff": "file of whole differences",
-}  # fmt: skip
+    ".hada_w1": "LoHa",
+    ".lokr_w": "LoKr",
+    ".dora_scale": "DoRA",
+    ".lora_magnitude_vector": "DoRA",
+    ".w_norm": "file of changed norms",
+    ".diff": "file of whole differences",
+}
 # (what it is, a text every such file has in one of its tensor names); the first match counts.
 _KINDS = (
     (

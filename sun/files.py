@@ -46,8 +46,11 @@ POSITIVE_PARTS = {
 # How alpha and beta change with the guidance scale: [2, C], coefficients of log(w / w0) and its square. Not in the
 # authors' layout.
 GUIDANCE_PARTS = {
-    "alpha_neg_w": "alpha_neg_w", "beta_neg_w": "beta_neg_w", "alpha_pos_w": "alpha_pos_w", "beta_pos_w": "beta_pos_w",
-}  # fmt: skip
+    "alpha_neg_w": "alpha_neg_w",
+    "beta_neg_w": "beta_neg_w",
+    "alpha_pos_w": "alpha_pos_w",
+    "beta_pos_w": "beta_pos_w",
+}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_PICKLE = 2**30
 """Bytes of a pickled adapter. It cannot be looked at without loading it, and the largest adapters have 160 MB."""
@@ -250,10 +253,19 @@ def text_width_name(width: int) -> str:
 
 
 _STORED = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 
 
 def _parsed(

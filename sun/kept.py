@@ -99,9 +99,7 @@ class SunRun:
         weights, texts = tuple(weight for weight, _ in negatives), tuple(text for _, text in negatives)
 
         def make() -> AdapterTexts:
-            return adapter.texts(
-                negatives, positive, strength=self.strength, positive_mask=mask, guidance=guidance
-            )  # fmt: skip
+            return adapter.texts(negatives, positive, strength=self.strength, positive_mask=mask, guidance=guidance)
 
         if adapter.training or _hooked(adapter) or (torch.is_grad_enabled() and _trained(adapter)):
             return make()

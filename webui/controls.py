@@ -48,9 +48,12 @@ def adapter_list(elem_id: str, refresh_id: str, more: Callable[[], dict[Any, Any
     as there is no adapter of the user's own. more: what the arrows renew besides, by component."""
     with gr.Row():
         adapter = gr.Dropdown(
-            adapter_names(), value=AUTOMATIC, label="SUN adapter file", elem_id=elem_id,
+            adapter_names(),
+            value=AUTOMATIC,
+            label="SUN adapter file",
+            elem_id=elem_id,
             info="Automatic: the first that fits the loaded model",
-        )  # fmt: skip
+        )
         refresh = ToolButton("\U0001f504", elem_id=refresh_id)
     hint = gr.HTML(folders.first_steps(), elem_classes=["sun-hint"])
 
@@ -67,23 +70,39 @@ def _sun(elem_id: Callable[[str], str]) -> list[Any]:
         adapter = adapter_list(elem_id("adapter"), elem_id("refresh"))
         with gr.Row():
             steps = gr.Slider(
-                *STEPS, value=4, step=1, label="SUN steps", elem_id=elem_id("steps"),
+                *STEPS,
+                value=4,
+                step=1,
+                label="SUN steps",
+                elem_id=elem_id("steps"),
                 info="4 is trained",
-            )  # fmt: skip
+            )
             strength = gr.Slider(
-                *STRENGTH, value=1.0, step=0.05, label="SUN strength", elem_id=elem_id("strength"),
+                *STRENGTH,
+                value=1.0,
+                step=0.05,
+                label="SUN strength",
+                elem_id=elem_id("strength"),
                 info="1: as trained, 0: off",
-            )  # fmt: skip
+            )
             guidance = gr.Slider(
-                *GUIDANCE, value=0, step=0.1, label=GUIDANCE_LABEL, elem_id=elem_id("guidance"),
+                *GUIDANCE,
+                value=0,
+                step=0.1,
+                label=GUIDANCE_LABEL,
+                elem_id=elem_id("guidance"),
                 info="0: the adapter's own",
-            )  # fmt: skip
+            )
         main_negative = gr.Checkbox(True, label="Use the main negative prompt", elem_id=elem_id("main_negative"))
         own = gr.Textbox(
-            "", lines=2, label="SUN negative prompt", elem_id=elem_id("negative"), interactive=False,
+            "",
+            lines=2,
+            label="SUN negative prompt",
+            elem_id=elem_id("negative"),
+            interactive=False,
             elem_classes=["sun-own-negative"],
             placeholder="Used when the box above is off. It acts at CFG 1, where the host's own does not.",
-        )  # fmt: skip
+        )
         sampling = gr.Radio(SAMPLING_CHOICES, value="sun", label="SUN sampler", elem_id=elem_id("sampling"))
         mode = gr.Radio(
             DENOISE_CHOICES, value="trained", label="SUN image to image, hires fix", elem_id=elem_id("denoise_mode")
@@ -102,20 +121,34 @@ def _accelerators(elem_id: Callable[[str], str]) -> list[Any]:
         ltc = gr.Checkbox(default.ltc, label="LTC-Accel: skip steps", elem_id=elem_id("ltc"))
         with gr.Row():
             tau = gr.Slider(
-                *TAU, value=default.tau, step=0.01, label="LTC-Accel turn (tau)", elem_id=elem_id("tau"),
+                *TAU,
+                value=default.tau,
+                step=0.01,
+                label="LTC-Accel turn (tau)",
+                elem_id=elem_id("tau"),
                 info="Skip where the course turns by less, in radians",
-            )  # fmt: skip
+            )
             every = gr.Slider(
-                *EVERY, value=default.every, step=1, label="LTC-Accel every", elem_id=elem_id("every"),
+                *EVERY,
+                value=default.every,
+                step=1,
+                label="LTC-Accel every",
+                elem_id=elem_id("every"),
                 info="Skip one step of this many; 2 is the fastest",
-            )  # fmt: skip
+            )
         calibration = gr.Radio(
-            CALIBRATION_CHOICES, value=default.calibration, label="LTC-Accel calibration",
-            elem_id=elem_id("calibration"), info="Measuring takes one run at full cost",
-        )  # fmt: skip
+            CALIBRATION_CHOICES,
+            value=default.calibration,
+            label="LTC-Accel calibration",
+            elem_id=elem_id("calibration"),
+            info="Measuring takes one run at full cost",
+        )
         inherit = gr.Dropdown(
-            [OFF, *PRESETS], value=OFF, label="Feature inheritance (a preset or a plan)", allow_custom_value=True,
+            [OFF, *PRESETS],
+            value=OFF,
+            label="Feature inheritance (a preset or a plan)",
+            allow_custom_value=True,
             elem_id=elem_id("inherit"),
             info="Parts of the U-Net reuse what they made some steps ago: fine changes little, fast much",
-        )  # fmt: skip
+        )
     return [ltc, tau, every, calibration, inherit]

@@ -92,9 +92,13 @@ class WebuiRun(SunRun):
         return result
 
     def _texts(
-        self, position: int, query: torch.Tensor, positive: torch.Tensor | None, images: tuple[int, ...],
+        self,
+        position: int,
+        query: torch.Tensor,
+        positive: torch.Tensor | None,
+        images: tuple[int, ...],
         acting: list[int],
-    ) -> LayerTexts:  # fmt: skip
+    ) -> LayerTexts:
         """What the layer needs of the texts of the rows that act. The first layer of a call decides for all of them;
         to another text, which hypernetworks give each layer, a layer is asked itself."""
         assert self.adapter is not None

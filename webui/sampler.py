@@ -144,9 +144,15 @@ class TrainedTimesteps:
         return torch.tensor([0, *reversed(descending), *([] if self.wanted is None else descending[:1])])
 
     def sample_img2img(
-        self, p: Any, x: torch.Tensor, noise: torch.Tensor, conditioning: Any, unconditional: Any,
-        steps: int | None = None, image_conditioning: Any = None,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        p: Any,
+        x: torch.Tensor,
+        noise: torch.Tensor,
+        conditioning: Any,
+        unconditional: Any,
+        steps: int | None = None,
+        image_conditioning: Any = None,
+    ) -> torch.Tensor:
         """In the place of the method of that name. x: start latents [B, 4, H, W]."""
         asked = int(steps or p.steps)
         self.wanted = denoise_timesteps(asked, p.denoising_strength, denoise_mode(p), 1000)

@@ -263,8 +263,11 @@ def sun_sampling(p: Any, run: WebuiRun) -> Iterator[None]:
     run.layer_calls = 0
     log.info(
         "SUN active: %d layers, adapter %s, strength %g, %s",
-        len(run.layers), run.settings.adapter, run.settings.strength, p.sampler_name,
-    )  # fmt: skip
+        len(run.layers),
+        run.settings.adapter,
+        run.settings.strength,
+        p.sampler_name,
+    )
     try:
         with active(run), host.sampling(run, p):
             yield

@@ -25,15 +25,24 @@ def register() -> None:
     add("sun_folder", "", "Another folder with SUN adapters")
     add("sun_show_tab", True, "Show the tab SUN (after Reload UI)")
     add(
-        "sun_denoise_mode", "trained", "Image to image with the sampler SUN alone, without the accordion",
-        gr.Radio, {"choices": DENOISE_CHOICES},
-    )  # fmt: skip
+        "sun_denoise_mode",
+        "trained",
+        "Image to image with the sampler SUN alone, without the accordion",
+        gr.Radio,
+        {"choices": DENOISE_CHOICES},
+    )
     add("sun_compare_sampler", "DPM++ 2M", "Compare: sampler of the other picture", gr.Dropdown, _samplers)
     add(
-        "sun_compare_steps", 25, "Compare: its steps",
-        gr.Slider, {"minimum": 1, "maximum": 100, "step": 1},
-    )  # fmt: skip
+        "sun_compare_steps",
+        25,
+        "Compare: its steps",
+        gr.Slider,
+        {"minimum": 1, "maximum": 100, "step": 1},
+    )
     add(
-        "sun_compare_cfg", 7.0, "Compare: its CFG scale",
-        gr.Slider, {"minimum": 1, "maximum": 20, "step": 0.5},
-    )  # fmt: skip
+        "sun_compare_cfg",
+        7.0,
+        "Compare: its CFG scale",
+        gr.Slider,
+        {"minimum": 1, "maximum": 20, "step": 0.5},
+    )

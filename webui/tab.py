@@ -133,22 +133,46 @@ def _picture() -> tuple[Any, Any]:
     gr.HTML("<p>Paint over what is to be made anew; without paint all of it is.</p>", elem_classes=["sun-hint"])
     try:
         canvas = importlib.import_module("modules_forge.forge_canvas.canvas").ForgeCanvas(
-            elem_id="sun_image", height=512, scribble_color="#ffffff", scribble_color_fixed=True, scribble_alpha=60,
-            scribble_alpha_fixed=True, scribble_softness_fixed=True,
-        )  # fmt: skip
+            elem_id="sun_image",
+            height=512,
+            scribble_color="#ffffff",
+            scribble_color_fixed=True,
+            scribble_alpha=60,
+            scribble_alpha_fixed=True,
+            scribble_softness_fixed=True,
+        )
     except (ImportError, AttributeError, TypeError):
         image = gr.Image(
-            label="Picture", source="upload", tool="sketch", type="pil", image_mode="RGBA", elem_id="sun_image",
+            label="Picture",
+            source="upload",
+            tool="sketch",
+            type="pil",
+            image_mode="RGBA",
+            elem_id="sun_image",
             brush_color="#ffffff",
-        )  # fmt: skip
+        )
         return image, gr.State(None)
     return canvas.background, canvas.foreground
 
 
 def read(
-    prompt: str, negative: str, model: str, adapter: str, width: float, height: float, batch: float, seed: float | None,
-    steps: float, strength: float, guidance: float, image: Any, brush: Any, mask: Any, denoise: float, mode: Any,
-) -> generate.Request:  # fmt: skip
+    prompt: str,
+    negative: str,
+    model: str,
+    adapter: str,
+    width: float,
+    height: float,
+    batch: float,
+    seed: float | None,
+    steps: float,
+    strength: float,
+    guidance: float,
+    image: Any,
+    brush: Any,
+    mask: Any,
+    denoise: float,
+    mode: Any,
+) -> generate.Request:
     """The controls' values as a request. Raises ValueError for a mask without a picture, and for masks of another size
     than the picture."""
     if isinstance(image, dict):  # Gradio 3, with a brush

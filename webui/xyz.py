@@ -35,14 +35,21 @@ CFG = "CFG Scale"
 TAKEN_OVER = ("Steps", "Sampler", "Hires sampler", "Schedule type", CFG)
 """Axes of the host over what SUN sets itself."""
 OF_OTHER_SCHEDULES = (
-    "Schedule min sigma", "Schedule max sigma", "Schedule rho", "Beta schedule alpha", "Beta schedule beta",
+    "Schedule min sigma",
+    "Schedule max sigma",
+    "Schedule rho",
+    "Beta schedule alpha",
+    "Beta schedule beta",
     "Always discard next-to-last sigma",
-)  # fmt: skip
+)
 OF_GUIDANCE = ("Negative Guidance minimum sigma",)
 LABELS = {
-    "negative": "negative prompt", "denoise_mode": "denoise mode", "tau": "LTC-Accel tau", "every": "LTC-Accel every",
+    "negative": "negative prompt",
+    "denoise_mode": "denoise mode",
+    "tau": "LTC-Accel tau",
+    "every": "LTC-Accel every",
     "inherit": "feature inheritance",
-}  # fmt: skip
+}
 NOTED = (*TAKEN_OVER, *OF_OTHER_SCHEDULES, *OF_GUIDANCE)
 
 

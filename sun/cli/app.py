@@ -21,8 +21,14 @@ BAD_INPUT, INTERRUPTED = 2, 130
 _ERRORS = (RecipeError, ConfigError, PictureError, ReadError, OSError)
 # By name, because their module needs torch, which --help should not wait for.
 _LAZY_ERRORS = (
-    "SunFileError", "DataError", "NonFiniteLoss", "NonFiniteError", "PredictionError", "LtcError", "InheritanceError",
-)  # fmt: skip
+    "SunFileError",
+    "DataError",
+    "NonFiniteLoss",
+    "NonFiniteError",
+    "PredictionError",
+    "LtcError",
+    "InheritanceError",
+)
 
 
 class SunGroup(TyperGroup):

@@ -121,8 +121,14 @@ def _counts(text: str) -> list[int]:
 
 def _bench_table(report: dict[str, dict[str, Any]]) -> Table:
     table = Table("case", title="a U-Net call with SUN against the plain U-Net's")
-    heads = {"plain_call_seconds": "plain, s", "sun_call_seconds": "SUN, s", "unet_call_ratio": "ratio",
-             "first_call_ratio": "first call", "unet_speedup": "U-Net x", "pipeline_speedup": "pipeline x"}  # fmt: skip
+    heads = {
+        "plain_call_seconds": "plain, s",
+        "sun_call_seconds": "SUN, s",
+        "unet_call_ratio": "ratio",
+        "first_call_ratio": "first call",
+        "unet_speedup": "U-Net x",
+        "pipeline_speedup": "pipeline x",
+    }
     for head in heads.values():
         table.add_column(head, justify="right")
     for name, row in report.items():

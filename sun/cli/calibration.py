@@ -80,9 +80,17 @@ def calibrate(
     check_folder(target)
     width, height = parse_size(size)
     recipe = Recipe(
-        seed=seed, width=width, height=height, steps=steps, model=model, config=config, adapter=adapter,
-        loras=tuple(lora or ()), dtype=dtype.value, device=device,
-    )  # fmt: skip
+        seed=seed,
+        width=width,
+        height=height,
+        steps=steps,
+        model=model,
+        config=config,
+        adapter=adapter,
+        loras=tuple(lora or ()),
+        dtype=dtype.value,
+        device=device,
+    )
     pairs = [(read_prompt(prompt), negative) for prompt in prompts or ()]
     if not pairs and model != SHIPPED:
         raise typer.BadParameter('give prompts this model knows, as in: sun calibrate "a castle" "two cats"')
@@ -113,10 +121,18 @@ def calibrate(
         settings = ltc.LtcSettings(tau=tau, every=every, last=last, terms=terms)
         ltc.attach(pipe, settings=settings, folder=target)
         table = ltc.calibrate(
-            pipe, [p for p, _ in pairs], [n for _, n in pairs], batch=batch, seed=seed, find_bias=bias,
-            progress=status, num_inference_steps=steps, width=recipe.width, height=recipe.height,
+            pipe,
+            [p for p, _ in pairs],
+            [n for _, n in pairs],
+            batch=batch,
+            seed=seed,
+            find_bias=bias,
+            progress=status,
+            num_inference_steps=steps,
+            width=recipe.width,
+            height=recipe.height,
             **({} if guidance is None else {"guidance_scale": guidance}),
-        )  # fmt: skip
+        )
     path = target / table.key.file_name(settings)
     skipped = ", ".join(
         f"{i} (c {', '.join(f'{c:.3f}' for c in factors)})" for i, factors in table.coefficients.items()

@@ -178,9 +178,17 @@ def compare(
     prompts = [read_prompt(prompt) for prompt in prompts]
     width, height = parse_size(size)
     recipe = Recipe(
-        seed=seed or 0, width=width, height=height, sun_strength=sun_strength, model=model, config=config,
-        adapter=adapter, loras=tuple(lora or ()), dtype=dtype.value, device=device,
-    )  # fmt: skip
+        seed=seed or 0,
+        width=width,
+        height=height,
+        sun_strength=sun_strength,
+        model=model,
+        config=config,
+        adapter=adapter,
+        loras=tuple(lora or ()),
+        dtype=dtype.value,
+        device=device,
+    )
     with spinner("loading") as status:
         loaded = engine.load(recipe)
         recipe = engine.complete(recipe, loaded)

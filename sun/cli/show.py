@@ -35,8 +35,14 @@ err = SafeConsole(stderr=True, highlight=False)
 
 def figures_table(rows: dict[str, dict[str, Any]], title: str) -> Table:
     """Figures by method as a table; a column appears when any row has it."""
-    heads = {"unet_calls": ("U-Net calls", "g"), "seconds": ("seconds", ".3f"), "paired_mse": ("latent MSE", ".4f"),
-             "set_distance": ("set distance", ".3f"), "kid": ("KID", ".5f"), "psnr": ("PSNR, dB", ".2f")}  # fmt: skip
+    heads = {
+        "unet_calls": ("U-Net calls", "g"),
+        "seconds": ("seconds", ".3f"),
+        "paired_mse": ("latent MSE", ".4f"),
+        "set_distance": ("set distance", ".3f"),
+        "kid": ("KID", ".5f"),
+        "psnr": ("PSNR, dB", ".2f"),
+    }
     shown = [key for key in heads if any(row.get(key) is not None for row in rows.values())]
     table = Table("method", title=title)
     for key in shown:

@@ -48,9 +48,18 @@ def check_commands(config: Any, data: str | None, assignments: list[str] | None)
 
 
 def add_trainer(
-    group: typer.Typer, name: str, help: str, trains: str, module: str, config: str, function: str, *,
-    options: Mapping[str, Any] | None = None, product: str = "", examples: tuple[str, ...] = (),
-) -> None:  # fmt: skip
+    group: typer.Typer,
+    name: str,
+    help: str,
+    trains: str,
+    module: str,
+    config: str,
+    function: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    product: str = "",
+    examples: tuple[str, ...] = (),
+) -> None:
     """Register a command that reads ``module.config`` (of this package) from its options and calls ``module.function``.
 
     ``options`` name settings of the configuration; ``trains`` and ``product`` say what lies where, at the end.
@@ -79,64 +88,117 @@ def add_trainer(
 
 
 add_trainer(
-    app, "train", "Train a SUN adapter for a frozen Stable Diffusion 1.x model (Algorithm 1 of the paper).",
-    "adapter", "training.sun", "SunTrainConfig", "train_sun", options=ON_PICTURES,
+    app,
+    "train",
+    "Train a SUN adapter for a frozen Stable Diffusion 1.x model (Algorithm 1 of the paper).",
+    "adapter",
+    "training.sun",
+    "SunTrainConfig",
+    "train_sun",
+    options=ON_PICTURES,
     examples=(
         "sun train --output runs/sun --minutes 30",
         "sun train --model sd15-folder --data pictures/ --batch-size 8 --set guidance_scale=7.5",
         "accelerate launch -m sun train --config sun.toml",
     ),
-)  # fmt: skip
+)
 add_trainer(
-    emoji_app, "vae", "Train its autoencoder (TAESD layout).",
-    "autoencoder", "lab.emoji.vae", "VaeConfig", "train_vae",
-)  # fmt: skip
+    emoji_app,
+    "vae",
+    "Train its autoencoder (TAESD layout).",
+    "autoencoder",
+    "lab.emoji.vae",
+    "VaeConfig",
+    "train_vae",
+)
 add_trainer(
-    emoji_app, "base", "Train its text encoder and U-Net on a trained autoencoder.",
-    "model", "lab.emoji.base", "BaseConfig", "train_base",
-)  # fmt: skip
+    emoji_app,
+    "base",
+    "Train its text encoder and U-Net on a trained autoencoder.",
+    "model",
+    "lab.emoji.base",
+    "BaseConfig",
+    "train_base",
+)
 add_trainer(
-    emoji_app, "contrast", "Train the image-text model that evaluation judges its pictures by.",
-    "image-text model", "lab.emoji.contrast_training", "ContrastConfig", "train_contrast",
-)  # fmt: skip
+    emoji_app,
+    "contrast",
+    "Train the image-text model that evaluation judges its pictures by.",
+    "image-text model",
+    "lab.emoji.contrast_training",
+    "ContrastConfig",
+    "train_contrast",
+)
 add_trainer(
-    emoji_app, "style", "Fine-tune its whole U-Net on another style of emoji.",
-    "model", "lab.emoji.style", "StyleConfig", "train_style", options={"style": STYLE, "model": MODEL},
+    emoji_app,
+    "style",
+    "Fine-tune its whole U-Net on another style of emoji.",
+    "model",
+    "lab.emoji.style",
+    "StyleConfig",
+    "train_style",
+    options={"style": STYLE, "model": MODEL},
     examples=("sun train-emoji style --style fluent --config configs/emoji-style.toml",),
-)  # fmt: skip
+)
 add_trainer(
-    emoji_app, "lora", "Train a LoRA of another style of emoji, for diffusers, ComfyUI and A1111.",
-    "LoRA", "lab.emoji.style", "LoraStyleConfig", "train_lora", options={"style": STYLE, "model": MODEL},
+    emoji_app,
+    "lora",
+    "Train a LoRA of another style of emoji, for diffusers, ComfyUI and A1111.",
+    "LoRA",
+    "lab.emoji.style",
+    "LoraStyleConfig",
+    "train_lora",
+    options={"style": STYLE, "model": MODEL},
     examples=("sun train-emoji lora --style google --config configs/emoji-lora.toml",),
-)  # fmt: skip
+)
 add_trainer(
-    emoji_app, "controlnet", "Train a small ControlNet that draws along the edges of another picture.",
-    "ControlNet", "lab.emoji.controlnet", "ControlNetConfig", "train_controlnet",
+    emoji_app,
+    "controlnet",
+    "Train a small ControlNet that draws along the edges of another picture.",
+    "ControlNet",
+    "lab.emoji.controlnet",
+    "ControlNetConfig",
+    "train_controlnet",
     options={"style": STYLE, "model": MODEL},
     examples=("torchrun --nproc_per_node 2 -m sun train-emoji controlnet --config configs/emoji-controlnet.toml",),
-)  # fmt: skip
+)
 add_trainer(
-    emoji_app, "inpainting", "Train its 9-channel inpainting U-Net.",
-    "inpainting model", "lab.emoji.inpainting", "InpaintingConfig", "train_inpainting",
+    emoji_app,
+    "inpainting",
+    "Train its 9-channel inpainting U-Net.",
+    "inpainting model",
+    "lab.emoji.inpainting",
+    "InpaintingConfig",
+    "train_inpainting",
     options={"style": STYLE, "model": MODEL},
     examples=("torchrun --nproc_per_node 2 -m sun train-emoji inpainting --config configs/emoji-inpainting.toml",),
-)  # fmt: skip
+)
 add_trainer(
-    peer_app, "lcm-lora", "Train an LCM-LoRA: latent consistency distillation; it takes no negative prompt.",
-    "LoRA", "lab.peers.lcm_lora", "LcmLoraConfig", "train_lcm_lora", options=ON_PICTURES,
+    peer_app,
+    "lcm-lora",
+    "Train an LCM-LoRA: latent consistency distillation; it takes no negative prompt.",
+    "LoRA",
+    "lab.peers.lcm_lora",
+    "LcmLoraConfig",
+    "train_lcm_lora",
+    options=ON_PICTURES,
     product="pytorch_lora_weights.safetensors",
-    examples=(
-        "sun train-peer lcm-lora --config configs/peers-lcm-lora.toml --model my-model --data emoji:fluent",
-    ),
-)  # fmt: skip
+    examples=("sun train-peer lcm-lora --config configs/peers-lcm-lora.toml --model my-model --data emoji:fluent",),
+)
 add_trainer(
-    peer_app, "guided-distill", "Train the full U-Net on SUN's stage targets; to be done again for every model.",
-    "U-Net", "lab.peers.guided_distillation", "GuidedDistillConfig", "train_guided_distillation",
-    options=ON_PICTURES, product="unet",
+    peer_app,
+    "guided-distill",
+    "Train the full U-Net on SUN's stage targets; to be done again for every model.",
+    "U-Net",
+    "lab.peers.guided_distillation",
+    "GuidedDistillConfig",
+    "train_guided_distillation",
+    options=ON_PICTURES,
+    product="unet",
     examples=(
         "sun train-peer guided-distill --config configs/peers-guided-distill.toml --model my-model --data emoji:fluent",
     ),
-)  # fmt: skip
+)
 
 
 @app.command(

@@ -132,7 +132,7 @@ def calibrate(
 
 def _sample(
     pipe: Any, opener: Opener, prompts: Sequence[str], negatives: Sequence[str], seed: int, options: dict[str, Any]
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     texts: dict[str, Any] = {"prompt": list(prompts)}
     if negatives:
@@ -207,8 +207,14 @@ def _steering(pipe: Any, given: Mapping[str, Any]) -> str:
 
 def _of_another_run(given: LtcKey, found: LtcKey) -> str:
     """Why the table that was brought does not serve a run."""
-    names = (("model", "model"), ("sampler", "sampler"), ("steps", "number of steps"), ("schedule", "noise levels"),
-             ("w", "guidance scale"), ("steering", "SUN adapter or LoRA"))  # fmt: skip
+    names = (
+        ("model", "model"),
+        ("sampler", "sampler"),
+        ("steps", "number of steps"),
+        ("schedule", "noise levels"),
+        ("w", "guidance scale"),
+        ("steering", "SUN adapter or LoRA"),
+    )
     different = [words for name, words in names if getattr(given, name) != getattr(found, name)]
     return (
         f"LTC-Accel's table was measured with another {' and another '.join(different)}, so it does not serve this "

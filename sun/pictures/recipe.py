@@ -24,12 +24,21 @@ MAX_SIDE = 4096
 MAX_PIXELS = 2**26
 """Of all pictures of a batch together: 256 of 512 x 512, or 4 of 4096 x 4096."""
 # (smallest, largest) of every number; None besides where the field says so.
-_WHOLE = {"steps": (1, 1000), "seed": (0, 2**64 - 1), "batch": (1, 1024), "index": (0, 1023),
-          "width": (0, MAX_SIDE), "height": (0, MAX_SIDE)}  # fmt: skip
+_WHOLE = {
+    "steps": (1, 1000),
+    "seed": (0, 2**64 - 1),
+    "batch": (1, 1024),
+    "index": (0, 1023),
+    "width": (0, MAX_SIDE),
+    "height": (0, MAX_SIDE),
+}
 _NUMBERS = {"sun_strength": (-10, 10), "guidance": (0, 1000), "strength": (0, 1), "control_scale": (-10, 10)}
 _OPTIONAL = ("index", "guidance", "strength")
-_WORDS = {"scheduler": tuple(_A1111_SAMPLERS), "denoise_mode": ("trained", "respaced"),
-          "dtype": ("auto", "float32", "float16", "bfloat16")}  # fmt: skip
+_WORDS = {
+    "scheduler": tuple(_A1111_SAMPLERS),
+    "denoise_mode": ("trained", "respaced"),
+    "dtype": ("auto", "float32", "float16", "bfloat16"),
+}
 _LONGEST_TEXT, _LONGEST_PATH, _MOST_LORAS = 100_000, 4096, 64
 
 

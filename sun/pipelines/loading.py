@@ -127,9 +127,12 @@ def load_part(kind: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
 
 
 _NAMES = {
-    UNet2DConditionModel: "U-Net", ControlNetModel: "ControlNet", CLIPTextModel: "text encoder", CLIPModel: "CLIP",
+    UNet2DConditionModel: "U-Net",
+    ControlNetModel: "ControlNet",
+    CLIPTextModel: "text encoder",
+    CLIPModel: "CLIP",
     **dict.fromkeys(_VAES.values(), "autoencoder (VAE)"),
-}  # fmt: skip
+}
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> Any:

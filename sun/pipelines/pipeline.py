@@ -69,9 +69,16 @@ class WithSun(Base):
         return {**super().components, "scheduler": self._sun.original_scheduler}
 
     def encode_prompt(
-        self, prompt: Any, device: Any, num_images_per_prompt: int, do_classifier_free_guidance: bool,
-        negative_prompt: Any = None, prompt_embeds: Tensor | None = None, *args: Any, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+        self,
+        prompt: Any,
+        device: Any,
+        num_images_per_prompt: int,
+        do_classifier_free_guidance: bool,
+        negative_prompt: Any = None,
+        prompt_embeds: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         run = _run_of(self)
         if run is not None:
             _tell_cuts(self.tokenizer, prompt, negative_prompt)

@@ -55,9 +55,13 @@ def prediction_of(config: Mapping[str, Any]) -> tuple[str, float]:
 
 # Of a model's own scheduler: they would choose other timesteps, or change the predictions.
 _OWN_SCHEDULES = (
-    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_lu_lambdas",
+    "use_flow_sigmas",
     "thresholding",
-)  # fmt: skip
+)
 
 
 def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:

@@ -19,9 +19,13 @@ MARK = "lora_controlnet"
 OWN_LAYERS = ("controlnet_",)  # diffusers' names of the layers a U-Net does not have begin so
 _LAYERS_PER_STAGE = 2
 _RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
-}  # fmt: skip
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 
 
 def ldm_name(name: str) -> str:

@@ -64,9 +64,7 @@ def _smooth(pixels: Tensor, sigma: float) -> Tensor:
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=pixels.device) / sigma) ** 2)
     kernel = (kernel / kernel.sum()).expand(pixels.shape[1], 1, 1, -1)
     padded = F.pad(pixels, (reach,) * 4, mode="replicate")
-    return F.conv2d(
-        F.conv2d(padded, kernel, groups=pixels.shape[1]), kernel.transpose(2, 3), groups=pixels.shape[1]
-    )  # fmt: skip
+    return F.conv2d(F.conv2d(padded, kernel, groups=pixels.shape[1]), kernel.transpose(2, 3), groups=pixels.shape[1])
 
 
 def _gradient(pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,8 +101,15 @@ class SunTrainConfig:
 
 
 _FROM_ZERO = (
-    "steps", "minutes", "unet_calls", "lr", "warmup_steps", "weight_decay", "checkpoint_minutes", "sample_minutes",
-)  # fmt: skip
+    "steps",
+    "minutes",
+    "unet_calls",
+    "lr",
+    "warmup_steps",
+    "weight_decay",
+    "checkpoint_minutes",
+    "sample_minutes",
+)
 
 
 def check_run(config: RunConfig, precision: str) -> None:
@@ -160,9 +167,12 @@ def check_settings(config: SunTrainConfig) -> None:
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} is a number of at least 1, not {getattr(config, name)}.")
     for name in (
-        "replace_probability", "stage_start_probability", "rollout_probability", "empty_captions",
+        "replace_probability",
+        "stage_start_probability",
+        "rollout_probability",
+        "empty_captions",
         "empty_negative_probability",
-    ):  # fmt: skip
+    ):
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"{name} is a probability, from 0 to 1, not {getattr(config, name):g}.")
     low, high = config.guidance_range

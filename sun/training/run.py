@@ -179,8 +179,14 @@ class TrainingRun:
         the checkpoint does not fit what is tracked, OSError when a checkpoint cannot be written.
         """
         self._restore_tracked()
-        bar = tqdm(total=self.config.steps, initial=self.progress.step, disable=not self.accelerator.is_main_process,
-                   dynamic_ncols=True, mininterval=2.0, desc=self.folder.name)  # fmt: skip
+        bar = tqdm(
+            total=self.config.steps,
+            initial=self.progress.step,
+            disable=not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+            mininterval=2.0,
+            desc=self.folder.name,
+        )
         saved = self.progress.seconds
         while self.fraction < 1.0:
             began = time.monotonic()

@@ -54,9 +54,13 @@ def make_adapter(config: SunTrainConfig, unet: Any) -> SunAdapter:
         adapter = _earlier_adapter(config, guided)
     else:
         adapter = from_unet(
-            unet, positive=config.positive_branch, alpha=config.init_alpha, w=config.guidance_scale, guided=guided,
+            unet,
+            positive=config.positive_branch,
+            alpha=config.init_alpha,
+            w=config.guidance_scale,
+            guided=guided,
             info=SunInfo(normalized=config.attention_normalization),
-        )  # fmt: skip
+        )
     return adapter.float().requires_grad_(True).train()
 
 

@@ -96,10 +96,18 @@ def make_objectives(config: SunTrainConfig, run: TrainingRun, pipe: Any, count: 
     source = run.track(
         "data",
         build_source(
-            config.data, pipe.vae, resolution, run.rng, device, seed=config.run.seed, workers=config.workers,
-            cache=config.cache, encode=encode, allow_commands=config.allow_commands,
+            config.data,
+            pipe.vae,
+            resolution,
+            run.rng,
+            device,
+            seed=config.run.seed,
+            workers=config.workers,
+            cache=config.cache,
+            encode=encode,
+            allow_commands=config.allow_commands,
         ),
-    )  # fmt: skip
+    )
     negatives = NegativePrompts.load(
         config.negatives, config.data, config.max_negative_phrases, config.empty_negative_probability
     )
@@ -115,9 +123,12 @@ def make_objectives(config: SunTrainConfig, run: TrainingRun, pipe: Any, count: 
 
 
 def save_adapter(
-    config: SunTrainConfig, run: TrainingRun, adapter: SunAdapter, earlier: dict[str, Any] | None = None,
+    config: SunTrainConfig,
+    run: TrainingRun,
+    adapter: SunAdapter,
+    earlier: dict[str, Any] | None = None,
     needed: bool = True,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write the averaged adapter in fp16; see :func:`describe_training`. Without room, raises OSError if ``needed``."""
     describe_training(config, run, adapter, earlier)
     path = run.folder / "adapter.safetensors"

@@ -48,9 +48,13 @@ def start_timesteps(config: SunTrainConfig, t: Tensor, total: int, generator: ra
 
 @torch.no_grad()
 def noised_stage(
-    config: SunTrainConfig, x0: Tensor, teacher: RowsModel, student: RowsModel, schedule: NoiseSchedule,
+    config: SunTrainConfig,
+    x0: Tensor,
+    teacher: RowsModel,
+    student: RowsModel,
+    schedule: NoiseSchedule,
     rng: random.Random,
-) -> StageTargets:  # fmt: skip
+) -> StageTargets:
     """Stage targets of a batch of latents ``x0`` [B, 4, h, w], noised to random timesteps (Algorithm 1)."""
     total = schedule.num_train_timesteps
     t = draw_timesteps(config, len(x0), total, rng)
@@ -86,9 +90,13 @@ def state_weights(config: SunTrainConfig, t: Tensor, schedule: NoiseSchedule) ->
 
 
 def weighted(
-    config: SunTrainConfig, student: Any, targets: StageTargets, positive: Tensor, negative: Tensor,
+    config: SunTrainConfig,
+    student: Any,
+    targets: StageTargets,
+    positive: Tensor,
+    negative: Tensor,
     schedule: NoiseSchedule,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """``total`` = cfg_weight L_cfg + lambda L_msc, with the errors ``config`` asks for; and both as published."""
     w = targets.w if len(targets.w) else None
     predicted = student(targets.x_t, targets.t, positive, negative, w)
@@ -149,11 +157,13 @@ class NoisedData:
         positive, negative = self.prompts.encode(captions), self.prompts.encode(negatives)
         w = draw_guidance(self.config, len(x0), self.rng).to(x0.device)
         targets = noised_stage(
-            self.config, x0,
+            self.config,
+            x0,
             lambda x, k, rows: self.teacher(x, k, positive[rows], negative[rows], rows_of(w, rows)),
             lambda x, k, rows: self.student(x, k, positive[rows], negative[rows], rows_of(w, rows)),
-            self.schedule, self.rng,
-        )  # fmt: skip
+            self.schedule,
+            self.rng,
+        )
         targets.w = w
         return targets, positive, negative
 
@@ -168,19 +178,31 @@ class GuidedTrajectories:
     """Inputs are states of the teacher's guided trajectories; see ``trajectories.py``."""
 
     def __init__(
-        self, config: SunTrainConfig, run: TrainingRun, prompts: Prompts, teacher: Teacher, schedule: NoiseSchedule,
-        scheduler_config: Any, shape: tuple[int, int, int], name: str = "",
-    ):  # fmt: skip
+        self,
+        config: SunTrainConfig,
+        run: TrainingRun,
+        prompts: Prompts,
+        teacher: Teacher,
+        schedule: NoiseSchedule,
+        scheduler_config: Any,
+        shape: tuple[int, int, int],
+        name: str = "",
+    ):
         self.config, self.rng, self.prompts, self.teacher = config, run.rng, prompts, teacher
         self.scheduler_config, self.shape, self.student = scheduler_config, shape, run.modules["student"]
         stages = round(1 / config.stage_length)
         self.bank = run.track(
             f"bank{name}",
             TrajectoryBank(
-                config.bank_size, stages, schedule, run.rng, run.accelerator.device,
-                1 if config.stage_start_probability == 1 else config.substeps, config.stage_start_probability,
+                config.bank_size,
+                stages,
+                schedule,
+                run.rng,
+                run.accelerator.device,
+                1 if config.stage_start_probability == 1 else config.substeps,
+                config.stage_start_probability,
             ),
-        )  # fmt: skip
+        )
 
     def _grow(self) -> None:
         _, positives, negatives = self.prompts.draw()
@@ -188,11 +210,16 @@ class GuidedTrajectories:
         w = draw_guidance(self.config, len(positives), self.rng).to(noise.device)
         every = torch.arange(len(positives), device=noise.device)
         states, guided = run_teacher(
-            lambda x, t, p, n: self.teacher(x, t, p, n, rows_of(w, every)), noise,
-            self.prompts.encode(positives), self.prompts.encode(negatives), self.bank.stages,
-            self.config.substeps, self.config.teacher_solver, self.scheduler_config,
+            lambda x, t, p, n: self.teacher(x, t, p, n, rows_of(w, every)),
+            noise,
+            self.prompts.encode(positives),
+            self.prompts.encode(negatives),
+            self.bank.stages,
+            self.config.substeps,
+            self.config.teacher_solver,
+            self.scheduler_config,
             self.config.substeps // self.bank.span,
-        )  # fmt: skip
+        )
         self.bank.add(states, guided, positives, negatives, w)
 
     def losses(self, step: int) -> dict[str, Tensor]:
@@ -207,16 +234,28 @@ class GuidedTrajectories:
             distance = self.bank.rollout(rows, self.student, positive, negative)
             return {"total": distance, "rollout": distance.detach()}
         targets = self.bank.stage_batch(
-            rows, self.student, self.teacher, positive, negative, config.replace_probability, config.replace_depth,
+            rows,
+            self.student,
+            self.teacher,
+            positive,
+            negative,
+            config.replace_probability,
+            config.replace_depth,
             need_guided=config.cfg_weight > 0,
-        )  # fmt: skip
+        )
         return weighted(config, self.student, targets, positive, negative, self.bank.schedule)
 
 
 def make_objective(
-    config: SunTrainConfig, run: TrainingRun, prompts: Prompts, teacher: Teacher, schedule: NoiseSchedule,
-    scheduler_config: Any, shape: tuple[int, int, int], name: str = "",
-) -> NoisedData | GuidedTrajectories:  # fmt: skip
+    config: SunTrainConfig,
+    run: TrainingRun,
+    prompts: Prompts,
+    teacher: Teacher,
+    schedule: NoiseSchedule,
+    scheduler_config: Any,
+    shape: tuple[int, int, int],
+    name: str = "",
+) -> NoisedData | GuidedTrajectories:
     """What ``config`` trains on, for the module ``student`` of ``run``; ``shape`` is that of one latent,
     ``name`` tells several of a run apart."""
     if config.trajectories:

@@ -39,9 +39,16 @@ class Trajectory:
 
 @torch.no_grad()
 def run_teacher(
-    teacher: Guided, noise: Tensor, positive: Tensor, negative: Tensor, stages: int, substeps: int, solver: str,
-    scheduler_config: Mapping[str, Any], every: int | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    teacher: Guided,
+    noise: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    stages: int,
+    substeps: int,
+    solver: str,
+    scheduler_config: Mapping[str, Any],
+    every: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """(states [B, S + 1, ...], guided [B, S, ...]) of ``stages`` x ``substeps`` steps of ``solver`` from ``noise``.
 
     Every ``every``-th step is kept, by default the stage boundaries alone: S = stages x substeps / every.
@@ -68,9 +75,15 @@ class TrajectoryBank:
     """
 
     def __init__(
-        self, size: int, stages: int, schedule: NoiseSchedule, rng: random.Random, device: torch.device,
-        span: int = 1, start_probability: float = 1.0,
-    ):  # fmt: skip
+        self,
+        size: int,
+        stages: int,
+        schedule: NoiseSchedule,
+        rng: random.Random,
+        device: torch.device,
+        span: int = 1,
+        start_probability: float = 1.0,
+    ):
         self.rows: deque[Trajectory] = deque(maxlen=size)
         self.schedule, self.rng, self.device = schedule, rng, device
         total = schedule.num_train_timesteps
@@ -94,9 +107,16 @@ class TrajectoryBank:
 
     @torch.no_grad()
     def stage_batch(
-        self, rows: list[Trajectory], student: Guided, teacher: Guided, positive: Tensor, negative: Tensor,
-        replace_probability: float, replace_depth: int, need_guided: bool,
-    ) -> StageTargets:  # fmt: skip
+        self,
+        rows: list[Trajectory],
+        student: Guided,
+        teacher: Guided,
+        positive: Tensor,
+        negative: Tensor,
+        replace_probability: float,
+        replace_depth: int,
+        need_guided: bool,
+    ) -> StageTargets:
         """A random time of every row. With ``replace_probability`` its input is where the student itself arrives
         from up to ``replace_depth`` stages earlier; the target stays the teacher's next state (Eq. 12-13)."""
         span, last = self.span, len(self.times) - 1

@@ -99,9 +99,14 @@ def measure(vae: Any, objects: Mapping[str, RGB] | None = None, held_out: Tensor
     linear, offset, misfit = fit_colours(latents, pixels)
     backgrounds = latents[: len(BACKGROUNDS)]
     return Colours(
-        decoded, changed, {noise: share_kept(vae, backgrounds, noise) for noise in NOISES}, linear, offset, misfit,
+        decoded,
+        changed,
+        {noise: share_kept(vae, backgrounds, noise) for noise in NOISES},
+        linear,
+        offset,
+        misfit,
         None if held_out is None else psnr(vae, held_out),
-    )  # fmt: skip
+    )
 
 
 def flat_pictures(colours: Sequence[RGB], size: int = SIZE) -> Tensor:
@@ -197,9 +202,7 @@ def fit_colours(latents: Tensor, pixels: Tensor) -> tuple[list[list[float]], lis
 
 def psnr(vae: Any, pixels: Tensor) -> float:
     """Mean peak signal-to-noise ratio (dB) of restored pictures [N, 3, H, W] in -1..1."""
-    errors = [
-        ((decode(vae, encode(vae, part)) - part) / 2).square().flatten(1).mean(1) for part in pixels.split(8)
-    ]  # fmt: skip
+    errors = [((decode(vae, encode(vae, part)) - part) / 2).square().flatten(1).mean(1) for part in pixels.split(8)]
     return float((-10 * torch.cat(errors).log10()).mean())
 
 

@@ -29,10 +29,17 @@ class VaeConfig:
 
     run: RunConfig = field(
         default_factory=lambda: RunConfig(
-            output="runs/emoji-vae", steps=4000, batch_size=32, lr=2e-3, lr_schedule="cosine", warmup_steps=50,
-            weight_decay=0.0, betas=(0.9, 0.99), ema_decay=0.99,
+            output="runs/emoji-vae",
+            steps=4000,
+            batch_size=32,
+            lr=2e-3,
+            lr_schedule="cosine",
+            warmup_steps=50,
+            weight_decay=0.0,
+            betas=(0.9, 0.99),
+            ema_decay=0.99,
         )
-    )  # fmt: skip
+    )
     style: str = "twemoji"
     extra_styles: tuple[str, ...] = ()
     init_vae: str = ""  # a diffusers folder to go on from
@@ -108,9 +115,7 @@ class Autoencoding(torch.nn.Module):
         self.vae = vae
         self.colours = ColourMap(fitted_colours)
 
-    def forward(
-        self, pixels: torch.Tensor, noise: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Pixels [B, 3, H, W], noise [B, 4, H/8, W/8] added to the latents -> (latents, restored pixels, colour term),
         fp32. The colour term is the mean squared error of the colours that the latents give."""
         latents = self.vae.encoder(pixels).float()

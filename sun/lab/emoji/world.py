@@ -22,9 +22,7 @@ SAMPLES = (SAMPLE_PROMPTS[:8], ("", "", "white background", "", "small", "", "pi
 class EmojiSource:
     """Random scenes of one emoji style, of ``count`` that are encoded first; what is random comes from ``rng``."""
 
-    def __init__(
-        self, style: str, vae: Any, resolution: int, rng: random.Random, device: torch.device, count: int = 0
-    ):  # fmt: skip
+    def __init__(self, style: str, vae: Any, resolution: int, rng: random.Random, device: torch.device, count: int = 0):
         self.rng, self.device, self.skipped = rng, device, Skipped()
         with PartialState().main_process_first():  # the others then read what it wrote
             self.scenes, self.latents = encode_scenes(

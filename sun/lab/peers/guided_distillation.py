@@ -83,7 +83,7 @@ class Student(nn.Module):
 
     def forward(
         self, x: Tensor, t: Tensor, positive: Tensor, negative: Tensor | None = None, w: Tensor | None = None
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         return self.unet(x, t, positive).sample.float()
 
 
@@ -102,9 +102,13 @@ def train_guided_distillation(config: GuidedDistillConfig) -> Path:
     teacher = Teacher(pipe.unet, config.guidance_scale)
     scheduler = make_scheduler("ddim", pipe.scheduler.config)
     prompts = Prompts(
-        work.source, NegativePrompts([], 0, 1.0), run.rng, work.source.encoder(work.encode), config.empty_captions,
+        work.source,
+        NegativePrompts([], 0, 1.0),
+        run.rng,
+        work.source.encoder(work.encode),
+        config.empty_captions,
         config.run.batch_size,
-    )  # fmt: skip
+    )
     shape = (unet.config.in_channels, work.latent_size, work.latent_size)
     objective = make_objective(config.as_sun(), run, prompts, teacher, work.schedule, pipe.scheduler.config, shape)
     for step in run.steps():

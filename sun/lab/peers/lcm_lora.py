@@ -36,9 +36,21 @@ from .setup import Batch, Distillation
 ADAPTER = "lcm"
 # Attention, feed-forward, convolutions and time embeddings: the layers LCM-LoRA for Stable Diffusion adapts.
 TARGETS = (
-    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
-    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
-)  # fmt: skip
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
 USAGE = """```python
 pipe.load_lora_weights("this folder")
 pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)

@@ -69,11 +69,18 @@ class Distillation:
         self.source: Source = run.track(
             "data",
             build_source(
-                config.data, pipe.vae, resolution, run.rng, self.device,
-                seed=config.run.seed, workers=config.workers, cache=config.cache, encode=self.encode,
+                config.data,
+                pipe.vae,
+                resolution,
+                run.rng,
+                self.device,
+                seed=config.run.seed,
+                workers=config.workers,
+                cache=config.cache,
+                encode=self.encode,
                 allow_commands=config.allow_commands,
             ),
-        )  # fmt: skip
+        )
         self._sampled = run.progress.seconds
 
     @property
@@ -132,9 +139,15 @@ class Distillation:
         base = "Emoji Diffusion" if config.model == "emoji" else settings["model"]
         content = {"base_model": base, **facts, "settings": settings, "progress": run.facts()}
         (run.folder / "training.json").write_text(json.dumps(content, indent=2) + "\n")
-        rows = {"base model": base, **facts, "data": settings["data"], "guidance scale w": config.guidance_scale,
-                "steps": run.progress.step, "U-Net calls of training (forward 1, backward 2)": run.progress.unet_calls,
-                "minutes": round(run.progress.seconds / 60, 1)}  # fmt: skip
+        rows = {
+            "base model": base,
+            **facts,
+            "data": settings["data"],
+            "guidance scale w": config.guidance_scale,
+            "steps": run.progress.step,
+            "U-Net calls of training (forward 1, backward 2)": run.progress.unet_calls,
+            "minutes": round(run.progress.seconds / 60, 1),
+        }
         table = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in rows.items())
         (run.folder / "README.md").write_text(
             f"# {title}\n\n| | |\n|---|---|\n{table}\n\n{usage}\n\nAll settings are in `training.json`.\n"

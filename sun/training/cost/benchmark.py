@@ -44,9 +44,12 @@ def random_sd15() -> Models:
         vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
     )
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        sample_size=512,
+    )
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     return Models(unet, CLIPTextModel(text), vae, torch.cumprod(1 - betas, 0))
@@ -89,10 +92,15 @@ def measure(config: SunTrainConfig, model: str = "sd15", updates: int = 5, warmu
     processes = run.accelerator.num_processes
     pictures = settings.batch_size * settings.accumulate * processes
     return {
-        "measured": True, "device": device_name(device), "processes": processes, "pictures_per_update": pictures,
-        "seconds": round(seconds, 4), "pictures_per_second": round(pictures / seconds, 4),
-        "memory_gib": round(memory, 3), **settings_of(config, model, run.precision),
-    }  # fmt: skip
+        "measured": True,
+        "device": device_name(device),
+        "processes": processes,
+        "pictures_per_update": pictures,
+        "seconds": round(seconds, 4),
+        "pictures_per_second": round(pictures / seconds, 4),
+        "memory_gib": round(memory, 3),
+        **settings_of(config, model, run.precision),
+    }
 
 
 class TrainingStep:
@@ -122,10 +130,15 @@ class TrainingStep:
             w = draw_guidance(config, len(x), run.rng).to(x.device)
             with torch.no_grad():
                 targets = stage_targets(
-                    x, start.to(x.device), t.to(x.device), round(config.stage_length * total), config.substeps,
+                    x,
+                    start.to(x.device),
+                    t.to(x.device),
+                    round(config.stage_length * total),
+                    config.substeps,
                     lambda x, k, rows: self.teacher(x, k, positive[rows], negative[rows], rows_of(w, rows)),
-                    lambda x, k, rows: student(x, k, positive[rows], negative[rows], rows_of(w, rows)), schedule,
-                )  # fmt: skip
+                    lambda x, k, rows: student(x, k, positive[rows], negative[rows], rows_of(w, rows)),
+                    schedule,
+                )
             predicted = student(targets.x_t, targets.t, positive, negative, w if len(w) else None)
         cfg, msc = sun_losses(predicted, targets)
         run.update(config.cfg_weight * cfg + config.msc_weight * msc)
@@ -165,10 +178,15 @@ def settings_of(config: SunTrainConfig, model: str, precision: str) -> dict[str,
     names = ("batch_size", "accumulate", "optimizer", "frozen")
     run = {name: value for name, value in asdict(config.run).items() if name in names}
     return {
-        "model": Path(model).name, **run, "precision": precision, "resolution": config.resolution,
+        "model": Path(model).name,
+        **run,
+        "precision": precision,
+        "resolution": config.resolution,
         "substeps": config.substeps,
-        "gradient_checkpointing": config.gradient_checkpointing, "cache": config.cache, "torch": torch.__version__,
-    }  # fmt: skip
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "cache": config.cache,
+        "torch": torch.__version__,
+    }
 
 
 def _reset_peak(device: torch.device) -> None:

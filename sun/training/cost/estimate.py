@@ -85,11 +85,12 @@ def estimate(config: SunTrainConfig, make: Callable[[], Models] = random_sd15) -
             loss.backward()
             del held
     return {
-        "measured": False, "memory_gib": round(memory.peak / GIB, 3),
+        "measured": False,
+        "memory_gib": round(memory.peak / GIB, 3),
         "trained_parameters": sum(p.numel() for p in adapter.parameters()),
         "tflop_per_picture": round(flops.get_total_flops() / config.run.batch_size / 1e12, 6),
         **settings_of(config, "sd15", precision),
-    }  # fmt: skip
+    }
 
 
 def _optimizer_state(config: SunTrainConfig, adapter: nn.Module) -> list[Tensor]:

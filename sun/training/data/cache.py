@@ -47,9 +47,16 @@ class CachedFolder:
     """
 
     def __init__(
-        self, pairs: list[tuple[Path, str]], vae: Any, resolution: int, device: torch.device, seed: int, lanes: Lanes,
-        skipped: Skipped, encode: Encode | None = None,
-    ):  # fmt: skip
+        self,
+        pairs: list[tuple[Path, str]],
+        vae: Any,
+        resolution: int,
+        device: torch.device,
+        seed: int,
+        lanes: Lanes,
+        skipped: Skipped,
+        encode: Encode | None = None,
+    ):
         self.pairs, self.device, self.lanes, self.skipped = pairs, device, lanes, skipped
         # The first process's key for all: two devices may round the text encoder's probe differently.
         key = broadcast_object_list([cache_key(pairs, vae, resolution, encode)])[0]

@@ -204,7 +204,7 @@ class FolderSource:
 
     def __init__(
         self, pairs: Pairs, vae: Any, resolution: int, device: torch.device, seed: int, lanes: Lanes, skipped: Skipped
-    ):  # fmt: skip
+    ):
         self.pairs, self.vae, self.resolution, self.device = pairs, vae, resolution, device
         self.order, self.lanes, self.skipped = Order(len(pairs), seed), lanes, skipped
         self.calls = 0

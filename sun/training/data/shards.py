@@ -74,8 +74,10 @@ def _expand(data: str) -> list[str]:
     too_many = DataError(f"data = {data[:80]} names more than {MAX_SHARDS:,} shards. Check its ranges.")
     shards: list[str] = []
     for pattern in data.split("::"):
-        sizes = [abs(int(end) - int(begin)) + 1 if len(begin + end) < 40 else MAX_SHARDS + 1
-                 for begin, end in _RANGE.findall(pattern)]  # fmt: skip
+        sizes = [
+            abs(int(end) - int(begin)) + 1 if len(begin + end) < 40 else MAX_SHARDS + 1
+            for begin, end in _RANGE.findall(pattern)
+        ]
         sizes += [inside.count(",") + 1 for inside in _CHOICE.findall(pattern)]
         if prod(sizes) > MAX_SHARDS or pattern.count("{") > 100:  # before it is expanded: ranges are kept whole
             raise too_many
@@ -196,9 +198,16 @@ class ShardSource:
     """
 
     def __init__(
-        self, shards: list[str], vae: Any, resolution: int, device: torch.device, seed: int, workers: int, lanes: Lanes,
+        self,
+        shards: list[str],
+        vae: Any,
+        resolution: int,
+        device: torch.device,
+        seed: int,
+        workers: int,
+        lanes: Lanes,
         left_out: Skipped | None = None,
-    ):  # fmt: skip
+    ):
         if len(shards) < lanes.processes:
             raise DataError(
                 f"{len(shards)} shards cannot be divided among {lanes.processes} processes: write at least as many."

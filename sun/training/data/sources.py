@@ -39,9 +39,18 @@ class Source(Protocol):
 
 
 def build_source(
-    data: str, vae: Any, resolution: int, rng: random.Random, device: torch.device, *,
-    seed: int = 0, workers: int = 0, cache: str = "", encode: Encode | None = None, allow_commands: bool = False,
-) -> Source:  # fmt: skip
+    data: str,
+    vae: Any,
+    resolution: int,
+    rng: random.Random,
+    device: torch.device,
+    *,
+    seed: int = 0,
+    workers: int = 0,
+    cache: str = "",
+    encode: Encode | None = None,
+    allow_commands: bool = False,
+) -> Source:
     """A :class:`Source` for ``emoji:STYLE[:SCENES]``, a folder of pictures with captions, or webdataset shards.
 
     A folder holds ``x.png`` beside ``x.txt``, or a ``metadata.jsonl`` or ``.csv`` with ``file_name`` and ``text``.
