@@ -164,7 +164,7 @@ def test_levels_that_are_no_picture_are_refused(level: float):
         read_picture(stored(Image.fromarray(levels), "TIFF"))
 
 
-@pytest.mark.parametrize(("mode", "kind"), [("CMYK", "JPEG"), ("CMYK", "TIFF"), ("YCbCr", "TIFF"), ("LAB", "TIFF")])
+@pytest.mark.parametrize(("mode", "kind"), [("CMYK", "JPEG"), ("CMYK", "TIFF"), ("YCbCr", "JPEG"), ("LAB", "TIFF")])
 def test_other_colour_models_become_rgb(mode: str, kind: str):
     if mode == "LAB":
         picture = Image.merge("LAB", [Image.new("L", (8, 8), level) for level in (138, 81 + 128, 70 + 128 - 128)])

@@ -337,15 +337,15 @@ def test_loras_load_before_or_after(make_pipeline, tmp_path, first):
     pipe = make_pipeline()
     adapter = make_adapter(pipe.unet)
     if first == "lora":
-        pipe.load_lora_weights(tmp_path)
+        pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
         sun.attach(pipe, adapter)
     else:
         sun.attach(pipe, adapter)
-        pipe.load_lora_weights(tmp_path)
+        pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     out = sample(pipe)
 
     fused = make_pipeline()
-    fused.load_lora_weights(tmp_path)
+    fused.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     fused.fuse_lora()
     fused.unload_lora_weights()
     sun.attach(fused, adapter)
