@@ -304,14 +304,15 @@ def quick(config: ReproduceConfig) -> ReproduceConfig:
     run = {"steps": 2, "minutes": 0.0, "batch_size": 2, "warmup_steps": 0, "ema_decay": 0.5, "precision": "fp32"}
     scenes = {"scenes": 4, "run": run}
     few = {"prompts": 4, "batch_size": 4, "precision": "fp32", "agreement_prompts": 2, "grid_prompts": 2}
-    sun = {"substeps": 1, "max_negative_phrases": 2, "run": run}
+    data = {"data": "emoji:twemoji:4", "run": run}
+    sun = {"substeps": 1, "max_negative_phrases": 2, **data}
     methods = ["sun-2", "ddim-2", "lcm-lora-2", "guided-distill-2"]
     tiny = {
         "autoencoder": {"size": 64, "crop": 32, "run": run},
         "base": {
             **scenes,
             "stages": [[32, 0.5], [64, 0.5]],
-            "channels": [32, 32, 32, 32],
+            "channels": [32, 32, 64, 64],
             "heads": 2,
             "text_width": 32,
             "text_layers": 1,
@@ -329,8 +330,8 @@ def quick(config: ReproduceConfig) -> ReproduceConfig:
         "agreement": few,
         "sun": sun,
         "sun-guided": sun,
-        "lcm-lora": {"run": run},
-        "guided-distill": {"substeps": 1, "run": run},
+        "lcm-lora": data,
+        "guided-distill": {"substeps": 1, **data},
         "style": scenes,
         "lora": {**scenes, "rank": 2},
         "controlnet": {**scenes, "rank": 2, "check_scenes": 2},
