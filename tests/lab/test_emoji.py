@@ -17,6 +17,7 @@ from transformers import CLIPTokenizer
 from sun.common.settings import ConfigError
 from sun.lab.emoji import scenes, sources
 from sun.lab.emoji.base import SAMPLE_PROMPTS, BaseConfig, build_text_encoder, build_tokenizer, train_base
+from sun.lab.emoji.latents import encode_pictures
 from sun.lab.emoji.scenes import BACKGROUNDS, Scene, caption_of, random_scene, render_scene
 from sun.lab.emoji.ship import captioned_grid, ship_base
 from sun.lab.emoji.text_pretraining import SceneReader, pretrain_text
@@ -243,3 +244,18 @@ def test_a_reader_knows_what_a_scene_shows() -> None:
     assert (names["size"], names["place"], names["mirrored"]) == (["large", ""], ["left", ""], [True, False])
     for name, head in reader.heads.items():
         assert head(torch.zeros(1, 8)).shape[1] == len(reader.choices[name])
+
+
+def test_latents_of_scenes_are_kept_whatever_their_layout(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SUN_CACHE", str(tmp_path))
+    vae = AutoencoderTiny.from_pretrained(tiny_model / "vae")
+
+    def encoded() -> torch.Tensor:
+        return encode_pictures(vae, "flat", "red", 3, lambda i: Image.new("RGB", (64, 64), "red"))
+
+    first = encoded()
+    assert len(list(tmp_path.rglob("flat-3-*.safetensors"))) == 1
+    assert first.is_contiguous()
+    assert torch.equal(encoded(), first)

@@ -68,7 +68,7 @@ def encode_pictures(
         batch = to_tensor([picture(i) for i in range(start, min(start + 64, count))]).to(device)
         with autocast(device):
             out.append(encoder(batch.contiguous(memory_format=torch.channels_last)).float().cpu())
-    latents = torch.cat(out) * vae.config.scaling_factor
+    latents = torch.cat(out).contiguous() * vae.config.scaling_factor  # the encoder leaves channels last
     write_tensors(file, {"latents": latents})
     return latents
 
