@@ -17,6 +17,7 @@ from ..training.config import SunTrainConfig
 from ..training.sun import train_sun
 from .emoji import colours
 from .emoji.base import BaseConfig, train_base
+from .emoji.checks import colour_figures
 from .emoji.contrast_training import ContrastConfig, train_contrast
 from .emoji.controlnet import ControlNetConfig, train_controlnet
 from .emoji.inpainting import InpaintingConfig, train_inpainting
@@ -237,7 +238,7 @@ def _variants(recipe: Recipe) -> list[Stage]:
 def _colours(recipe: Recipe, resume: bool) -> None:
     if process_state().is_main_process:
         settings = recipe.config.stages.get("autoencoder", {})
-        found = colours.measure_folder(recipe.vae, settings.get("style", "twemoji"))
+        found = colour_figures(recipe.vae, settings.get("style", "twemoji"))
         write_json(recipe.path("autoencoder") / "colours.json", found.as_json())
         write_text(recipe.path("autoencoder") / "colours.md", colours.table(found))
 
