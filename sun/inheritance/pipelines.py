@@ -19,14 +19,13 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from ..pipelines.layered import one_at_a_time, put_on, take_off
+from ..pipelines.unet import UNET_ARGUMENTS
 from .places import places_of
 from .plan import InheritanceError, Plan, parse_plan
 from .roles import roles_of
 from .run import InheritanceRun
 
 log = logging.getLogger(__name__)
-
-_ARGUMENTS = ("sample", "timestep", "encoder_hidden_states")
 
 
 @dataclass(eq=False)
@@ -206,7 +205,7 @@ def _before(unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     calls = _calls_of(unet)
     if calls is None:
         return
-    given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    given = dict(zip(UNET_ARGUMENTS, args, strict=False)) | kwargs
     time = given["timestep"]
     time = float(time.flatten()[0]) if isinstance(time, torch.Tensor) else float(time)
     # T2I-Adapters add to the inside of stages, in place.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -355,3 +356,25 @@ def test_a_broken_run_of_a_pipeline_leaves_nothing(make_pipeline: Callable[..., 
     handle.remove()
     assert not [m for m in pipe.unet.modules() if "forward" in vars(m)]
     assert torch.equal(draw(pipe), expected)
+
+
+@torch.no_grad()
+def test_residuals_of_a_t2i_adapter_make_a_full_call_by_position_too(unet: Any) -> None:
+    names = list(inspect.signature(type(unet).forward).parameters)[1:]
+    torch.manual_seed(0)
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, TEXT_WIDTH)
+    residuals = [torch.zeros(1, c, s, s) for c, s in ((8, 8), (16, 4), (24, 2), (24, 1))]
+    given = {"sample": x, "encoder_hidden_states": text, "down_intrablock_additional_residuals": residuals}
+    inheritance.attach(unet, "stages=1")
+    for by_position in (False, True):
+        run = None
+        for t in (900, 600):
+            values = {**given, "timestep": t, "down_intrablock_additional_residuals": list(residuals)}
+            if by_position:
+                last = names.index("down_intrablock_additional_residuals") + 1
+                unet(*[values.get(name, True if name == "return_dict" else None) for name in names[:last]])
+            else:
+                unet(**values)
+            run = inheritance.run_of(unet)
+        assert run is not None
+        assert run.inherited == 0
