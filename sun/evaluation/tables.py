@@ -56,14 +56,18 @@ def markdown(figures: dict[str, Any]) -> str:
 
 def _preface(figures: dict[str, Any]) -> str:
     settings, models = figures["settings"], figures["models"].values()
-    pictures = sorted({m["pictures"] for m in models})
-    sets = sorted({m["set_features"] for m in models})
-    return (
+    said = [
         f"Reference: {figures['reference']} with classifier-free guidance, the same prompts, negatives and noise for "
-        f"every method. {', '.join(map(str, pictures))} pictures a method, seed {settings['seed']}; set distance is "
-        f"FID on {', '.join(sets)} features, KID on the same. Floor: the reference again with other noise. "
-        "Best of the same number of steps in bold; 95 % intervals in brackets."
-    )
+        f"every method. Seed {settings['seed']}."
+    ]
+    if any("set_distance" in row for model in models for row in model["methods"].values()):
+        pictures = ", ".join(map(str, sorted({m["pictures"] for m in models})))
+        sets = ", ".join(sorted({m["set_features"] for m in models}))
+        said.append(
+            f"{pictures} pictures a method; set distance is FID on {sets} features, KID on the same. "
+            "Floor: the reference again with other noise."
+        )
+    return " ".join((*said, "Best of the same number of steps in bold; 95 % intervals in brackets."))
 
 
 def _overview(models: dict[str, Any], key: str) -> str:
