@@ -81,7 +81,7 @@ $(FLOORS)/.installed: pyproject.toml tests/floors.txt
 	@touch $@
 
 test-floors: $(FLOORS)/.installed ## the core and the command line with the oldest versions allowed
-	$(FLOORS)/bin/python -m pytest -c tests/pytest.ini tests/core tests/pictures/test_recipes.py tests/cli/test_terminal.py
+	$(FLOORS)/bin/python -m pytest -c tests/pytest.ini tests/core tests/common tests/pipelines tests/pictures/test_recipes.py tests/cli/test_terminal.py
 
 clean: ## remove the environments, caches and demo pictures
 	rm -rf $(DEMO) $(TEST) $(FLOORS) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
