@@ -17,14 +17,14 @@ _PACKAGE = __package__.rpartition(".")[0]
 WORLDS: dict[str, dict[str, str]] = {
     EMOJI: {
         "prompts": ".lab.emoji.scenes:random_captions",
-        "negatives": ".training.data.negatives:NegativePrompts",
+        "negatives": ".training.data.negative_phrases:NegativePrompts",
         "features": ".lab.emoji.contrast:EmojiContrast",
         "judge": ".lab.emoji.agreement:EmojiJudge",
-        "source": ".lab.emoji.world:EmojiSource",
-        "samples": ".lab.emoji.world:SAMPLES",
+        "source": ".lab.emoji.training_data:EmojiSource",
+        "samples": ".lab.emoji.training_data:SAMPLES",
     },
     PHOTO: {
-        "negatives": ".training.data.negatives:NegativePrompts",
+        "negatives": ".training.data.negative_phrases:NegativePrompts",
     },
 }
 

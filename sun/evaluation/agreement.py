@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .cells import Tensors
+from .measured import ModelEvaluation
 from .metrics import mean_and_interval
-from .model import ModelEvaluation
 from .names import REFERENCE, MethodCall, parse_method
 from .prompts import Drawn
 

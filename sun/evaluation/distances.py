@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .cells import Tensors
+from .measured import ModelEvaluation
 from .metrics import frechet_distance, frechet_interval, kernel_statistics, map_distance, mean_and_interval, psnr, ssim
-from .model import ModelEvaluation
 from .names import REFERENCE, MethodCall
 from .negative import agreements
 from .prompts import Drawn

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..common.settings import ConfigError
 from .cells import Tensors
+from .measured import ModelEvaluation
 from .metrics import map_distance, mean_and_interval, psnr, ssim
-from .model import ModelEvaluation
 from .names import REFERENCE, MethodCall
 from .prompts import Drawn
 from .sampler import Edit

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..pictures.png import grid, save_png, to_images
 from .cells import Tensors
 from .edits import Edits
-from .model import ModelEvaluation
+from .measured import ModelEvaluation
 from .names import REFERENCE, MethodCall
 
 CELL = 192  # pixels a picture of a grid has at least, so that its labels can be read

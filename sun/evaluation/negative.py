@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .cells import Tensors
 from .features import FeatureNetwork
+from .measured import ModelEvaluation
 from .metrics import bootstrap_interval, mean_and_interval
-from .model import ModelEvaluation
 from .names import REFERENCE, MethodCall, parse_method
 from .prompts import Drawn
 

@@ -21,7 +21,7 @@ from .distances import Distances
 from .edits import Edits
 from .features import load_features
 from .loading import device_of, load_sampler
-from .model import ModelEvaluation
+from .measured import ModelEvaluation
 from .names import REFERENCE, parse_methods
 from .negative import Negatives
 from .prompts import PromptSet, build_prompts, calibration_pairs

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from .measured import ModelEvaluation
 from .methods import prepare
-from .model import ModelEvaluation
 from .names import REFERENCE, MethodCall, parse_method
 from .sampler import Sampler
 

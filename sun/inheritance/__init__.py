@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..common import lazy
-from .control import control_of_what_runs
+from .controlnet import control_of_what_runs
 from .places import Places, places_of
 from .plan import MODES, PRESETS, InheritanceError, Plan, parse_plan
 from .roles import roles_of, skipped_outputs

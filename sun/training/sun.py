@@ -22,7 +22,7 @@ from ..pipelines.schedulers import make_scheduler
 from ..pipelines.text import encode_texts
 from .algorithm import NoiseSchedule
 from .config import SunTrainConfig, check_settings
-from .data.negatives import NegativePrompts
+from .data.negative_phrases import NegativePrompts
 from .data.sources import build_source
 from .models import FrozenModels, load_frozen, use_fast_attention
 from .run import TrainingRun, start_run

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .algorithm import NoiseSchedule, StageTargets, add_noise, pseudo_huber, stage_targets, state_gain
-from .data.negatives import NegativePrompts
+from .data.negative_phrases import NegativePrompts
 from .data.sources import Source
 from .replay import Batch, ReplayBuffer
 from .run import TrainingRun

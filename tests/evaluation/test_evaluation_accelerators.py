@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from sun.common.settings import ConfigError
 from sun.evaluation import Sampler, parse_method
 from sun.evaluation.accelerators import plan_of
-from sun.evaluation.model import asset_fingerprint
+from sun.evaluation.measured import asset_fingerprint
 from sun.evaluation.plots import best_front
 from sun.surgery import from_unet
 

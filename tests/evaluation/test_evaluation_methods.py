@@ -32,7 +32,7 @@ from sun.evaluation.negative import compare_change
 from sun.evaluation.sampler import picture_generators
 from sun.evaluation.timing import Timing, time_methods, time_unet_calls
 from sun.surgery import from_unet
-from sun.training.data.negatives import NegativePrompts
+from sun.training.data.negative_phrases import NegativePrompts
 
 PROMPTS, NEGATIVES = ["polar bear", "red apple"], ["snake", ""]
 

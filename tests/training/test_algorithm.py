@@ -22,7 +22,7 @@ from sun.training.algorithm import (
     teacher_rollout,
 )
 from sun.training.config import SunTrainConfig
-from sun.training.data.negatives import NegativePrompts
+from sun.training.data.negative_phrases import NegativePrompts
 from sun.training.targets import draw_timesteps, start_timesteps, sun_losses
 
 SCHEDULER = DDIMScheduler(

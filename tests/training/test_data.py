@@ -22,8 +22,8 @@ from torch import Tensor
 
 from sun.common.settings import ConfigError
 from sun.training.data import tars
-from sun.training.data.folder import list_folder
-from sun.training.data.negatives import NegativePrompts
+from sun.training.data.captioned import list_folder
+from sun.training.data.negative_phrases import NegativePrompts
 from sun.training.data.samples import DataError, Lanes, Order, Skipped, crop
 from sun.training.data.shards import ShardSource, list_shards
 from sun.training.data.sources import build_source

@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 import sun
 from sun.pipelines.attach import attach
 from sun.training.config import RunConfig, SunTrainConfig
-from sun.training.data.folder import list_folder
+from sun.training.data.captioned import list_folder
 from sun.training.student import Student, make_adapter
 from sun.training.sun import train_sun
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...pipelines.schedulers import make_scheduler
 from ...training.config import RunConfig, SunTrainConfig, check_settings
-from ...training.data.negatives import NegativePrompts
+from ...training.data.negative_phrases import NegativePrompts
 from ...training.models import load_frozen, use_fast_attention
 from ...training.run import start_run
 from ...training.student import Teacher

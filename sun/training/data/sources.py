@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...common.settings import ConfigError
 from ...common.worlds import EMOJI, find, world_of
-from .folder import FolderSource, check_pairs, left_out, list_folder
+from .captioned import FolderSource, check_pairs, left_out, list_folder
 from .samples import Encode, Lanes, Skipped, is_address
 
 CACHES = ("", "latents", "latents+text")
