@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import os
 import random
 import tarfile
@@ -586,3 +587,16 @@ def test_a_cache_with_infinite_latents_says_so(tmp_path: Path, monkeypatch: pyte
     save_file({"index": torch.arange(2), "latents": torch.full((2, 4, 2, 2), torch.inf).half()}, file)
     with pytest.raises(DataError, match="NaN or infinity"):
         source(folder, cache="latents")(1)
+
+
+OUTSIDE = ["/etc/hostname.png", "../secret.png", "a/../../secret.png", "C:\\secret.png", "..\\secret.png"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_list_of_captions_reads_no_picture_outside_its_folder(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a cat"}) + "\n")
+    with pytest.raises(DataError, match="outside of"):
+        list_folder(folder)

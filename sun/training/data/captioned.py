@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...common.reading import ReadError, parse_json, read_text
+from ...common.reading import ReadError, parse_json, printable, read_text
 from ...user_pictures import open_picture
 from .captions import NoCaption, caption_of, read_caption
 from .samples import (
@@ -163,11 +163,23 @@ def _read_metadata(file: Path) -> Pairs:
         name = row.get("file_name")
         if not isinstance(name, str) or not name or "text" not in row:
             raise DataError(f'{where} is not like {{"file_name": "x.png", "text": "a caption"}}: it has {_names(row)}.')
+        if not _stays_below(name):
+            raise DataError(
+                f"{where} names a picture outside of {file.parent}: {printable(name)}. Its file_name is a path below "
+                "that folder; move the picture there, or link to its folder from there."
+            )
         try:
             pairs.append((file.parent / name, caption_of(row["text"])))
         except NoCaption as error:
             raise DataError(f"{where} {error}.") from error
     return pairs
+
+
+def _stays_below(name: str) -> bool:
+    """Whether a path of a stranger's list is relative and climbs nowhere, by the rules of either system."""
+    return not any(
+        path.is_absolute() or path.drive or ".." in path.parts for path in (PurePosixPath(name), PureWindowsPath(name))
+    )
 
 
 def _json_rows(text: str, file: str) -> Iterator[tuple[str, dict[str, Any]]]:
