@@ -104,7 +104,7 @@ class SunRun:
         if adapter.training or _hooked(adapter) or (torch.is_grad_enabled() and _trained(adapter)):
             return make()
         tensors = tuple((tensor, _version(tensor)) for tensor in (*texts, positive, mask, guidance))
-        made_of = _MadeOf(_state(adapter), self.strength, weights, _autocast(texts[0].device.type), tensors)
+        made_of = _MadeOf(_state(adapter), self.strength, weights, autocast_dtype(texts[0].device.type), tensors)
         kept = self._kept.get(key)
         if kept is not None and kept[0].same(made_of):
             return kept[1]
@@ -148,9 +148,16 @@ class _MadeOf(NamedTuple):
         return not by_value or bool(torch.stack([(a == b).all() for a, b in by_value]).all())
 
 
-def _autocast(device: str) -> torch.dtype | None:
-    """The number format that autocast computes in, if it is on."""
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The number format that autocast computes in on a kind of device ("cuda", "cpu"), if it is on."""
+    if device == "meta":
+        return None
+    if hasattr(torch, "get_autocast_dtype"):
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    # torch before 2.4, which web UIs still bring, asks by a function for each.
+    if device == "cuda":
+        return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+    return torch.get_autocast_cpu_dtype() if device == "cpu" and torch.is_autocast_cpu_enabled() else None
 
 
 def _trained(adapter: SunAdapter) -> bool:

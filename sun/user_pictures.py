@@ -47,7 +47,8 @@ def read_picture(source: str | os.PathLike[str] | bytes, name: str = "") -> Imag
     name = name or _called(source)
     picture = open_picture(source, name)
     flat = flatten(picture, name)
-    if is_transparent(picture) and flat.convert("L").getextrema()[0] == 255:
+    seen_through = is_transparent(picture) and _rgba(picture).getchannel("A").getextrema() != (255, 255)
+    if seen_through and flat.convert("L").getextrema()[0] == 255:
         raise PictureError(
             f"{name} shows nothing but white where it is not transparent, and SUN reads pictures on white. "
             "Save it on a background of its own; a mask or a control picture in black and white."

@@ -333,6 +333,7 @@ function fedBySun(node, visited = new Set()) {
 
 /** The value in a node's widget, or in that of the subgraph it is led out to; undefined when another node gives it. */
 function setting(node, name) {
+  if (name === undefined) return undefined;
   const slot = node.inputs?.findIndex((input) => input.widget?.name === name) ?? -1;
   const link = slot < 0 ? null : linkInto(node, slot);
   if (!link) return node.widgets?.find((widget) => widget.name === name)?.value;

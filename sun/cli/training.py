@@ -219,6 +219,7 @@ def train_variants_command(
     names = [name.strip() for name in only.split(",") if name.strip()]
     configs = variant_configs(read_config(config), names, str(config), settings or [])
     for variant in configs.values():
+        check_commands(variant, None, settings)
         if minutes is not None:
             variant.run.minutes = minutes
     for name, adapter in train_variants(configs):

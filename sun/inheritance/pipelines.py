@@ -121,7 +121,7 @@ def attach(target: Any, plan: Plan | str = "balanced", *, steps: int = 0) -> Non
     roles_of(user.plan, places_of(unet))  # says now if the plan does not fit
     if not isinstance(target, DiffusionPipeline):
         _Attachment.of(unet).bare = user
-        _bare_calls().pop(unet, None)
+        _forget(unet)
         return
     detach(target)
     _Attachment.of(unet).users.append(user)
@@ -143,7 +143,7 @@ def detach(target: Any) -> None:
             attachment.remove_if_idle()
     elif attachment is not None:
         attachment.remove()
-        _bare_calls().pop(attachment.unet, None)
+        _forget(attachment.unet)
 
 
 def run_of(target: Any) -> InheritanceRun | None:
@@ -199,6 +199,15 @@ def _bare_calls() -> weakref.WeakKeyDictionary[Any, _Calls]:
         _bare.calls = weakref.WeakKeyDictionary()
     calls: weakref.WeakKeyDictionary[Any, _Calls] = _bare.calls
     return calls
+
+
+def _forget(unet: Any) -> None:
+    """End this thread's run of a bare U-Net, also one whose last call was interrupted and left its parts replaced."""
+    calls = _bare_calls().pop(unet, None)
+    if calls is not None:
+        calls.end()
+        if getattr(_called, "calls", None) is calls:
+            _called.calls = None
 
 
 def _before(unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

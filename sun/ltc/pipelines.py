@@ -238,17 +238,27 @@ def _stepping(step: Callable[..., Any], stepper: Stepper) -> Callable[..., Any]:
     return stepping
 
 
+def _form(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells calls of a denoiser apart without looking at their values."""
+    shapes = [tuple(value.shape) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    return (len(args), sorted(kwargs), shapes, kwargs.get("return_dict"))
+
+
 def _skipping(forward: Callable[..., Any], stepper: Stepper) -> Callable[..., Any]:
-    """``forward`` that in a skipped step gives the last output again; the scheduler does not look at it."""
+    """``forward`` that in a skipped step gives the last output again; the scheduler does not look at it.
+
+    A call of another form (other sizes, another kind of answer) is not the pipeline's own and runs.
+    """
     kept: list[Any] = []
 
     @functools.wraps(forward)
     def skipping(*args: Any, **kwargs: Any) -> Any:
         if _stepper.get() is not stepper:
             return forward(*args, **kwargs)
+        form = _form(args, kwargs)
         if stepper.skips_next and kept:
-            return kept[0]
-        kept[:] = [forward(*args, **kwargs)]
+            return kept[0] if form == kept[1] else forward(*args, **kwargs)
+        kept[:] = [forward(*args, **kwargs), form]
         return kept[0]
 
     return skipping

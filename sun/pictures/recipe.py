@@ -125,6 +125,7 @@ class Recipe:
         named = {"init": self.init, "mask": self.mask, "control": self.control}
         named |= {"controlnet": "" if self.controlnet == SHIPPED else self.controlnet}
         named |= {"model": "" if self.model == SHIPPED else self.model}
+        named |= {"config": self.config}
         named |= {"adapter": "" if self.adapter in (SHIPPED, "none") else self.adapter}
         named |= {f"lora {i}": split_lora(lora)[0] for i, lora in enumerate(self.loras)}
         return {field: path for field, path in named.items() if path}
@@ -162,7 +163,8 @@ def check_files(files: Mapping[str, str]) -> None:
 def _check_file(field: str, path: str) -> None:
     option = f"--{field.split()[0]}"  # "lora 0" is given with --lora
     shown = printable(path)
-    marks = {"model": ["model_index.json"], "controlnet": ["config.json"], "lora": ["*.safetensors", "*.bin"]}
+    model = ["model_index.json"]
+    marks = {"model": model, "config": model, "controlnet": ["config.json"], "lora": ["*.safetensors", "*.bin"]}
     marked = marks.get(field.split()[0], [])
     try:
         if not Path(path).exists():
@@ -254,7 +256,7 @@ def read_recipe(path: str | Path) -> tuple[Recipe, dict[str, Any]]:
     except RecipeError as error:
         raise RecipeError(f"{damaged}: {error} Get the original picture.") from error
     for field, named in recipe.files().items():
-        if named.startswith(("//", "\\\\")) or "://" in named:
+        if named.replace("\\", "/").startswith("//") or "://" in named:
             raise RecipeError(
                 f"{damaged}: it names {_shown(named)} ({field}), which is on another machine. "
                 "Get it, and give it as an option."

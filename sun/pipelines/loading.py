@@ -164,6 +164,8 @@ def _assembled(folder: Path, **parts: Any) -> Any:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except _ERRORS as error:
         raise ModelError(f"the tokenizer in {folder} could not be read: {_reason(error)}") from error
+    # The folder may state none, or a stranger's number; what the encoder has positions for is what it takes.
+    tokenizer.model_max_length = parts["text_encoder"].config.max_position_embeddings
     return StableDiffusionPipeline(
         **parts, tokenizer=tokenizer, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )

@@ -116,6 +116,11 @@ def read_lora(path: str | Path) -> LoraFile:
                 if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
                     raise ModelError(f"{file.path}: {name} holds NaN or infinity. The training diverged; get another.")
                 layer, part = _split(name)
+                if part and part not in ("alpha", "scalar") and not tensor.is_floating_point():
+                    raise ModelError(
+                        f"{file.path}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, not weights: the file "
+                        "is quantised. Take it in fp16 or bf16."
+                    )
                 if part:
                     file.layers.setdefault(layer, {})[part] = tensor
                 else:
@@ -237,15 +242,20 @@ def _stated(settings: Mapping[str, Any], name: str, pattern: str, layer: str, wh
 
 def _check_any(file: LoraFile, found: Mapping[str, nn.Module], lacking: list[str]) -> None:
     """Raise ModelError, saying what the file is instead, unless some of it is for this model."""
+    if any("lora_te2_" in name or "text_encoder_2." in name for name in lacking):
+        raise ModelError(
+            f"{file.path} could not be loaded as a LoRA for this model: It is for SDXL, with its second text encoder "
+            f"({_some([name for name in lacking if 'te2_' in name or 'text_encoder_2.' in name])}). Take one made for "
+            "Stable Diffusion 1.x."
+        )
     if found:
         return
     kinds = file.unknown_kinds()
     if lacking and any(_WRAPPERS.sub("", name).startswith(_OF_SD1) for name in lacking):
-        other = " It is for SDXL." if any("lora_te2_" in name for name in lacking) else ""
         kind = ", ".join(sorted({kind_of(file.layers[name]) for name in lacking}))
         raise ModelError(
             f"{file.path} could not be loaded as a LoRA for this model: none of its {len(lacking)} layers ({kind}) is "
-            f"of it, {_some(lacking)} for one.{other} Take one made for Stable Diffusion 1.x."
+            f"of it, {_some(lacking)} for one. Take one made for Stable Diffusion 1.x."
         )
     if not lacking:
         holds = f"it holds {kinds}, which SUN cannot apply" if kinds else "it is empty"

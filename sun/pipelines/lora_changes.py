@@ -116,12 +116,13 @@ def _lokr(weight: Tensor, p: dict[str, Tensor]) -> tuple[Tensor, int]:
 def _decomposed(merged: Tensor, magnitude: Tensor) -> Tensor:
     """DoRA (arXiv 2402.09353): ``merged`` with the norms ``magnitude``, of its rows or, for LyCORIS, of its columns."""
     rows, flat = len(merged), merged.flatten(1)
+    eps = torch.finfo(merged.dtype).eps  # a row of zeros stays one
     if magnitude.numel() == rows and (magnitude.ndim == 1 or len(magnitude) == rows or merged.shape[1] != rows):
-        return (flat * (magnitude.reshape(rows, 1) / flat.norm(dim=1, keepdim=True))).view_as(merged)
+        return (flat * (magnitude.reshape(rows, 1) / (flat.norm(dim=1, keepdim=True) + eps))).view_as(merged)
     if magnitude.numel() != merged.shape[1]:
         raise ValueError(f"its dora_scale has {magnitude.numel()} entries for a weight {list(merged.shape)}")
     columns = merged.transpose(0, 1).flatten(1)
-    scale = magnitude.reshape(-1) / columns.norm(dim=1)
+    scale = magnitude.reshape(-1) / (columns.norm(dim=1) + eps)
     return merged * scale.view(1, -1, *[1] * (merged.ndim - 2))
 
 

@@ -24,7 +24,7 @@ from ..attention import attend, sun_attention
 from ..common.notes import note
 from ..conditioning import AdapterTexts, repeated_side_by_side
 from ..files import DTYPES
-from ..kept import SunRun
+from ..kept import SunRun, autocast_dtype
 
 NEGATIVE = "sun_negative"
 """In cross_attention_kwargs: the negative text's states [B or 1, L, text_width]; inside the U-Net, what the adapter
@@ -275,7 +275,7 @@ def _follow(adapter: SunAdapter, text: Tensor) -> torch.dtype:
     """Move the adapter to where the U-Net computes now (offloading, ``pipe.to``) and return its dtype."""
     first = adapter.sun_layers()[0].alpha_neg
     wanted = first.dtype
-    if not adapter.training and not torch.is_autocast_enabled(text.device.type) and text.dtype in DTYPES:
+    if not adapter.training and autocast_dtype(text.device.type) is None and text.dtype in DTYPES:
         wanted = text.dtype
     if any((layer.alpha_neg.device, layer.alpha_neg.dtype) != (text.device, wanted) for layer in adapter.sun_layers()):
         adapter.to(device=text.device, dtype=wanted)

@@ -50,6 +50,17 @@ def find_checkpoint(folder: Path) -> Path | None:
     return next((folder / name for name in (LAST, NEW, OLD) if (folder / name / DONE).is_file()), None)
 
 
+def find_to_resume(folder: Path) -> Path | None:
+    """:func:`find_checkpoint`; raises CheckpointError where only one without ``done`` is there, which is damaged."""
+    found = find_checkpoint(folder)
+    if found is None and (folder / LAST).is_dir():
+        raise CheckpointError(
+            f"{folder / LAST} is damaged: its file {DONE!r} is missing, which is written last. Bring it back, or start "
+            "anew with --no-resume."
+        )
+    return found
+
+
 def discard(folder: Path) -> None:
     """Remove the checkpoints and the log of a run that starts anew: a later resume must not find the old one's."""
     for name in (LAST, NEW, OLD):
@@ -109,11 +120,6 @@ def check_run_folder(folder: Path, others: tuple[str, ...] = ()) -> None:
         if path.exists() and not right:
             wanted = "folder" if path in folders else "regular file"
             raise CheckpointError(f"{path} is not a {wanted}, as it is in the folder of a run. Remove it.")
-    if (folder / LAST).is_dir() and not (folder / LAST / DONE).exists():
-        raise CheckpointError(
-            f"{folder / LAST} is damaged: its file {DONE!r} is missing, which is written last. Bring it back, or start "
-            "anew with --no-resume."
-        )
 
 
 def _remove(path: Path) -> None:

@@ -32,6 +32,7 @@ from .checkpoint import (
     discard,
     drop_unfinished,
     find_checkpoint,
+    find_to_resume,
     load_tracked,
     publish,
     read_state,
@@ -333,7 +334,10 @@ class TrainingRun:
         return {"settings": self.settings, **{name: part.state_dict() for name, part in self._parts().items()}}
 
     def _resume(self) -> None:
-        checkpoint = find_checkpoint(self.folder)
+        try:
+            checkpoint = find_to_resume(self.folder)
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from error
         if checkpoint is None:
             if (self.folder / "log.jsonl").exists():
                 self.say(f"{self.folder} holds no checkpoint: the training begins anew.")

@@ -166,6 +166,12 @@ def test_weights_of_no_layer_are_told(folder, part):
     assert "1 tensor (more.weight)" in _told(lambda: load_pipeline(folder))[1]
 
 
+@pytest.mark.parametrize("length", [None, 2, 10**9])
+def test_a_tokenizers_own_length_is_not_trusted(folder, length):
+    _edit(folder / "tokenizer" / "tokenizer_config.json", model_max_length=length)
+    assert load_pipeline(folder).tokenizer.model_max_length == 77
+
+
 def _edit(file: Path, **changes: Any) -> None:
     content = json.loads(file.read_text())
     file.write_text(json.dumps({k: v for k, v in {**content, **changes}.items() if v is not None}))

@@ -268,3 +268,18 @@ def test_a_pipeline_keeps_projections_out_of_its_compiled_unet(sun_pipe, graphs,
     torch._dynamo.reset()
     sample(sun_pipe, guidance_scale=1.0)
     assert with_sun == products(graphs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("on", [False, True])
+def test_the_torch_of_older_web_uis_is_asked_its_own_way(monkeypatch, made, on):
+    """torch before 2.4 has no get_autocast_dtype, and is_autocast_enabled takes no argument."""
+    run, adapter, (negative, positive) = SunRun(), small(), texts()
+    expected = adapter.texts([(1.0, negative)], positive)
+    monkeypatch.delattr(torch, "get_autocast_dtype")
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda: False)
+    monkeypatch.setattr(torch, "is_autocast_cpu_enabled", lambda: on)
+    kept = run.texts(adapter, [(1.0, negative)], positive)
+    assert torch.equal(kept.layers[0].branches[0].key, expected.layers[0].branches[0].key)
+    monkeypatch.setattr(torch, "is_autocast_cpu_enabled", lambda: not on)
+    assert run.texts(adapter, [(1.0, negative)], positive) is not kept

@@ -189,7 +189,8 @@ def test_what_would_be_blank_on_white_is_refused():
     drawn[16:48, 16:48, 3] = 255
     with pytest.raises(PictureError, match="nothing but white"):
         read_picture(stored(Image.fromarray(drawn)), "the control picture")
-    assert read_picture(stored(Image.new("RGB", (8, 8), "white"))).getpixel((0, 0)) == (255, 255, 255)
+    for mode in ("RGB", "RGBA"):  # a white canvas of which nothing can be seen through is one
+        assert read_picture(stored(Image.new(mode, (8, 8), "white"))).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_white_paint_on_nothing_is_a_mask():

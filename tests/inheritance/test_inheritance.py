@@ -206,6 +206,28 @@ def test_a_failing_call_leaves_nothing(unet: Any) -> None:
     assert not [m for m in unet.modules() if "forward" in vars(m)]
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_detaching_or_attaching_again_ends_an_interrupted_call(unet: Any, again: bool) -> None:
+    plain = calls(unet)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    inheritance.attach(unet, "stages=1 every=2")
+    calls(unet, TIMES[:1])
+    hook = unet.conv_out.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        calls(unet, TIMES[1:2])
+    hook.remove()
+    if again:
+        inheritance.attach(unet, "stages=1 every=2")
+    else:
+        inheritance.detach(unet)
+    assert not [m for m in unet.modules() if "forward" in vars(m)]
+    inheritance.detach(unet)
+    assert all(torch.equal(a, b) for a, b in zip(calls(unet), plain, strict=True))
+
+
 # ----------------------------------------------------------------------------------------------------------- pipelines
 
 

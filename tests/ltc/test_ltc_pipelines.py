@@ -134,6 +134,26 @@ def test_with_sun_in_either_order(pipe: Any, count_calls: Callable[..., Any], su
     assert type(pipe) is own_class
 
 
+def test_another_call_of_the_unet_in_a_skipped_step_is_answered_for_itself(pipe: Any) -> None:
+    torch.manual_seed(0)
+    x, text = torch.randn(3, 4, 8, 8), torch.randn(3, 77, TEXT_WIDTH)
+    with torch.no_grad():
+        expected = pipe.unet(x, 500, text).sample
+    seen = []
+
+    def look(_pipe: Any, _step: int, _t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        seen.append(pipe.unet(x, 500, text).sample)
+        return values
+
+    sun.ltc.attach(pipe, settings=FIXED)
+    plain = draw(pipe)
+    fast = draw(pipe)
+    assert torch.equal(draw(pipe, callback_on_step_end=look), fast)
+    assert not torch.equal(fast, plain)
+    assert len(seen) == 12
+    assert all(torch.equal(answer, expected) for answer in seen)
+
+
 def test_an_interrupted_run_leaves_nothing(pipe: Any) -> None:
     sun.ltc.attach(pipe, settings=FIXED)
 

@@ -166,9 +166,11 @@ def test_files_are_checked_before_the_libraries_load(tmp_path: Path, monkeypatch
         assert done.exit_code == 2, done.output
 
 
-@pytest.mark.parametrize("named", ["//host/share/x.png", "\\\\host\\share\\x.png", "https://host/x.png"])
+@pytest.mark.parametrize(
+    "named", ["//host/x.png", "\\\\host\\x.png", "/\\host\\x.png", "\\/host/x.png", "https://host/x.png"]
+)
 def test_files_on_other_machines_are_not_asked_for(tmp_path: Path, named: str):
-    for change in ({"init": named}, {"model": named}, {"loras": [f"{named}:1"]}):
+    for change in ({"init": named}, {"model": named}, {"config": named}, {"loras": [f"{named}:1"]}):
         with pytest.raises(RecipeError, match="another machine"):
             read_recipe(png(tmp_path / "x.png", **change))
 

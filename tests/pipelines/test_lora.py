@@ -354,3 +354,39 @@ def test_no_two_layers_share_a_name(pipe):
     ]
     assert len(flat) == len(set(flat))
     assert all(name in names for name in flat)
+
+
+def test_a_lora_of_integers_is_refused(pipe, tmp_path):
+    tensors = {name: (tensor * 100).to(torch.int8) for name, tensor in _plain(pipe.unet).items()}
+    with pytest.raises(ModelError, match="quantised"):
+        apply_lora(pipe, _saved(tensors, tmp_path / "x.safetensors"))
+
+
+def test_half_of_an_sdxl_lora_is_not_applied(pipe, tmp_path):
+    tensors = _plain(pipe.unet)
+    for part in ("down", "up"):
+        tensors[f"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_{part}.weight"] = _r(RANK, RANK)
+    before = _weights(pipe.unet)
+    with pytest.raises(ModelError, match="SDXL"):
+        apply_lora(pipe, _saved(tensors, tmp_path / "x.safetensors"))
+    _same(_weights(pipe.unet), before)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_dora_leaves_a_row_or_column_of_zeros_at_zero(make_pipeline, tmp_path, columns):
+    pipe = make_pipeline()
+    name = next(n for n in _linears(pipe.unet) if n.endswith("attn2.to_k"))
+    layer = pipe.unet.get_submodule(name)
+    down, up = _r(2, layer.in_features), _r(layer.out_features, 2)
+    with torch.no_grad():
+        (layer.weight[:, 0] if columns else layer.weight[0]).zero_()
+    (down[:, 0] if columns else up[0]).zero_()
+    shape = (1, layer.in_features) if columns else (layer.out_features, 1)
+    tensors = {
+        f"{_kohya(name)}.lora_down.weight": down,
+        f"{_kohya(name)}.lora_up.weight": up,
+        f"{_kohya(name)}.dora_scale": torch.full(shape, 0.6),
+    }
+    _applied(pipe, _saved(tensors, tmp_path / "x.safetensors"))
+    assert torch.isfinite(layer.weight).all()
+    assert not (layer.weight[:, 0] if columns else layer.weight[0]).any()

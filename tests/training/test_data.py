@@ -28,6 +28,7 @@ from sun.training.data.negative_phrases import NegativePrompts
 from sun.training.data.samples import DataError, Lanes, Order, Skipped, crop
 from sun.training.data.shards import ShardSource, list_shards
 from sun.training.data.sources import build_source
+from sun.training.data.tars import read_samples
 
 CPU = torch.device("cpu")
 
@@ -600,3 +601,29 @@ def test_a_list_of_captions_reads_no_picture_outside_its_folder(tmp_path: Path, 
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a cat"}) + "\n")
     with pytest.raises(DataError, match="outside of"):
         list_folder(folder)
+
+
+def test_a_shard_that_is_damaged_or_cut_off_in_the_middle_is_counted(tmp_path: Path) -> None:
+    files = {"png": png(10), "txt": b"level 10"}
+    whole = Path(make_shard(tmp_path / "whole.tar", {f"{n}": files for n in range(5)})).read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        third = tar.getmembers()[4].offset
+    bad = {
+        "header": whole[:third] + b"xyz" + whole[third + 3 :],
+        "cut at a member": whole[:third],
+        "cut in a header": whole[: third + 100],
+    }
+    for name, content in bad.items():
+        (tmp_path / "x.tar").write_bytes(content)
+        skipped = Skipped()
+        assert len(list(read_samples(str(tmp_path / "x.tar"), skipped))) == 2, name
+        assert skipped == {"unreadable shards or members": 1}, name
+    skipped = Skipped()
+    assert len(list(read_samples(str(tmp_path / "whole.tar"), skipped))) == 5
+    assert not skipped
+    packed = bytearray(gzip.compress(whole, 0))
+    for place in range(100, len(packed) - 100, 977):
+        damaged = packed.copy()
+        damaged[place : place + 64] = b"\xff" * 64
+        (tmp_path / "x.tar").write_bytes(damaged)
+        list(read_samples(str(tmp_path / "x.tar"), Skipped()))  # whatever is read, nothing else is raised

@@ -328,6 +328,8 @@ def test_a_run_that_is_started_anew_needs_nothing_of_a_damaged_checkpoint(finish
     run = shutil.copytree(finished, tmp_path / "run")
     (run / "checkpoint" / STATE).write_bytes(b"")
     assert train(run, 2, resume=False).progress.step == 2
+    (run / "checkpoint" / "done").unlink()
+    assert train(run, 2, resume=False).progress.step == 2
 
 
 def test_a_checkpoint_holds_no_pickle(finished: Path) -> None:

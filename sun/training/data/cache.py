@@ -115,13 +115,15 @@ class CachedFolder:
 
 def cache_key(pairs: list[tuple[Path, str]], vae: Any, resolution: int, encode: Encode | None) -> str:
     """Name of the cache of these pictures (by name, size and time), this autoencoder and this text encoder."""
-    made_from = hashlib.sha256(f"2 {resolution}".encode())
+    made_from = hashlib.sha256(f"3 {resolution} {vae.config.scaling_factor}".encode())
     for path, caption in pairs:
         status = path.stat()
         made_from.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         if encode is not None:
             made_from.update(caption.encode())
-    hash_weights(made_from, vae.encoder)
+    for part in (vae.encoder, getattr(vae, "quant_conv", None)):
+        if part is not None:
+            hash_weights(made_from, part)
     if encode is not None:  # a probe instead of its weights: the function hides them
         made_from.update(encode(["a photograph of a cat, blurry"]).detach().half().cpu().numpy().tobytes())
     return made_from.hexdigest()[:24]

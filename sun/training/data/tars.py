@@ -12,6 +12,7 @@ import io
 import random
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ MAX_MEMBER = 128 * 2**20
 """Bytes of one sample; a picture of 80 megapixels has about 50 MB."""
 _BUFFER, _BUFFER_BYTES = 1000, 512 * 2**20
 # Schemes that webdataset opens with a program's arguments, never through a shell; `hf` and the like need its own tools.
-_SCHEMES = ("http", "https", "ftp", "ftps", "sftp", "gs", "s3", "ais", "hf", "htgs")
+_SCHEMES = ("http", "https", "ftps", "sftp", "gs", "ais", "hf", "htgs")
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://[\w.~:/?#\[\]@!$&()*+,;=%-]+", re.ASCII | re.IGNORECASE)
 
 
@@ -61,7 +62,7 @@ def read_samples(url: str, skipped: Skipped) -> Iterator[RawSample]:
                 sample.parts[suffix] = content
             if sample.size > MAX_MEMBER:
                 raise ShardError(f"a sample of more than {MAX_MEMBER:,} bytes")
-    except (OSError, EOFError, ReadError, ShardError, tarfile.TarError, ValueError) as error:
+    except (OSError, EOFError, ReadError, ShardError, tarfile.TarError, zlib.error, ValueError) as error:
         skipped.add("unreadable shards or members", f"{printable(url)} ({printable(str(error))})")
     if sample is not None:
         yield sample
@@ -84,11 +85,24 @@ def shuffled(samples: Iterator[RawSample], rng: random.Random) -> Iterator[RawSa
     yield from waiting
 
 
+class _Member(tarfile.TarInfo):
+    """A header; one that is damaged or missing is an error, where tarfile takes it for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> _Member:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise ShardError(f"damaged or cut off at byte {archive.offset:,}: {error}") from error
+
+
 def _members(url: str) -> Iterator[tuple[str, bytes]]:
     """(path, content) of every file of a shard that a sample can need; others are passed over with empty content."""
     with _open(url) as stream:
         plain = _Allowance(_unpacked(stream))
-        with tarfile.open(fileobj=cast(Any, plain), mode="r|") as tar:
+        with tarfile.open(fileobj=cast(Any, plain), mode="r|", tarinfo=_Member) as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # a stream keeps them all otherwise
                 plain.renew()
