@@ -61,8 +61,9 @@ chromium:
 			chromium chromium-driver >/dev/null; } || echo "Chromium could not be installed; the browser tests skip."; \
 	fi
 
-# Two processes, a file to each at a time: servers and browsers that the tests of a file share stay in one of them.
-PYTEST = $(TEST)/bin/python -m pytest -c tests/pytest.ini -n 2 --dist loadfile tests
+# Two processes, a file to each at a time, in the order of their names: servers, browsers and models that tests share stay
+# in one of them.
+PYTEST = $(TEST)/bin/python -m pytest -c tests/pytest.ini -n 2 --dist loadfile --no-loadscope-reorder tests
 
 test: lint chromium ## linter, types and every test
 	$(PYTEST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -38,19 +39,30 @@ def test_the_next_run_is_right(
     if not PICTURES:
         PICTURES.update(sun=run.sun(model), plain=run.ksampler(emoji.model))
     before = patched_state(model)
-    module = adapter.adapter.layers[9] if where == "attention" else model.model.diffusion_model.out
-    calls = iter(range(100))
+    patch, layers = host.part("nodes.sun_patch"), len(adapter.adapter.layers)
+    original, calls = patch.sun_attention, iter(range(100))
 
-    def stop(*_):
+    def attend(*arguments: Any) -> torch.Tensor:
+        if next(calls) == call * layers + 9:  # the tenth layer of a step
+            raise error
+        return original(*arguments)
+
+    def stop(*_: Any) -> None:
         if next(calls) == call:
             raise error
 
-    handle = module.register_forward_pre_hook(stop)
-    try:
-        with pytest.raises(type(error)):
-            run.sun(model)
-    finally:
-        handle.remove()
+    with pytest.MonkeyPatch.context() as patched:
+        if where == "attention":
+            patched.setattr(patch, "sun_attention", attend)
+            with pytest.raises(type(error)):
+                run.sun(model)
+        else:
+            handle = model.model.diffusion_model.out.register_forward_pre_hook(stop)
+            try:
+                with pytest.raises(type(error)):
+                    run.sun(model)
+            finally:
+                handle.remove()
     assert patched_state(model) == before
     assert torch.equal(run.ksampler(emoji.model), PICTURES["plain"])
     assert torch.equal(run.sun(model), PICTURES["sun"])

@@ -62,7 +62,7 @@ def test_suns_calls_are_those_of_teacher_and_student(tiny_model: Path, pictures:
     assert rows[-1]["unet_calls"] == done["unet_calls"]
     twice = sun_calls(tiny_model, pictures, tmp_path / "two", steps=1, accumulate=2)
     assert twice["unet_calls"] == 2 * (TEACHER + STUDENT)
-    reused = sun_calls(tiny_model, pictures, tmp_path / "reuse", reuse=2, steps=2)
+    reused = sun_calls(tiny_model, pictures, tmp_path / "reuse", {"target_reuse": 2}, steps=2)
     assert reused["unet_calls"] == TEACHER + 2 * STUDENT
 
 
