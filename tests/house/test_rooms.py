@@ -37,8 +37,6 @@ MAY_IMPORT = {
     "webui": IN_HOSTS | {"face"},
     "scripts": {"webui"},
 }
-EXCEPTIONS: set[tuple[str, str]] = set()
-IN_CIRCLES: set[str] = set()
 
 
 def modules() -> dict[str, Path]:
@@ -91,12 +89,7 @@ def test_a_room_imports_only_the_rooms_below_it(room: str) -> None:
         for target in imports_of(module)
         if room_of(target) not in {room, *MAY_IMPORT[room]}
     }
-    assert wrong - EXCEPTIONS == set()
-
-
-def test_every_exception_is_still_needed() -> None:
-    found = {(module, target) for module in MODULES for target in imports_of(module)}
-    assert found >= EXCEPTIONS
+    assert wrong == set()
 
 
 def reached_from(module: str, graph: dict[str, set[str]]) -> set[str]:
@@ -112,7 +105,7 @@ def reached_from(module: str, graph: dict[str, set[str]]) -> set[str]:
 def test_no_circles() -> None:
     """No module needs itself, directly or through others, not even for its types."""
     graph = {m: set(imports_of(m)) for m in MODULES if MODULES[m].name != "__init__.py"}
-    assert {m for m in graph if m in reached_from(m, graph)} - IN_CIRCLES == set()
+    assert {m for m in graph if m in reached_from(m, graph)} == set()
 
 
 def left_out(file: str) -> bool:
