@@ -38,6 +38,7 @@ _HOME_OF = {
     "inheritance": "",  # the accelerators beside SUN
     "ltc": "",
     "surgery": "",
+    "switching": "",
 }
 
 __all__ = [

@@ -22,6 +22,7 @@ from ..common.finite import NonFiniteError, require_finite
 from ..common.notes import note
 from ..pipelines.layered import DENOISERS, default_of, original_call, put_on, take_off
 from ..pipelines.unet import CURRENT as SUN_RUN
+from ..switching.pipelines import partner_of
 from .calibration import run_calibration
 from .errors import LtcError
 from .fingerprint import adapter_digest, fingerprint, lora_of
@@ -182,17 +183,29 @@ def _run(
     w = given.get("guidance_scale", default_of(original_call(pipe), "guidance_scale", 1.0))
     w = 1.0 if steering.startswith("sun") else float(w or 0.0)  # SUN runs no classifier-free guidance
     key = state.last_key = LtcKey(fingerprint(_denoiser(pipe)), sampler, sigmas, w, steering)
+    real = _switching_steps(pipe, len(sigmas) - 1)
     if (opener := _opener.get()) is not None:
-        yield opener(key)
+        run = opener(key)
+        run.real |= real
+        yield run
         return
     if state.given is not None and state.given.key.parts() != key.parts():
         note(_of_another_run(state.given.key, key))
     with running(key, state.settings, state.store) as run:
+        run.real |= real
         yield run
 
 
+def _switching_steps(pipe: Any, steps: int) -> set[int]:
+    """The step in which another U-Net takes over: what the one before it said is none of its words to say again."""
+    partner = partner_of(pipe)
+    levels = len(set(map(float, pipe.scheduler.timesteps)))  # solvers of second order have more of them than steps
+    first = None if partner is None else partner.switching.switches_at(levels)
+    return set() if first is None else {first * steps // levels}
+
+
 def _steering(pipe: Any, given: Mapping[str, Any]) -> str:
-    """SUN and the LoRAs in a call of the pipeline, for ``LtcKey``."""
+    """SUN, the LoRAs and the second U-Net in a call of the pipeline, for ``LtcKey``."""
     parts: list[str] = []
     run, attached = SUN_RUN.get(), pipe.__dict__.get("_sun")
     if run is not None and attached is not None:
@@ -202,6 +215,8 @@ def _steering(pipe: Any, given: Mapping[str, Any]) -> str:
     if lora := lora_of(_denoiser(pipe)):
         scale = (given.get("cross_attention_kwargs") or {}).get("scale", 1.0)
         parts.append(f"lora {lora} {scale:.4g}")
+    if (partner := partner_of(pipe)) is not None:
+        parts.append(f"switching {fingerprint(partner.small)} {lora_of(partner.small)} {partner.switching}")
     return " ".join(parts)
 
 
@@ -224,7 +239,8 @@ def _of_another_run(given: LtcKey, found: LtcKey) -> str:
 
 def _skippable(pipe: Any) -> list[Any]:
     """The modules that a skipped step does not call."""
-    found = (getattr(pipe, name, None) for name in SKIPPED)
+    partner = partner_of(pipe)
+    found = [*(getattr(pipe, name, None) for name in SKIPPED), None if partner is None else partner.small]
     return list({id(module): module for module in found if module is not None}.values())
 
 

@@ -71,12 +71,14 @@ class LtcRun:
         self.skips_made = 0
         self.complete = False
         """Whether the last step began."""
+        self.real: set[int] = set()
+        """Steps that are never skipped: those in which another U-Net takes over."""
         self._latents: Tensor | None = None
         self._directions: list[Tensor] = []
 
     def skips(self, i: int) -> bool:
         """Whether step i is skipped. False where the transitions before it were not seen (an interrupted run)."""
-        return self.table is not None and i in self.table.coefficients
+        return self.table is not None and i in self.table.coefficients and i not in self.real
 
     def enter(self, i: int, x: Tensor) -> None:
         """Note the latents [B, ...] at the beginning of step i."""

@@ -16,8 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 HOSTS = ("nodes", "webui", "scripts")
 METHOD = {"common"}
 CORE = {"common", "flat", "shipped"}
-MODELS = CORE | {"ltc", "inheritance", "pipelines", "ltc.pipelines", "inheritance.pipelines"}
-IN_HOSTS = CORE | {"ltc", "inheritance"}
+METHODS = {"ltc", "inheritance", "switching"}
+MODELS = CORE | METHODS | {"pipelines"} | {f"{method}.pipelines" for method in METHODS}
+IN_HOSTS = CORE | METHODS
 MAY_IMPORT = {
     "common": set(),
     "shipped": {"common"},
@@ -25,8 +26,10 @@ MAY_IMPORT = {
     "face": MODELS,  # sun/__init__.py, lazily
     "ltc": METHOD | {"ltc.pipelines"},  # its __init__.py, lazily
     "inheritance": METHOD | {"inheritance.pipelines"},
+    "switching": METHOD | {"switching.pipelines"},
     "ltc.pipelines": MODELS,
     "inheritance.pipelines": MODELS,
+    "switching.pipelines": MODELS,
     "pipelines": CORE,
     "pictures": MODELS | {"face"},
     "training": MODELS | {"pictures"},
@@ -58,7 +61,7 @@ def room_of(module: str) -> str:
     folder = MODULES[".".join(parts[:2])].name == "__init__.py"
     if not folder:
         return "cli" if parts[1] == "__main__" else "flat"
-    if parts[1] in ("ltc", "inheritance") and parts[2:3] == ["pipelines"]:
+    if parts[1] in METHODS and parts[2:3] == ["pipelines"]:
         return f"{parts[1]}.pipelines"
     return parts[1]
 
@@ -115,7 +118,7 @@ def left_out(file: str) -> bool:
 
 
 def test_the_registry_s_archive_has_all_that_a_node_imports(tmp_path: Path) -> None:
-    lazy = {"face", "ltc.pipelines", "inheritance.pipelines"}  # for diffusers; a node asks for none of them
+    lazy = {"face", *(f"{method}.pipelines" for method in METHODS)}  # for diffusers; a node asks for none of them
     needed, todo = set(), [m for m in MODULES if m.startswith("nodes")]
     while todo:
         if (module := todo.pop()) not in needed:
