@@ -35,6 +35,7 @@ _HOME_OF = {
     "detach": "pipelines.attach",
     "denoise_timesteps": "schedule",
     "trailing_timesteps": "schedule",
+    "compact": "",
     "inheritance": "",  # the accelerators beside SUN
     "ltc": "",
     "surgery": "",

@@ -28,6 +28,7 @@ _LAZY_ERRORS = (
     "PredictionError",
     "LtcError",
     "InheritanceError",
+    "CompactError",
 )
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HOSTS = ("nodes", "webui", "scripts")
 METHOD = {"common"}
 CORE = {"common", "flat", "shipped"}
-METHODS = {"ltc", "inheritance", "switching"}
+METHODS = {"compact", "inheritance", "ltc", "switching"}
 MODELS = CORE | METHODS | {"pipelines"} | {f"{method}.pipelines" for method in METHODS}
 IN_HOSTS = CORE | METHODS
 MAY_IMPORT = {
@@ -27,9 +27,11 @@ MAY_IMPORT = {
     "ltc": METHOD | {"ltc.pipelines"},  # its __init__.py, lazily
     "inheritance": METHOD | {"inheritance.pipelines"},
     "switching": METHOD | {"switching.pipelines"},
+    "compact": METHOD | {"compact.pipelines"},
     "ltc.pipelines": MODELS,
     "inheritance.pipelines": MODELS,
     "switching.pipelines": MODELS,
+    "compact.pipelines": MODELS,
     "pipelines": CORE,
     "pictures": MODELS | {"face"},
     "training": MODELS | {"pictures"},
