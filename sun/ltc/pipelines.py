@@ -1,4 +1,4 @@
-"""LTC-Accel on diffusers pipelines: ``attach``, ``detach``, and ``calibrate``.
+"""LTC-Accel on diffusers pipelines: ``attach``, ``detach``, ``last_run``, and ``calibrate``.
 
 Nothing is patched while nothing is sampled. During a run the scheduler's ``step`` and the ``forward`` of the denoiser
 (and of a ControlNet) are replaced on these very objects, and given back when the run ends, whatever ends it.
@@ -11,7 +11,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,13 +24,18 @@ from ..common.notes import note
 from ..pipelines.layered import DENOISERS, default_of, original_call, put_on, take_off
 from ..pipelines.unet import CURRENT as SUN_RUN
 from ..switching.pipelines import partner_of
+from . import presets
 from .calibration import run_calibration
+from .counts import Counts, say
 from .errors import LtcError
 from .fingerprint import adapter_digest, fingerprint, lora_of
 from .interval import LtcSettings
 from .keep import none_calm, running
+from .outputs import OutputStepper
+from .presets import BALANCED, PAPER, SkipSettings
 from .run import LtcRun
 from .schedulers import Stepper, sampler_of
+from .skipping import SkipRun
 from .table import LtcKey, LtcTable, TableStore
 
 SKIPPED = (*DENOISERS, "transformer_2", "controlnet")
@@ -42,45 +48,75 @@ Opener = Callable[[LtcKey], LtcRun]
 class _Attachment:
     """What is on a pipeline. ``given``: the table that was brought; ``last_key``: of the run that ended last."""
 
-    settings: LtcSettings
+    settings: LtcSettings | SkipSettings
     store: TableStore
     given: LtcTable | None = None
     last_key: LtcKey | None = None
+    last_run: Counts | None = None
 
 
 _opener: ContextVar[Opener | None] = ContextVar("sun_ltc_opener", default=None)
 """Instead of the usual choice of a run, for calibration."""
-_stepper: ContextVar[Stepper | None] = ContextVar("sun_ltc_stepper", default=None)
+_stepper: ContextVar[Stepper | OutputStepper | None] = ContextVar("sun_ltc_stepper", default=None)
 """Of the pipeline that is being called in this thread or task."""
 
 
 def attach(
     pipe: Any,
+    preset: str = BALANCED,
     *,
-    settings: LtcSettings | None = None,
+    settings: SkipSettings | LtcSettings | None = None,
     table: LtcTable | None = None,
     folder: str | os.PathLike[str] | None = None,
+    **overrides: Any,
 ) -> None:
-    """Let a diffusers pipeline skip steps, whatever its model: Stable Diffusion, SDXL, SD 3, text-to-video.
+    """Let a diffusers pipeline skip steps from its first picture on, whatever its model and its scheduler.
 
-    The first run with new steps, sampler or guidance scale measures itself at full cost and gives the usual picture;
-    later ones are fast. ``folder`` keeps what was measured; ``table`` brings one, from ``calibrate`` for instance.
-    A skipped step calls neither pass of classifier-free guidance, nor a ControlNet.
+    preset: "fine", "balanced" or "fast"; overrides: single settings of it, as in ``attach(pipe, "fast", last=3)``, see
+    :class:`.SkipSettings`; settings: all of them at once. A skipped step calls neither pass of classifier-free
+    guidance, nor a ControlNet. :func:`last_run` tells what it saved.
+
+    preset "paper", or settings of :class:`.LtcSettings`: the published method for Euler, DDIM, DPM-Solver++ 2M, Heun,
+    DPM2 and flow-matching Euler. Its first run with new steps, sampler or guidance scale measures itself at full cost;
+    ``folder`` keeps what was measured; ``table`` brings one, from ``calibrate`` for instance.
 
     May be called before or after ``sun.attach`` and ``sun.inheritance.attach``; calling it again replaces the settings.
-    Raises LtcError if the scheduler adds noise or is not supported, TypeError if this is no diffusers pipeline.
+    Raises LtcError for presets and settings there are not, and for the paper's with a scheduler that adds noise or is
+    not supported; TypeError if this is no diffusers pipeline.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"LTC-Accel attaches to a diffusers pipeline, not to a {type(pipe).__name__}.")
     _denoiser(pipe)
-    sampler_of(pipe.scheduler)
+    chosen = _chosen(preset, settings, table, folder, overrides)
+    if isinstance(chosen, LtcSettings):
+        sampler_of(pipe.scheduler)
     detach(pipe)
     store = TableStore(folder)
     if table is not None:
-        settings = settings or table.settings
         store.put(table)
-    pipe._ltc = _Attachment(settings or LtcSettings(), store, table)
+    pipe._ltc = _Attachment(chosen, store, table)
     put_on(pipe, WithLtc)
+
+
+def _chosen(
+    name: str, settings: Any, table: LtcTable | None, folder: Any, overrides: dict[str, Any]
+) -> SkipSettings | LtcSettings:
+    """The settings that ``attach`` is to use. Raises LtcError for words that say nothing, or two things."""
+    if settings is not None or table is not None:
+        if overrides:
+            raise LtcError(f"Give LTC-Accel either settings or {', '.join(overrides)}, not both.")
+        chosen: SkipSettings | LtcSettings = settings if table is None else (settings or table.settings)
+        if table is not None and not isinstance(chosen, LtcSettings):
+            raise LtcError("A table of LTC-Accel belongs to the preset paper; leave the table or the settings out.")
+        return chosen
+    if name == PAPER:
+        known = [field.name for field in fields(LtcSettings)]
+        if unknown := [key for key in overrides if key not in known]:
+            raise LtcError(f"LTC-Accel's preset paper has no setting {unknown[0]!r}; it has {', '.join(known)}.")
+        return LtcSettings(**overrides)
+    if folder is not None:
+        raise LtcError(f"LTC-Accel's preset {name} measures nothing: leave the folder out, or take the preset paper.")
+    return presets.preset(name, **overrides)
 
 
 def detach(pipe: Any) -> None:
@@ -92,9 +128,15 @@ def detach(pipe: Any) -> None:
 def last_table(pipe: Any) -> LtcTable | None:
     """The table of the pipeline's last run: the one it measured, or the one it used."""
     state: _Attachment | None = pipe.__dict__.get("_ltc")
-    if state is None or state.last_key is None:
+    if state is None or state.last_key is None or not isinstance(state.settings, LtcSettings):
         return None
     return state.store.find(state.last_key, state.settings)
+
+
+def last_run(pipe: Any) -> Counts | None:
+    """What LTC-Accel did in the pipeline's last complete run: calls, steps, and percent saved. None before one."""
+    state: _Attachment | None = pipe.__dict__.get("_ltc")
+    return None if state is None else state.last_run
 
 
 @torch.no_grad()
@@ -117,16 +159,17 @@ def calibrate(
     Raises LtcError if LTC-Accel is not attached or no step can be skipped.
     """
     state: _Attachment | None = pipe.__dict__.get("_ltc")
-    if state is None:
-        raise LtcError("Call sun.ltc.attach(pipe) before calibrate(pipe, ...).")
+    if state is None or not isinstance(state.settings, LtcSettings):
+        raise LtcError('Call sun.ltc.attach(pipe, "paper") before calibrate(pipe, ...).')
+    settings = state.settings
     parts = [slice(i, i + batch) for i in range(0, len(prompts), batch)]
 
     def run(opener: Opener) -> list[Tensor]:
         return [_sample(pipe, opener, prompts[p], negatives[p], seed + p.start, options) for p in parts]
 
-    table = run_calibration(run, state.settings, find_bias=find_bias, progress=progress)
+    table = run_calibration(run, settings, find_bias=find_bias, progress=progress)
     if not table.coefficients:
-        raise LtcError(none_calm(table.turns, state.settings))
+        raise LtcError(none_calm(table.turns, settings))
     state.store.put(table)
     return table
 
@@ -166,12 +209,25 @@ class WithLtc:
     def around(pipe: Any, given: Mapping[str, Any]) -> Iterator[None]:
         state: _Attachment = pipe._ltc
         with ExitStack() as stack:
-            stepper = Stepper(pipe.scheduler, lambda *found: stack.enter_context(_run(pipe, state, given, *found)))
+            stepper: Stepper | OutputStepper
+            if isinstance(state.settings, LtcSettings):
+                stepper = Stepper(pipe.scheduler, lambda *found: stack.enter_context(_run(pipe, state, given, *found)))
+            else:
+                stepper = OutputStepper(pipe.scheduler, partial(_skip_run, pipe, state.settings))
             stack.callback(_stepper.reset, _stepper.set(stepper))
             stack.enter_context(_replaced(pipe.scheduler, "step", _stepping(pipe.scheduler.step, stepper)))
             for module in _skippable(pipe):
                 stack.enter_context(_replaced(module, "forward", _skipping(module.forward, stepper)))
             yield
+            if stepper.run is not None:
+                state.last_run = stepper.run.counts
+                say(state.last_run)
+
+
+def _skip_run(
+    pipe: Any, settings: SkipSettings, sigmas: tuple[float, ...], noisy: bool, refused: str
+) -> SkipRun:  # fmt: skip
+    return SkipRun(sigmas, settings, noisy=noisy, refused=refused, anew=_switching_steps(pipe, len(sigmas) - 1))
 
 
 @contextmanager
@@ -244,7 +300,7 @@ def _skippable(pipe: Any) -> list[Any]:
     return list({id(module): module for module in found if module is not None}.values())
 
 
-def _stepping(step: Callable[..., Any], stepper: Stepper) -> Callable[..., Any]:
+def _stepping(step: Callable[..., Any], stepper: Stepper | OutputStepper) -> Callable[..., Any]:
     """``scheduler.step``: ours within this call, the scheduler's own for whoever else uses it meanwhile."""
 
     @functools.wraps(step)
@@ -260,10 +316,37 @@ def _form(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     return (len(args), sorted(kwargs), shapes, kwargs.get("return_dict"))
 
 
-def _skipping(forward: Callable[..., Any], stepper: Stepper) -> Callable[..., Any]:
+_CHANGING = ("sample", "hidden_states", "timestep", "controlnet_cond")
+"""Arguments of a denoiser that are others in every step, or as large as pictures and set once a run."""
+
+
+def _asked(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What else than latents a denoiser is asked by name: texts, scales, pictures of adapters."""
+    plain = {k: v for k, v in kwargs.items() if k not in _CHANGING and isinstance(v, (torch.Tensor, float, int))}
+    lists = {k: tuple(v) for k, v in kwargs.items() if isinstance(v, list) and all(isinstance(n, float) for n in v)}
+    return plain | lists
+
+
+def _asks_the_same(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    if now.keys() != before.keys():
+        return False
+    for name, value in now.items():
+        other = before[name]
+        if value is other:
+            continue
+        both = isinstance(value, torch.Tensor), isinstance(other, torch.Tensor)
+        if any(both) and not (all(both) and value.shape == other.shape and bool(torch.equal(value, other))):
+            return False
+        if not any(both) and value != other:
+            return False
+    return True
+
+
+def _skipping(forward: Callable[..., Any], stepper: Stepper | OutputStepper) -> Callable[..., Any]:
     """``forward`` that in a skipped step gives the last output again; the scheduler does not look at it.
 
-    A call of another form (other sizes, another kind of answer) is not the pipeline's own and runs.
+    A call of another form (other sizes, another kind of answer) is not the pipeline's own and runs. One that asks for
+    something else than the last (another text, a ControlNet that begins to act) is the pipeline's, and a real step.
     """
     kept: list[Any] = []
 
@@ -271,10 +354,14 @@ def _skipping(forward: Callable[..., Any], stepper: Stepper) -> Callable[..., An
     def skipping(*args: Any, **kwargs: Any) -> Any:
         if _stepper.get() is not stepper:
             return forward(*args, **kwargs)
-        form = _form(args, kwargs)
+        form, asked = _form(args, kwargs), _asked(kwargs)
         if stepper.skips_next and kept:
-            return kept[0] if form == kept[1] else forward(*args, **kwargs)
-        kept[:] = [forward(*args, **kwargs), form]
+            if form != kept[1]:
+                return forward(*args, **kwargs)
+            if isinstance(stepper, Stepper) or _asks_the_same(asked, kept[2]):
+                return kept[0]
+            stepper.must_run()
+        kept[:] = [forward(*args, **kwargs), form, asked]
         return kept[0]
 
     return skipping

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .counts import Counts
 from .interval import LtcSettings, skipped_steps
 from .table import LtcKey, LtcTable
 from .transitions import Fit, angles
@@ -75,6 +76,12 @@ class LtcRun:
         """Steps that are never skipped: those in which another U-Net takes over."""
         self._latents: Tensor | None = None
         self._directions: list[Tensor] = []
+
+    @property
+    def counts(self) -> Counts:
+        """What became of the run, in steps."""
+        measures = "it measured itself at full cost" if self.measure is not None else ""
+        return Counts(self.steps - self.skips_made, self.steps, why=measures)
 
     def skips(self, i: int) -> bool:
         """Whether step i is skipped. False where the transitions before it were not seen (an interrupted run)."""

@@ -38,13 +38,86 @@ def pipe(make_pipeline: Callable[..., Any]) -> Any:
     return made
 
 
-def draw(pipe: Any, steps: int = 12, seed: int = 5, **options: Any) -> torch.Tensor:
+def draw(
+    pipe: Any, steps: int = 12, seed: int = 5, prompt: Any = "a b", negatives: Any = "c", **options: Any
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return pipe("a b", negative_prompt="c", num_inference_steps=steps, generator=generator, output_type="latent",
+    return pipe(prompt, negative_prompt=negatives, num_inference_steps=steps, generator=generator, output_type="latent",
                 **options).images  # fmt: skip
 
 
-def test_the_first_run_is_the_usual_picture_and_the_next_is_fast(pipe: Any, count_calls: Callable[..., Any]) -> None:
+def test_the_first_picture_takes_13_of_20_calls(pipe: Any, count_calls: Callable[..., Any], caplog: Any) -> None:
+    plain, own_class = draw(pipe, 20), type(pipe)
+    sun.ltc.attach(pipe)
+    assert sun.ltc.last_run(pipe) is None
+    calls = count_calls(pipe.unet.conv_out)  # hooks of the U-Net itself count skipped calls too
+    caplog.set_level("INFO")
+    fast = draw(pipe, 20)
+    assert calls.rows == [2] * 13
+    assert sun.ltc.last_run(pipe) == sun.ltc.Counts(13, 20)
+    assert str(sun.ltc.last_run(pipe)) == "13 of 20 calls, 35 % saved"
+    assert "13 of 20 calls, 35 % saved" in caplog.text
+    assert 0 < (fast - plain).norm() < 0.05 * plain.norm()
+    assert torch.equal(draw(pipe, 20), fast)  # nothing is left of the run before
+    assert "forward" not in vars(pipe.unet)
+    assert "step" not in vars(pipe.scheduler)
+    sun.ltc.detach(pipe)
+    assert type(pipe) is own_class
+    assert torch.equal(draw(pipe, 20), plain)
+
+
+def test_presets_and_their_settings_by_name(pipe: Any) -> None:
+    for preset, settings in sun.ltc.PRESETS.items():
+        sun.ltc.attach(pipe, preset)
+        draw(pipe, 15)
+        assert sun.ltc.last_run(pipe).calls == settings.calls(15)
+    sun.ltc.attach(pipe, "fast", last=5, guard=0)
+    draw(pipe, 12)
+    assert sun.ltc.last_run(pipe) == sun.ltc.Counts(9, 12)
+    sun.ltc.attach(pipe, "paper", tau=0)
+    draw(pipe)
+    assert sun.ltc.last_run(pipe) == sun.ltc.Counts(12, 12, why="it measured itself at full cost")
+    draw(pipe)
+    assert sun.ltc.last_run(pipe) == sun.ltc.Counts(9, 12)
+    for wrong in ({"preset": "quick"}, {"tau": 0.1}, {"folder": "tables"}, {"settings": FIXED, "tau": 0.1}):
+        with pytest.raises(sun.ltc.LtcError, match=r"presets|no setting|measures nothing|either settings or tau"):
+            sun.ltc.attach(pipe, **wrong)
+
+
+def test_a_picture_of_a_batch_is_that_of_its_own(pipe: Any) -> None:
+    """Coefficients are fitted for every picture alone."""
+    sun.ltc.attach(pipe, guard=0)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(2))
+    both = draw(pipe, prompt=["a b", "c d"], negatives=["c", "c"], latents=noise)
+    one = draw(pipe, prompt="c d", latents=noise[1:])
+    torch.testing.assert_close(both[1:], one, rtol=1e-3, atol=1e-3)
+
+
+def test_another_text_in_the_middle_is_a_real_step(pipe: Any, count_calls: Callable[..., Any]) -> None:
+    """A prompt that a callback changes, and so a ControlNet or an adapter that begins to act."""
+
+    def change(_pipe: Any, step: int, _t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt_embeds": values["prompt_embeds"] * 2} if step == 4 else values
+
+    sun.ltc.attach(pipe, guard=0)
+    calls = count_calls(pipe.unet.conv_out)
+    options = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    draw(pipe, callback_on_step_end=lambda *args: args[3], **options)
+    assert len_of(calls) == 8
+    draw(pipe, callback_on_step_end=change, **options)
+    assert len_of(calls) == 8 + 9  # step 5 was to be skipped
+
+
+def test_too_few_steps_say_so(pipe: Any, caplog: Any) -> None:
+    sun.ltc.attach(pipe)
+    draw(pipe, 4)
+    assert sun.ltc.last_run(pipe).calls == 4
+    assert "4 of 4 calls, 0 % saved (4 steps are too few" in caplog.text
+
+
+def test_the_first_run_of_the_paper_is_the_usual_picture_and_the_next_is_fast(
+    pipe: Any, count_calls: Callable[..., Any]
+) -> None:
     plain = draw(pipe)
     own_class = type(pipe)
     sun.ltc.attach(pipe, settings=FIXED)
@@ -169,14 +242,14 @@ def test_an_interrupted_run_leaves_nothing(pipe: Any) -> None:
     assert sun.ltc.last_table(pipe) is None
 
 
-def test_a_scheduler_that_adds_noise_is_refused_now_and_later(pipe: Any) -> None:
+def test_a_scheduler_that_adds_noise_is_refused_by_the_paper_s_setting_now_and_later(pipe: Any) -> None:
     noisy = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
-    sun.ltc.attach(pipe)
+    sun.ltc.attach(pipe, "paper")
     pipe.scheduler, plain = noisy, pipe.scheduler
     with pytest.raises(sun.ltc.LtcError, match="fresh noise"):
         draw(pipe)
     with pytest.raises(sun.ltc.LtcError, match="fresh noise"):
-        sun.ltc.attach(pipe)
+        sun.ltc.attach(pipe, "paper")
     pipe.scheduler = plain
     draw(pipe, 4)
 
