@@ -234,7 +234,8 @@ def _skip_run(
 def _run(
     pipe: Any, state: _Attachment, given: Mapping[str, Any], sampler: str, sigmas: tuple[float, ...]
 ) -> Iterator[LtcRun]:
-    """The run of a call, once its sampler and noise levels are known."""
+    """The run of a call by the paper's settings, once its sampler and noise levels are known."""
+    assert isinstance(state.settings, LtcSettings)
     steering = _steering(pipe, given)
     w = given.get("guidance_scale", default_of(original_call(pipe), "guidance_scale", 1.0))
     w = 1.0 if steering.startswith("sun") else float(w or 0.0)  # SUN runs no classifier-free guidance

@@ -121,7 +121,8 @@ def test_presets_and_settings_there_are_not_are_named() -> None:
 def test_each_preset_saves_more_than_the_one_before() -> None:
     for steps in (15, 20, 25, 30, 50):
         fine, balanced, fast = (settings.calls(steps) for settings in PRESETS.values())
-        assert steps > fine > balanced > fast
+        assert steps > fine > balanced >= fast
+        assert balanced > fast or steps < 20
 
 
 # ---------------------------------------------------------------------------------------------------------- schedulers
