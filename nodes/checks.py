@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 FEW_STEPS = 12
 SKIPS_STEPS = "sun_ltc"  # Apply LTC-Accel, who is asked to leave out steps
+SHARES_STEPS = "sun_switching"  # Switch U-Nets by Step, whose two models make some each
 RIGHT = "4 steps, cfg 1.0, euler, ddim or dpmpp_2m, scheduler simple (or the sigmas of SUN Scheduler)"
 
 # Samplers of ComfyUI that add new noise on the way, and those that ask the U-Net between the steps as well.
@@ -66,6 +67,8 @@ def check_run(guider: Any, sampler: Any, sigmas: torch.Tensor, latent: torch.Ten
 
 def check_report(guider: Any, steps: int, calls: int, answered: int) -> None:
     """Warns, after a run of few steps, when another node has answered in the place of the U-Net."""
+    shares = guider.model_patcher.get_attachment(SHARES_STEPS)
+    steps = steps if shares is None else shares.steps_of_model(steps)
     left_out = answered or steps - calls
     wanted = guider.model_patcher.get_attachment(SKIPS_STEPS) is not None
     if steps > FEW_STEPS or left_out <= 0 or wanted:

@@ -14,6 +14,7 @@ from .nodes import (
     SunGuider,
     SunSampler,
     SunScheduler,
+    SwitchUNets,
 )
 
 
@@ -30,6 +31,7 @@ class SunExtension(ComfyExtension):
             LoadEmojiControlNet,
             ApplyLtcAccel,
             ApplyFeatureInheritance,
+            SwitchUNets,
         ]
 
 

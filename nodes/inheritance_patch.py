@@ -23,6 +23,7 @@ from ..sun.inheritance import (
     roles_of,
 )
 from . import merging, notices
+from .checks import SHARES_STEPS
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ def _outer_sample(
     plan: Plan | None = guider.model_patcher.get_attachment(KEY)
     if plan is None:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-    state = ComfyInheritance(plan, len(sigmas) - 1)
+    steps, shares = len(sigmas) - 1, guider.model_patcher.get_attachment(SHARES_STEPS)
+    state = ComfyInheritance(plan, steps if shares is None else shares.steps_of_model(steps))
     # model_options is this run's own copy, dropped by ComfyUI when the run ends, whatever ends it.
     guider.model_options.setdefault("transformer_options", {})[KEY] = state
     try:

@@ -24,7 +24,7 @@ from ..sun.ltc import LtcKey, LtcSettings, LtcTable, TableStore, adapter_digest,
 from ..sun.ltc.fingerprint import signs_digest
 from ..sun.ltc.kdiffusion import SamplerRun
 from ..sun.ltc.keep import AUTOMATIC, running
-from . import merging, notices, sun_patch
+from . import merging, notices, sun_patch, switching_patch
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ def _sampler_sample(
         notices.tell(choice.node, text, calls=table.calls, steps=key.steps)
 
     with running(key, choice.settings, TableStore(tables_folder()), choice.calibration, measured) as run:
+        run.real |= _switching_steps(patcher, key.steps)
         options = extra_args["model_options"].setdefault("transformer_options", {})
         options[KEY] = SamplerRun(solver, levels, run)
         try:
@@ -103,8 +104,15 @@ def _sampler_sample(
     return samples
 
 
+def _switching_steps(patcher: ModelPatcher, steps: int) -> set[int]:
+    """The step in which another U-Net takes over, which is never skipped."""
+    switches = switching_patch.choice_of(patcher)
+    first = None if switches is None else switches.switching.switches_at(steps)
+    return set() if first is None else {first}
+
+
 def steering(patcher: ModelPatcher) -> str:
-    """SUN and the LoRAs on a model, for `LtcKey`."""
+    """SUN, the LoRAs and the second U-Net of a model, for `LtcKey`."""
     parts: list[str] = []
     sun, adapters = sun_patch.settings_of(patcher), patcher.get_additional_models_with_key(sun_patch.KEY)
     if sun is not None and adapters:
@@ -112,6 +120,10 @@ def steering(patcher: ModelPatcher) -> str:
         parts.append(f"sun {adapter_digest(adapters[0].model)} {sun.strength:.4g} {scale} {sun.effect}")
     if patcher.patches:
         parts.append(f"lora {patches_digest(patcher.patches)}")
+    if (switches := switching_patch.choice_of(patcher)) is not None:
+        small = switches.small
+        parts.append(f"switching {fingerprint(small.model.diffusion_model, attention=not small.patches)}")
+        parts.append(f"{switches.switching} {steering(small)}".rstrip())
     return " ".join(parts)
 
 

@@ -16,7 +16,12 @@ from . import notices
 
 log = logging.getLogger(__name__)
 
-NAMES = {"sun": "SUN", "sun_ltc": "LTC-Accel", "sun_inheritance": "Feature inheritance"}  # by attachment
+NAMES = {  # by attachment
+    "sun": "SUN",
+    "sun_ltc": "LTC-Accel",
+    "sun_inheritance": "Feature inheritance",
+    "sun_switching": "Switching",
+}
 
 
 def speak_up(patcher: ModelPatcher) -> None:

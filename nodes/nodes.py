@@ -13,7 +13,8 @@ from ..sun.ltc import LtcSettings
 from ..sun.ltc.keep import AGAIN, AUTOMATIC
 from ..sun.schedule import DenoiseMode
 from ..sun.shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_INPAINTING
-from . import emoji_model, folders, inheritance_patch, loading, ltc_patch, sampling, sun_patch
+from ..sun.switching import ORDERS, SMALL_FIRST, Switching
+from . import emoji_model, folders, inheritance_patch, loading, ltc_patch, sampling, sun_patch, switching_patch
 
 SunAdapterIO = io.Custom("SUN_ADAPTER")
 CATEGORY = "SUN"
@@ -187,7 +188,11 @@ class ApplySun(io.ComfyNode):
         guidance: float = 0.0,
     ) -> io.NodeOutput:
         effect = (start_percent, end_percent)
-        return io.NodeOutput(sun_patch.apply(model, adapter, strength, negative, effect, guidance or None))
+
+        def put_on(one: Any) -> Any:
+            return sun_patch.apply(one, adapter, strength, negative, effect, guidance or None)
+
+        return io.NodeOutput(switching_patch.on_each(model, put_on))
 
 
 class SunSampler(io.ComfyNode):
@@ -482,7 +487,59 @@ class ApplyFeatureInheritance(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, preset: str, plan: str = "") -> io.NodeOutput:
-        return io.NodeOutput(inheritance_patch.apply(model, parse_plan(plan.strip() or preset)))
+        parsed = parse_plan(plan.strip() or preset)
+        return io.NodeOutput(switching_patch.on_each(model, lambda one: inheritance_patch.apply(one, parsed)))
+
+
+class SwitchUNets(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SUN_SwitchUNets",
+            **known(
+                io.Schema,
+                search_aliases=[*SPEED, "T-Stitch", "A-SDM", "model switch", "refiner", "BK-SDM", "SSD-1B", "切换"],
+            ),
+            display_name="Switch U-Nets by Step",
+            category=CATEGORY,
+            description=(
+                "Two models take turns in one run of any sampler: a small, fast one makes a share of the steps, the "
+                "large one the rest. For models of the same latents and prompts, as SDXL and SSD-1B."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The large model: the one the picture should look like."),
+                io.Model.Input(
+                    "small_model",
+                    tooltip=(
+                        "A compact model of the same family: an assembled U-Net, BK-SDM for Stable Diffusion 1.x, "
+                        "SSD-1B for SDXL. LoRA, IP-Adapter and the like act on the model they were put on."
+                    ),
+                ),
+                io.Float.Input(
+                    "share",
+                    default=0.4,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="The share of the steps that the small model makes: 0 is the large one alone, 1 the small.",
+                ),
+                io.Combo.Input(
+                    "order",
+                    options=list(ORDERS),
+                    default=SMALL_FIRST,
+                    tooltip="Which of the two begins. The first steps decide what is where, the last ones the details.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "switching_model", display_name="model", tooltip="Both in one, for any sampler and for LTC-Accel."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, small_model: Any, share: float, order: str) -> io.NodeOutput:
+        return io.NodeOutput(switching_patch.apply(model, small_model, Switching(share, order)))
 
 
 # ----------------------------------------------------------------------------------------------------- Emoji Diffusion

@@ -228,17 +228,21 @@ function sampler(node) {
 
 const has = (slots, type) => (slots ?? []).some((slot) => slot.type === type);
 const isLtc = (node) => node.comfyClass === "SUN_ApplyLtcAccel";
+const isSwitch = (node) => node.comfyClass === "SUN_SwitchUNets";
 // The nodes each of the server's texts is for: a run that goes on behind another workflow names nodes of its own.
 const NOTICES = {
   "ltc_saved": isLtc,
   "ltc_measured": isLtc,
   "ltc_nothing": isLtc,
   "inherited": (node) => node.comfyClass === "SUN_ApplyFeatureInheritance",
+  "switched": isSwitch,
+  "switched_swapped": isSwitch,
+  "switched_alone": isSwitch,
   "ran": (node) => has(node.outputs, "LATENT") && (has(node.inputs, "MODEL") || has(node.inputs, "GUIDER")),
   "merged": (node) => has(node.inputs, "MODEL"),
   "saved": (node) => has(node.inputs, "MODEL"),
 };
-const WARNINGS = ["merged", "saved"];
+const WARNINGS = ["merged", "saved", "switched_alone"];
 const noticed = new WeakMap(); // node -> its show(text, warning)
 
 /** The node behind an id of the server; "12:5" is node 5 of the subgraph that node 12 stands for. */

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..common import lazy
-from .pair import SAME_UNET, Traits, check_pair, layers_a_stage, residuals_for, what_to_say
+from .pair import SAME_UNET, Traits, check_pair, control_for_small, layers_a_stage, residuals_for, what_to_say
 from .plan import LARGE_FIRST, ORDERS, SMALL_FIRST, Border, Switching, SwitchingError
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ __all__ = [
     "Traits",
     "attach",
     "check_pair",
+    "control_for_small",
     "detach",
     "last_run",
     "layers_a_stage",

@@ -23,7 +23,7 @@ class Traits:
 
     latents, output: channels in and out. text: width of the text states. vector: of SDXL's size and pooled text.
     time_embedding: width of the guidance embedding of distilled models. prediction: diffusers' names. sigmas: the
-    least and the greatest noise level of the schedule.
+    least and the greatest noise level of the schedule. space: a name of the latent space.
     """
 
     latents: int | None = None
@@ -33,6 +33,7 @@ class Traits:
     time_embedding: int | None = None
     prediction: str = ""
     sigmas: tuple[float, float] | None = None
+    space: str = ""
 
 
 _WORDS = {
@@ -54,6 +55,11 @@ def check_pair(large: Traits, small: Traits) -> None:
                 f"Switching needs two U-Nets that go on with each other's latents: the small one "
                 f"{words.format(theirs or 0)}, the large one {ours or 0}. {mend}"
             )
+    if large.space and small.space and large.space != small.space:
+        raise SwitchingError(
+            f"Switching needs two U-Nets of one latent space: the small one works on latents of {small.space}, the "
+            f"large one on those of {large.space}. Take two models of the same family, as SDXL and SSD-1B."
+        )
     if large.prediction and small.prediction and large.prediction != small.prediction:
         ours, theirs = (_PREDICTIONS.get(t.prediction, t.prediction) for t in (large, small))
         raise SwitchingError(
@@ -116,3 +122,30 @@ def residuals_for(large: Sequence[int], small: Sequence[int]) -> list[int]:
             chosen.append(begin)
         begin += 1
     return chosen
+
+
+def control_for_small(control: Any, large: Sequence[int], small: Sequence[int]) -> Any:
+    """ControlNet's residuals by name, as ComfyUI and Forge hand them to the U-Net, for the small one.
+
+    Lists are taken from the end: by the input blocks from the first, by the output blocks from the last skip
+    connection. Residuals made for the small U-Net itself stay as they are. Raises SwitchingError.
+    """
+    if not control or tuple(large) == tuple(small):
+        return control
+    control = {name: list(values) for name, values in control.items()}
+    there, own = (sum(layers) + len(layers) for layers in (large, small))
+    if any(len(control.get(name) or ()) == there for name in ("input", "output")):
+        chosen = residuals_for(large, small)
+        if control.get("output"):
+            control["output"] = [control["output"][i] for i in chosen if i < len(control["output"])]
+        if control.get("input"):
+            rising = control["input"][::-1]
+            control["input"] = [rising[i] for i in chosen if i < len(rising)][::-1]
+        if len(small) < len(large) and control.get("middle"):
+            control["middle"] = [None] * len(control["middle"])  # of the innermost stage, which the small one lacks
+    elif control.get("output") and len(control["output"]) != own:
+        raise SwitchingError(
+            f"This ControlNet has {len(control['output'])} residuals, and the small U-Net has {own} places for them. "
+            "Leave the ControlNet out, or take one made for these models."
+        )
+    return control

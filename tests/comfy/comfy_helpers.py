@@ -66,6 +66,64 @@ def make_lora(model_folder: Path, folder: Path) -> Path:
     return save_lora(unet, folder)
 
 
+def make_small(model, model_folder: Path, layers: tuple[int, ...] = (1, 1, 2, 1)):
+    """(MODEL, diffusers' U-Net) with fewer layers than `model`, the one of the folder, has; weights are random."""
+    import comfy.model_management
+    import comfy.supported_models
+    from comfy.model_patcher import ModelPatcher
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(5)
+    config = UNet2DConditionModel.load_config(model_folder / "unet") | {"layers_per_block": list(layers)}
+    unet = UNet2DConditionModel.from_config(config).eval()
+    base = model.model.model_config
+    own = {**base.unet_config, "num_res_blocks": list(layers)}
+    crossed = [int("CrossAttn" in kind) for kind in config["down_block_types"]]
+    own["transformer_depth"] = [depth for depth, n in zip(crossed, layers, strict=True) for _ in range(n)]
+    own["transformer_depth_output"] = [depth for depth, n in zip(crossed, layers, strict=True) for _ in range(n + 1)]
+    heads = own.pop("num_heads")
+    small = comfy.supported_models.SD15(own)
+    small.unet_config["num_heads"] = heads
+    small.sampling_settings, small.latent_format = base.sampling_settings, base.latent_format
+    small.set_inference_dtype(torch.float32, None)
+    made = small.get_model({}, device="cpu")
+    names = _ldm_names(unet.state_dict(), layers)
+    made.diffusion_model.load_state_dict({names[name]: weight for name, weight in unet.state_dict().items()})
+    device = comfy.model_management.get_torch_device()
+    return ModelPatcher(made, load_device=device, offload_device=comfy.model_management.unet_offload_device()), unet
+
+
+def _ldm_names(names, layers: tuple[int, ...]) -> dict[str, str]:
+    """LDM's name of each of diffusers' names; ComfyUI's own table is right for stages of equally many layers alone."""
+    import comfy.utils
+
+    places = {f"mid_block.{kind}.{i}": f"middle_block.{2 * i + (kind == 'attentions')}"
+              for kind, i in (("resnets", 0), ("resnets", 1), ("attentions", 0))}  # fmt: skip
+    n = 1
+    for i, count in enumerate(layers):
+        for j in range(count):
+            places |= {f"down_blocks.{i}.{kind}.{j}": f"input_blocks.{n + j}.{k}"
+                       for k, kind in enumerate(("resnets", "attentions"))}  # fmt: skip
+        n += count + 1
+        places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{n - 1}.0.op"
+    n = 0
+    for i, count in enumerate(reversed(layers)):
+        for j in range(count + 1):
+            places |= {f"up_blocks.{i}.{kind}.{j}": f"output_blocks.{n + j}.{k}"
+                       for k, kind in enumerate(("resnets", "attentions"))}  # fmt: skip
+        n += count + 1
+        last = 2 if any(name.startswith(f"up_blocks.{i}.attentions") for name in names) else 1
+        places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n - 1}.{last}.conv"
+    inner = {theirs: own for own, theirs in comfy.utils.UNET_MAP_RESNET.items()}
+    found = {theirs: own for own, theirs in comfy.utils.UNET_MAP_BASIC}
+    for name in names:
+        place = next((place for place in places if name.startswith(place + ".")), None)
+        if place is not None:
+            rest = name.removeprefix(place + ".")
+            found[name] = f"{places[place]}.{inner[rest] if '.resnets.' in place else rest}"
+    return found
+
+
 def _unet(model_folder: Path):
     from diffusers import UNet2DConditionModel
 

@@ -24,6 +24,7 @@ TITLES = {
     "SUN_LoadEmojiControlNet": "Load Emoji ControlNet",
     "SUN_ApplyLtcAccel": "Apply LTC-Accel",
     "SUN_ApplyFeatureInheritance": "Apply Feature Inheritance",
+    "SUN_SwitchUNets": "Switch U-Nets by Step",
 }
 
 
@@ -233,6 +234,7 @@ def test_aliases_and_advanced_inputs_where_the_host_has_them(host: SimpleNamespa
     for word in ("speedup", "SpeedUpNet", "negative prompt", "LCM", "turbo", "few step", "accelerate"):
         assert {"SUN_Apply", "SUN_Sampler"} <= found(word), word
     assert "SUN_ApplyFeatureInheritance" in found("deepcache")
+    assert "SUN_SwitchUNets" in found("T-Stitch") & found("faster")
     assert {"SUN_ApplyFeatureInheritance", "SUN_ApplyLtcAccel"} <= found("cache") & found("accelerate")
     assert all(schema.search_aliases for schema in ours.values())
     folded = {(n, i.id) for n, s in ours.items() for i in s.inputs if getattr(i, "advanced", None)}
