@@ -71,6 +71,13 @@ class DenoiseMode(StrEnum):
     respaced = "respaced"
 
 
+class SwitchOrder(StrEnum):
+    """Same names as sun.switching.ORDERS, which needs torch."""
+
+    small = "small first"
+    large = "large first"
+
+
 class Dtype(StrEnum):
     auto = "auto"
     float32 = "float32"

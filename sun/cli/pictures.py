@@ -29,6 +29,7 @@ from .options import (
     Seed,
     Size,
     Strength,
+    SwitchOrder,
     check_folder,
     check_target,
     parse_size,
@@ -47,6 +48,8 @@ sun generate "cat face next to fish" --negative "gray background" --batch 4
 sun generate "a castle" --model dreamshaper.safetensors --adapter sun_adapter.safetensors --lora ink.safetensors:0.8
 
 sun generate "snake, purple background" --init bear.png --strength 0.75
+
+sun generate "ghost" --adapter none --steps 25 --scheduler dpmpp_2m --switch compact-folder --share 0.4
 
 sun generate --from bear.png --out same-bear.png"""
 )
@@ -91,6 +94,16 @@ def generate(
     config: ConfigDir = "",
     adapter: Adapter = SHIPPED,
     lora: Lora = None,
+    switch: Annotated[
+        str,
+        typer.Option(
+            help="A compact model whose U-Net makes a share of the steps: a folder or a checkpoint.", metavar="PATH"
+        ),
+    ] = "",
+    share: Annotated[float, typer.Option(help="Of the steps, with --switch.", min=0.0, max=1.0)] = 0.4,
+    switch_order: Annotated[
+        SwitchOrder, typer.Option(help="Which U-Net makes the first steps, with --switch.")
+    ] = SwitchOrder.small,
     dtype: Precision = Dtype.auto,
     device: Device = "auto",
     source: Annotated[
@@ -122,6 +135,7 @@ def generate(
     for image, path, text in zip(drawn.images, paths, engine.png_texts(recipe), strict=True):
         save_png(image, path, text)
     each = " a picture" if recipe.batch > 1 else ""
+    each += f" ({drawn.small_calls:g} of them of the small one)" if recipe.switch else ""
     out.print(
         f"{drawn.unet_calls:g} U-Net calls{each}, {drawn.seconds:.2f} s, seed {recipe.seed + (recipe.index or 0)}"
     )

@@ -27,7 +27,7 @@ _LEAST = {
     "edit_prompts": 1,
     "agreement_prompts": 1,
 }
-PEERS = ("lcm_lora", "guided_distill")
+PEERS = ("lcm_lora", "guided_distill", "small_unet")
 
 
 def check(config: EvaluateConfig) -> None:

@@ -25,6 +25,7 @@ from .accelerators import deepcache, inheriting, ltc_settings
 from .names import MethodCall
 from .peers.nag import attach_nag, detach_nag
 from .peers.nasa import attach_nasa, detach_nasa
+from .switched import switched
 
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(x [B, 4, h, w], t, positive [B, L, D], negative [B, L, D]) -> predicted noise [B, 4, h, w] in float32."""
@@ -44,11 +45,12 @@ class Assets:
     attached: bool = False
     lcm_lora: str = ""
     guided_distill: str = ""
+    small_unet: str = ""
     loaded: dict[str, Any] = field(default_factory=dict)
 
     def peer_folder(self, call: MethodCall) -> str:
         """The folder of the files that a peer needs, or nothing."""
-        return {"lcm_lora": self.lcm_lora, "guided_distill": self.guided_distill}.get(call.method.peer, "")
+        return str(getattr(self, call.method.peer)) if call.method.peer else ""
 
     def adapter_of(self, call: MethodCall) -> SunAdapter | None:
         """The adapter a method puts on the U-Net, if it has one and it is there."""
@@ -202,6 +204,17 @@ def _deepcache(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
         yield replace(ready, begin=begin)
 
 
+@contextmanager
+def _switch(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
+    if "small_unet" not in assets.loaded:
+        path = _existing(assets.small_unet, "small_unet", "a compact U-Net of this model", call)
+        small = load_unet(path).to(assets.unet.device, assets.unet.dtype)
+        assets.loaded["small_unet"] = small.eval().requires_grad_(False)
+    unet = switched(assets.unet, assets.loaded["small_unet"], call)
+    with _guided(replace(assets, unet=unet), call) as ready:
+        yield replace(ready, begin=unet.begin)
+
+
 def _existing(path: str, setting: str, what: str, call: MethodCall) -> Path:
     if not path:
         raise ConfigError(f"{call.text} needs the setting {setting}: {what}. Give it, or leave the method out.")
@@ -226,6 +239,7 @@ _PREPARE: dict[str, Prepare] = {
     "ltc+inherit": _with_ltc(_inheriting(_guided)),
     "sun+ltc": _with_ltc(_sun),
     "sun+inherit": _inheriting(_sun),
+    "switch": _switch,
     "deepcache": _deepcache,
 }
 

@@ -70,6 +70,16 @@ METHODS = {
         ),
         Method("sun+ltc", "ddim", "SUN and LTC-Accel", uses_negative=True, options=LTC_OPTIONS, adapter=True, ltc=True),
         Method("sun+inherit", "ddim", "SUN and feature inheritance", uses_negative=True, adapter=True, **_INHERIT),
+        Method(
+            "switch",
+            "dpmpp_2m",
+            "switching",
+            **_CFG,
+            options=("share",),
+            presets=("large-first",),
+            inside=True,
+            peer="small_unet",
+        ),
         Method("deepcache", "dpmpp_2m", "DeepCache", **_CFG, options=("interval", "branch"), inside=True),
     )
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,13 +29,24 @@ from ..common.finite import NonFiniteError, require_finite
 from ..common.notes import note
 from ..common.reading import printable
 from ..common.settings import ConfigError
+from ..files import SunFileError
 from ..pipelines.attach import attach, detach
-from ..pipelines.loading import ModelError, is_inpainting, load_controlnet, load_pipeline, why_not_finite
+from ..pipelines.loading import (
+    ModelError,
+    is_inpainting,
+    load_controlnet,
+    load_pipeline,
+    load_unet,
+    why_not_finite,
+)
 from ..pipelines.lora import apply_lora
 from ..pipelines.schedulers import make_scheduler
 from ..pipelines.text import encode_prompts, read_as_words
 from ..schedule import denoise_timesteps, trailing_timesteps
 from ..shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_SUN, SHIPPED
+from ..switching import SwitchingError
+from ..switching.pipelines import attach as attach_switching
+from ..switching.pipelines import detach as detach_switching
 from ..user_pictures import PictureError, read_mask, read_picture
 from .recipe import MAX_SIDE, Recipe, RecipeError, fingerprints, png_text, split_lora
 
@@ -49,6 +60,8 @@ class Loaded:
     pipe: Any  # a StableDiffusionPipeline; diffusers' classes have no usable types
     adapter: SunAdapter | None = None
     controlnet: Any = None
+    small: Any = None
+    """The U-Net that makes a share of the steps, if there is one."""
 
     @property
     def size(self) -> int:
@@ -58,12 +71,14 @@ class Loaded:
 
 @dataclass
 class Drawn:
-    """What one run made; ``unet_calls`` is U-Net rows a picture (a CFG step counts two), ``seconds`` the whole run."""
+    """What one run made; ``unet_calls`` is U-Net rows a picture (a CFG step counts two), ``small_calls`` those of the
+    small U-Net among them, ``seconds`` the whole run."""
 
     images: list[Image.Image]
     latents: torch.Tensor
     unet_calls: float
     seconds: float
+    small_calls: float = 0.0
 
 
 def load(recipe: Recipe) -> Loaded:
@@ -76,9 +91,10 @@ def load(recipe: Recipe) -> Loaded:
         controlnet = _load_controlnet(recipe.controlnet, pipe.unet, dtype).to(device) if recipe.controlnet else None
         for lora in recipe.loras:
             apply_lora(pipe, *split_lora(lora))
+        small = load_unet(recipe.switch, dtype).to(device) if recipe.switch else None
     pipe.to(device)
     adapter = None if recipe.adapter == "none" else load_adapter(recipe.adapter)
-    return Loaded(pipe, adapter, controlnet)
+    return Loaded(pipe, adapter, controlnet, small)
 
 
 def load_adapter(name: str) -> SunAdapter:
@@ -192,7 +208,10 @@ def generate(loaded: Loaded, recipe: Recipe, on_step: OnStep | None = None) -> D
         attach(pipe, loaded.adapter, strength=recipe.sun_strength)
     try:
         pipe.scheduler = make_scheduler(recipe.scheduler, pipe.scheduler.config)
-        with CallCounter(pipe.unet) as counter, torch.no_grad():
+        if loaded.small is not None:
+            _attach_small(pipe, loaded, recipe)
+        small = nullcontext() if loaded.small is None else CallCounter(loaded.small)
+        with CallCounter(pipe.unet) as counter, small as of_small, torch.no_grad():
             began = time.perf_counter()
             positive, negative = _encode(loaded, recipe)
             pixels = pipe(
@@ -208,15 +227,19 @@ def generate(loaded: Loaded, recipe: Recipe, on_step: OnStep | None = None) -> D
             _check_finite(pixels, "the decoded pictures", loaded)
             images = pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(pixels))
             seconds = time.perf_counter() - began
-    except NonFiniteError as error:
+    except (NonFiniteError, SwitchingError) as error:
         raise RecipeError(str(error)) from error
     finally:
-        if loaded.adapter:
-            detach(pipe)
+        detach_switching(pipe)
+        for attached in (pipe, loaded.small) if loaded.adapter else ():
+            if attached is not None:
+                detach(attached)
     if recipe.mask:
         images = [_keep_unmasked(image, recipe) for image in images]
     picked = slice(None) if recipe.index is None else slice(recipe.index, recipe.index + 1)
-    return Drawn(images[picked], latents["last"].float().cpu()[picked], counter.rows / recipe.batch, seconds)
+    small_calls = 0.0 if of_small is None else of_small.rows / recipe.batch
+    calls = counter.rows / recipe.batch + small_calls
+    return Drawn(images[picked], latents["last"].float().cpu()[picked], calls, seconds, small_calls)
 
 
 def png_texts(recipe: Recipe) -> list[dict[str, str]]:
@@ -259,6 +282,19 @@ def open_mask(path: str) -> Image.Image:
         return read_mask(path)
     except PictureError as error:
         raise RecipeError(str(error)) from error
+
+
+def _attach_small(pipe: Any, loaded: Loaded, recipe: Recipe) -> None:
+    """Let the small U-Net make its share of the steps, with SUN on it where SUN is on the model. Raises RecipeError."""
+    if loaded.adapter:
+        try:
+            attach(loaded.small, loaded.adapter, strength=recipe.sun_strength)
+        except (SunFileError, ValueError) as error:
+            raise RecipeError(
+                f"the adapter fits the model, but not the small U-Net of --switch: {error} Use --adapter none, with "
+                "more --steps."
+            ) from error
+    attach_switching(pipe, loaded.small, recipe.share, recipe.switch_order)
 
 
 # --- the pieces of a run -----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 from ..common.identity import fingerprint
 from ..common.reading import ReadError, check_regular, parse_json, printable
 from ..shipped import EMOJI_DIFFUSION, EMOJI_SUN, SHIPPED
+from ..switching import ORDERS, SMALL_FIRST
 from ..user_pictures import PictureError
 from .png import read_png_text
 
@@ -32,13 +33,21 @@ _WHOLE = {
     "width": (0, MAX_SIDE),
     "height": (0, MAX_SIDE),
 }
-_NUMBERS = {"sun_strength": (-10, 10), "guidance": (0, 1000), "strength": (0, 1), "control_scale": (-10, 10)}
+_NUMBERS = {
+    "sun_strength": (-10, 10),
+    "guidance": (0, 1000),
+    "strength": (0, 1),
+    "control_scale": (-10, 10),
+    "share": (0, 1),
+}
 _OPTIONAL = ("index", "guidance", "strength")
 _WORDS = {
     "scheduler": tuple(_A1111_SAMPLERS),
     "denoise_mode": ("trained", "respaced"),
     "dtype": ("auto", "float32", "float16", "bfloat16"),
+    "switch_order": ORDERS,
 }
+_PATHS = ("model", "config", "adapter", "controlnet", "init", "mask", "control", "switch")
 _LONGEST_TEXT, _LONGEST_PATH, _MOST_LORAS = 100_000, 4096, 64
 
 
@@ -81,6 +90,10 @@ class Recipe:
     adapter: str = SHIPPED
     loras: tuple[str, ...] = ()
     """Each ``path`` or ``path:weight``."""
+    switch: str = ""
+    """A model whose U-Net makes a ``share`` of the steps, the first ones or the last ones."""
+    share: float = 0.4
+    switch_order: str = SMALL_FIRST
     dtype: str = "auto"
     device: str = "auto"
 
@@ -89,8 +102,8 @@ class Recipe:
             _check_number(self, name, _WHOLE[name], int)
         for name in _NUMBERS:
             _check_number(self, name, _NUMBERS[name], (int, float))
-        for name in ("prompt", "negative", "model", "config", "adapter", "controlnet", "init", "mask", "control"):
-            _check_text(name, getattr(self, name), _LONGEST_TEXT if name in ("prompt", "negative") else _LONGEST_PATH)
+        for name in ("prompt", "negative", *_PATHS):
+            _check_text(name, getattr(self, name), _LONGEST_PATH if name in _PATHS else _LONGEST_TEXT)
         for name, words in _WORDS.items():
             if getattr(self, name) not in words:
                 raise RecipeError(
@@ -125,7 +138,7 @@ class Recipe:
         named = {"init": self.init, "mask": self.mask, "control": self.control}
         named |= {"controlnet": "" if self.controlnet == SHIPPED else self.controlnet}
         named |= {"model": "" if self.model == SHIPPED else self.model}
-        named |= {"config": self.config}
+        named |= {"config": self.config, "switch": self.switch}
         named |= {"adapter": "" if self.adapter in (SHIPPED, "none") else self.adapter}
         named |= {f"lora {i}": split_lora(lora)[0] for i, lora in enumerate(self.loras)}
         return {field: path for field, path in named.items() if path}
@@ -164,7 +177,8 @@ def _check_file(field: str, path: str) -> None:
     option = f"--{field.split()[0]}"  # "lora 0" is given with --lora
     shown = printable(path)
     model = ["model_index.json"]
-    marks = {"model": model, "config": model, "controlnet": ["config.json"], "lora": ["*.safetensors", "*.bin"]}
+    marks = {"model": model, "config": model, "controlnet": ["config.json"], "switch": [*model, "config.json"]}
+    marks |= {"lora": ["*.safetensors", "*.bin"]}
     marked = marks.get(field.split()[0], [])
     try:
         if not Path(path).exists():
@@ -216,6 +230,9 @@ def parameters(recipe: Recipe, prints: Mapping[str, str] | None = None, version:
             pairs["SUN adapter hash"] = prints["adapter"][:10]
         pairs["SUN strength"] = recipe.sun_strength
     pairs["Version"] = f"SUN {version}".strip()
+    if recipe.switch:
+        pairs["Switching model"] = Path(recipe.switch).stem
+        pairs["Switching share"], pairs["Switching order"] = recipe.share, recipe.switch_order
     words = "".join(f" <lora:{Path(p).stem}:{w:g}>" for p, w in map(split_lora, recipe.loras))
     lines = [recipe.prompt + words]
     if recipe.negative:

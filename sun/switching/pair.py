@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from .plan import SwitchingError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SAME_UNET = "Switching: both U-Nets are the same one, so nothing becomes faster. Choose a smaller one as the second."
 SWAPPED = (

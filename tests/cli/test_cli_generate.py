@@ -323,3 +323,32 @@ def test_an_adapter_of_another_model_is_refused_in_a_sentence(sun: Run, tmp_path
     result = sun("generate", "a", "--model", model_folder, "--adapter", other, "--out", tmp_path / "x.png", code=2)
     assert "does not fit" in result.output
     assert "24" in result.output
+
+
+def test_a_second_unet_makes_a_share_of_the_steps(
+    tiny: Run, sun: Run, model_folder: Path, make_pipeline: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The PNG makes its picture again; SUN is on both U-Nets; what does not fit gets a sentence."""
+    from diffusers import UNet2DConditionModel
+
+    config = dict(make_pipeline().unet.config)
+    torch.manual_seed(3)
+    UNet2DConditionModel.from_config(config | {"layers_per_block": (1, 1, 1, 1)}).save_pretrained(tmp_path / "small")
+    UNet2DConditionModel.from_config(config).save_pretrained(tmp_path / "equal" / "unet")
+    (tmp_path / "equal" / "model_index.json").write_text("{}")
+    model = ("--model", model_folder, "--adapter", "none")
+    plain = ("generate", "a cat", "--seed", 3, "--steps", 5, *model, "--scheduler", "dpmpp_2m")
+    result = sun(*plain, "--switch", tmp_path / "small", "--share", 0.6, "--out", tmp_path / "x.png")
+    assert "10 U-Net calls (6 of them of the small one)" in result.output
+    sun("generate", "--from", tmp_path / "x.png", "--out", tmp_path / "y.png")
+    assert (pixels(tmp_path / "x.png") == pixels(tmp_path / "y.png")).all()
+    assert "Switching model: small, Switching share: 0.6" in Image.open(tmp_path / "x.png").text["parameters"]
+    sun(*plain, "--out", tmp_path / "z.png")
+    assert (pixels(tmp_path / "x.png") != pixels(tmp_path / "z.png")).any()
+
+    result = tiny("generate", "a cat", "--switch", tmp_path / "equal", "--out", tmp_path / "s.png")
+    assert "4 U-Net calls (2 of them of the small one)" in result.output
+    result = tiny("generate", "a cat", "--switch", tmp_path / "small", "--out", tmp_path / "s.png", code=2)
+    assert "--adapter none" in result.output
+    result = tiny("generate", "a cat", "--switch", tmp_path / "nowhere", "--out", tmp_path / "s.png", code=2)
+    assert "nowhere" in result.output

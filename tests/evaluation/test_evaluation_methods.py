@@ -31,6 +31,7 @@ from sun.evaluation.metrics import (
 from sun.evaluation.negative import compare_change
 from sun.evaluation.sampler import picture_generators
 from sun.evaluation.timing import Timing, time_methods, time_unet_calls
+from sun.pipelines.schedulers import make_scheduler
 from sun.surgery import from_unet
 from sun.training.data.negative_phrases import NegativePrompts
 
@@ -120,6 +121,41 @@ def test_lcm_lora_is_diffusers_own_pipeline(sampler: Sampler, tiny_model: Path, 
     assert all(torch.equal(v, after[k]) for k, v in before.items())
 
 
+def test_switching_lets_two_unets_take_turns(tiny_model: Path, tmp_path: Path) -> None:
+    """As sun.switching does in a pipeline, and each U-Net alone at share 0 and 1, for one call a step and row."""
+    from diffusers import UNet2DConditionModel
+
+    import sun.switching
+
+    pipe = load(tiny_model)
+    torch.manual_seed(3)
+    config = dict(pipe.unet.config) | {"layers_per_block": (1, 1, 1, 1)}
+    UNet2DConditionModel.from_config(config).save_pretrained(tmp_path)
+    made = Sampler(
+        pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, w=4.0, small_unet=str(tmp_path)
+    )
+    noise = made.noise(2, 7)
+    found = {
+        name: made(name, PROMPTS, NEGATIVES, noise)
+        for name in ("dpmpp-4", "switch[share=0]-4", "switch-4", "switch[large-first,share=0.5]-4", "switch[share=1]-4")
+    }
+    assert torch.equal(found["switch[share=0]-4"].latents, found["dpmpp-4"].latents)
+    assert {sample.unet_calls for sample in found.values()} == {8}
+    pipe.scheduler = make_scheduler("dpmpp_2m", pipe.scheduler.config)
+    for name, share, order in (
+        ("switch-4", 0.4, "small first"),
+        ("switch[large-first,share=0.5]-4", 0.5, "large first"),
+    ):
+        sun.switching.attach(pipe, UNet2DConditionModel.from_pretrained(tmp_path), share, order)
+        expected = pipe(
+            PROMPTS, negative_prompt=NEGATIVES, num_inference_steps=4, guidance_scale=4.0, latents=noise,
+            output_type="latent",
+        ).images  # fmt: skip
+        assert torch.allclose(found[name].latents, expected, atol=1e-3, rtol=1e-3)
+    with pytest.raises(ConfigError, match="from 0 to 1, not"):
+        made("switch[share=1.5]-4", PROMPTS, NEGATIVES, noise)
+
+
 def test_guided_distillation_runs_its_own_unet(sampler: Sampler, peers: Path) -> None:
     from diffusers import UNet2DConditionModel
 
@@ -150,7 +186,12 @@ def test_training_free_peers_see_the_negative_and_leave_no_trace(sampler: Sample
 def test_a_peer_without_its_folder_says_which_setting(tiny_model: Path) -> None:
     pipe = load(tiny_model)
     bare = Sampler(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler)
-    for method, setting in (("lcm-lora-2", "lcm_lora"), ("guided-distill-2", "guided_distill"), ("sun-2", "adapter")):
+    for method, setting in (
+        ("lcm-lora-2", "lcm_lora"),
+        ("switch-2", "small_unet"),
+        ("guided-distill-2", "guided_distill"),
+        ("sun-2", "adapter"),
+    ):
         with pytest.raises(ConfigError, match=setting):
             bare(method, PROMPTS, NEGATIVES, bare.noise(2, 0))
 
