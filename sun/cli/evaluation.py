@@ -70,7 +70,10 @@ def _show(name: str, found: dict[str, Any]) -> None:
     if "floor" in found:
         rows["floor"] = found["floor"]
     title = "distance to the reference; floor: the reference again with other noise"
-    out.print(figures_table(rows, f"{name}: {title}" if name else title))
+    if any(set(row) - {"method"} for row in rows.values()):
+        out.print(figures_table(rows, f"{name}: {title}" if name else title))
+    for reference, group in found.get("equal_time", {}).get("groups", {}).items():
+        out.print(figures_table(group["rows"], f"distance to {reference} at equal time"))
     for method, row in found.get("negative_prompt", {}).items():
         if isinstance(row, dict) and "cosine" in row:
             out.print(

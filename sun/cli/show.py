@@ -48,7 +48,7 @@ def figures_table(rows: dict[str, dict[str, Any]], title: str) -> Table:
     for key in shown:
         table.add_column(heads[key][0], justify="right")
     for name, row in rows.items():
-        table.add_row(name, *("" if row.get(key) is None else format(row[key], heads[key][1]) for key in shown))
+        table.add_row(escape(name), *("" if row.get(key) is None else format(row[key], heads[key][1]) for key in shown))
     return table
 
 

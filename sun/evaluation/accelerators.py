@@ -1,4 +1,4 @@
-"""LTC-Accel, feature inheritance and DeepCache as methods: ``ltc[terms=2]-30``, ``inherit[fast]-25``."""
+"""LTC-Accel, feature inheritance and their peers as methods: ``ltc[terms=2]-30``, ``spectrum[sdcpp]-20``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ from ..inheritance import PRESETS, InheritanceError, Plan
 from ..inheritance.plan import changed
 from ..ltc import LtcError, LtcSettings
 from .names import MethodCall
+from .peers import adaptive_diffusion
+from .peers.adaptive_diffusion import AdaptiveDiffusion
+from .peers.easycache import END, START, THRESHOLD, CacheSettings, EasyCache, LazyCache
+from .peers.sada import LAGRANGE_FROM, Sada
+from .peers.spectrum import Spectrum, spectrum_settings
+from .peers.step_skipping import Skipper
 
 
 def ltc_settings(call: MethodCall) -> LtcSettings:
@@ -59,6 +65,22 @@ def inheriting(unet: Any, call: MethodCall) -> Iterator[None]:
         yield
     finally:
         inheritance.detach(unet)
+
+
+def skipper_of(call: MethodCall) -> Callable[[], Skipper]:
+    """Makes a peer that skips steps anew for each picture. Raises ConfigError."""
+    name = call.method.name
+    if name == "spectrum":
+        spectrum = spectrum_settings(call.variant or "comfyui", **call.numbers())
+        return lambda: Spectrum(spectrum)
+    if name == "sada":
+        return lambda: Sada(LAGRANGE_FROM if call.variant == "lagrange" else 1.0)
+    if name == "adaptive":
+        threshold = call.number("threshold", adaptive_diffusion.THRESHOLD)
+        most = int(call.number("most", adaptive_diffusion.MOST))
+        return lambda: AdaptiveDiffusion(threshold, most)
+    settings = CacheSettings(call.number("threshold", THRESHOLD), call.number("start", START), call.number("end", END))
+    return lambda: EasyCache(settings) if name == "easycache" else LazyCache(settings)
 
 
 def import_deepcache() -> Any:

@@ -57,7 +57,7 @@ def check(config: EvaluateConfig) -> None:
 
 
 def _check_packages(config: EvaluateConfig, measured: Mapping[str, None], calls: Mapping[str, MethodCall]) -> None:
-    if {"distances", "edits"} & set(measured):
+    if {"distances", "edits", "equal_time"} & set(measured):
         import_torchmetrics("image.fid")
     if config.output:
         import_matplotlib()

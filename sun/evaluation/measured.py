@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from ..common.identity import fingerprint
-from .accelerators import plan_of
+from .accelerators import plan_of, skipper_of
 from .cells import CellStore, Tensors, digest, fingerprint_module
 from .config import EvaluateConfig
 from .features import Features
-from .names import REFERENCE, MethodCall, parse_method, parse_methods
+from .names import PRESET_NAMES, REFERENCE, MethodCall, parse_method, parse_methods
 from .prompts import Drawn, PromptSet
 from .sampler import Sampler
 
-FORMAT = 1  # of the cells; raise it when what is computed changes
+FORMAT = 2  # of the cells; raise it when what is computed changes
 OTHER_NOISE = 1_000_000  # added to the seed for the floor
 
 
@@ -34,6 +34,7 @@ class ModelEvaluation:
     store: CellStore
     features: Features
     methods: list[MethodCall] = field(default_factory=list)
+    judged: bool = False  # whether somebody can say of its pictures if they are right
 
     def __post_init__(self) -> None:
         sampler, config = self.sampler, self.config
@@ -78,7 +79,7 @@ class ModelEvaluation:
         }
 
     def sample(self, call: MethodCall, drawn: Drawn) -> Tensors:
-        """``latents`` [N, 4, h, w], ``unet_calls`` [N] and ``seconds`` [N] (of the run that made them)."""
+        """``latents`` [N, 4, h, w], and ``unet_calls``, ``seconds``, ``processor`` [N] of the run that made them."""
 
         def compute(rows: slice) -> Tensors:
             noise = self.sampler.noise(rows.stop - rows.start, drawn.seed + rows.start)
@@ -88,6 +89,7 @@ class ModelEvaluation:
                 "latents": made.latents,
                 "unet_calls": torch.full((len(noise),), made.unet_calls),
                 "seconds": torch.full((len(noise),), made.seconds),
+                "processor": torch.full((len(noise),), made.processor),
             }
 
         label = f"{self.name} {call}{drawn.label}"
@@ -112,7 +114,8 @@ def asset_fingerprint(sampler: Sampler, method: str | MethodCall) -> str:
     """Fingerprint of the files a method adds to the model: its adapter, LoRA or U-Net."""
     call, assets = parse_method(method), sampler.assets
     added = digest(sampler.calibration) if call.method.ltc else ""
-    added += str(plan_of(call)) if call.method.presets else ""
+    added += str(plan_of(call)) if call.method.presets == PRESET_NAMES else ""
+    added += repr(skipper_of(call)()) if call.method.skips else ""
     if call.method.adapter:
         adapter = assets.adapter_of(call)
         return added if adapter is None else added + fingerprint_module(adapter)

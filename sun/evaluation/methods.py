@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +22,11 @@ from ..pipelines.attach import attach, detach
 from ..pipelines.loading import load_unet
 from ..pipelines.lora import apply_lora
 from ..pipelines.schedulers import make_scheduler
-from .accelerators import deepcache, inheriting, ltc_settings
+from .accelerators import deepcache, inheriting, ltc_settings, skipper_of
 from .names import MethodCall
 from .peers.nag import attach_nag, detach_nag
 from .peers.nasa import attach_nasa, detach_nasa
+from .peers.step_skipping import Skipping
 from .switched import switched
 
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -76,13 +78,18 @@ Prepare = Callable[[Assets, MethodCall], AbstractContextManager[Prepared]]
 @contextmanager
 def _guided(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
     """Classifier-free guidance: both texts in one batch of twice the rows."""
-    unet = assets.unet
 
     def predict(x: Tensor, t: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-        e_positive, e_negative = unet(torch.cat([x, x]), t, torch.cat([positive, negative])).sample.float().chunk(2)
+        e_positive, e_negative = _both(assets.unet, x, t, positive, negative)
         return e_negative + assets.w * (e_positive - e_negative)
 
-    yield Prepared(unet, predict)
+    yield Prepared(assets.unet, predict)
+
+
+def _both(unet: Any, x: Tensor, t: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    """The noise [B, 4, h, w] of the prompts and of the negatives, in one call."""
+    e_positive, e_negative = unet(torch.cat([x, x]), t, torch.cat([positive, negative])).sample.float().chunk(2)
+    return e_positive, e_negative
 
 
 @contextmanager
@@ -215,6 +222,13 @@ def _switch(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
         yield replace(ready, begin=unet.begin)
 
 
+@contextmanager
+def _skipping(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
+    """A peer that leaves out whole steps, picture by picture."""
+    skipping = Skipping(partial(_both, assets.unet), skipper_of(call), assets.w)
+    yield Prepared(assets.unet, skipping, skipping.begin)
+
+
 def _existing(path: str, setting: str, what: str, call: MethodCall) -> Path:
     if not path:
         raise ConfigError(f"{call.text} needs the setting {setting}: {what}. Give it, or leave the method out.")
@@ -241,6 +255,7 @@ _PREPARE: dict[str, Prepare] = {
     "sun+inherit": _inheriting(_sun),
     "switch": _switch,
     "deepcache": _deepcache,
+    **dict.fromkeys(("spectrum", "sada", "adaptive", "easycache", "lazycache"), _skipping),
 }
 
 

@@ -18,6 +18,10 @@ from ..pipelines.schedulers import SCHEDULERS
 LTC_OPTIONS = ("tau", "every", "first", "last", "terms")
 INHERIT_OPTIONS = ("stages", "outer", "every", "forecast", "early", "late")
 PRESET_NAMES = tuple(PRESETS)
+SPECTRUM_OPTIONS = ("weight", "degree", "ridge", "window", "growth", "warmup", "tail", "history")
+CACHE_OPTIONS = ("threshold", "start", "end")
+PLAIN = {"dpmpp_2m": "dpmpp", "euler": "euler", "unipc": "unipc", "ddim": "ddim"}
+"""Schedulers and the methods that do nothing but step with them, guided."""
 MOST_STEPS = 1000  # no noise schedule has more
 
 
@@ -40,6 +44,7 @@ class Method:
     adapter: bool = False  # needs a SUN adapter
     inside: bool = False  # what it leaves out is inside of a U-Net call
     ltc: bool = False  # skips steps by LTC-Accel
+    skips: bool = False  # a peer that skips steps
     peer: str = ""
 
 
@@ -81,6 +86,19 @@ METHODS = {
             peer="small_unet",
         ),
         Method("deepcache", "dpmpp_2m", "DeepCache", **_CFG, options=("interval", "branch"), inside=True),
+        Method(
+            "spectrum",
+            "dpmpp_2m",
+            "Spectrum",
+            **_CFG,
+            options=SPECTRUM_OPTIONS,
+            presets=("comfyui", "sdcpp"),
+            skips=True,
+        ),
+        Method("sada", "dpmpp_2m", "SADA", **_CFG, presets=("lagrange",), skips=True),
+        Method("adaptive", "dpmpp_2m", "AdaptiveDiffusion", **_CFG, options=("threshold", "most"), skips=True),
+        Method("easycache", "dpmpp_2m", "EasyCache", **_CFG, options=CACHE_OPTIONS, skips=True),
+        Method("lazycache", "dpmpp_2m", "LazyCache", **_CFG, options=CACHE_OPTIONS, skips=True),
     )
 }
 _PATTERN = re.compile(r"(?P<name>[a-z][a-z+-]*?)(?:\[(?P<inside>[^\[\]]*)\])?-(?P<steps>[1-9]\d*)")

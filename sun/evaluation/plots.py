@@ -13,13 +13,18 @@ from .names import parse_method
 
 PANELS = {"set_distance": "set distance to the reference", "paired_mse": "paired latent MSE"}
 COSTS = {"unet_calls": "U-Net calls a picture", "seconds": "seconds a picture (U-Net loop)"}
+EQUAL_TIME_PANELS = {"psnr": "PSNR, dB", "median_mse": "median latent MSE", "feature_distance": "feature distance"}
 MARKERS = "osD^vP*"
 Points = list[tuple[float, float, tuple[float, float] | None]]
 
 
 def save_plots(name: str, model: dict[str, Any], folder: Path) -> list[Path]:
     """The plots that a model's figures have something for; returns their paths."""
-    return [*save_distances(name, model, folder), *save_agreement(name, model, folder)]
+    return [
+        *save_distances(name, model, folder),
+        *save_agreement(name, model, folder),
+        *save_equal_time(name, model, folder),
+    ]
 
 
 def save_distances(name: str, model: dict[str, Any], folder: Path) -> list[Path]:
@@ -65,6 +70,49 @@ def save_agreement(name: str, model: dict[str, Any], folder: Path) -> list[Path]
     _ticks(axes, scales, True)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     return [_save(figure, folder / "agreement-vs-guidance.png")]
+
+
+def save_equal_time(name: str, model: dict[str, Any], folder: Path) -> list[Path]:
+    """``equal-time-SAMPLER.png``: a row a full run, PSNR and distances against the speed-up, the front dotted."""
+    groups = model.get("equal_time", {}).get("groups", {})
+    if not groups:
+        return []
+    figure_class, canvas_class = import_matplotlib()
+    families = dict.fromkeys(parse_method(m).family for g in groups.values() for m in g["rows"])
+    colours = {family: number for number, family in enumerate(sorted(families))}
+    paths = []
+    for sampler in dict.fromkeys(parse_method(reference).family for reference in groups):
+        chosen = {n: g["rows"] for n, g in groups.items() if parse_method(n).family == sampler}
+        figure = figure_class(figsize=(4.6 * len(EQUAL_TIME_PANELS) + 2.2, 3.6 * len(chosen)), layout="constrained")
+        canvas_class(figure)
+        grid = figure.subplots(len(chosen), len(EQUAL_TIME_PANELS), squeeze=False)
+        for line, (reference, rows) in zip(grid, chosen.items(), strict=True):
+            for axes, (key, title) in zip(line, EQUAL_TIME_PANELS.items(), strict=True):
+                _equal_time_panel(axes, rows, key, colours, sampler)
+                axes.set(xlabel=f"times as fast as {reference}", ylabel=title)
+        handles = {label: h for axes in grid.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=7)
+        paths.append(_save(figure, folder / f"equal-time-{sampler}.png"))
+    return paths
+
+
+def _equal_time_panel(axes: Any, rows: dict[str, Any], key: str, colours: dict[str, int], sampler: str) -> None:
+    """One figure of every row of a group against its speed-up; fewer steps are a black line."""
+    points = {parse_method(n): (row["speedup"], row[key]) for n, row in rows.items() if key in row}
+    plain = sorted(point for call, point in points.items() if call.family == sampler)
+    if plain:
+        axes.plot(*zip(*plain, strict=True), color="black", marker=".", linewidth=1, label=f"{sampler}, fewer steps")
+    for call, (x, y) in points.items():
+        if call.family != sampler:
+            number = colours[call.family]
+            marker = MARKERS[number % len(MARKERS)]
+            axes.plot([x], [y], marker=marker, color=_color(number), linestyle="", label=call.family)
+    if key != "psnr":
+        axes.set_yscale("log")
+    sign = -1 if key == "psnr" else 1
+    front = best_front([(-x, sign * y) for x, y in points.values()])
+    axes.plot([-x for x, _ in front], [sign * y for _, y in front], "k:", linewidth=1, zorder=1, label="best front")
+    axes.grid(True, which="both", alpha=0.25)
 
 
 def _ticks(axes: Any, values: list[float], exactly: bool) -> None:

@@ -19,6 +19,7 @@ from .checks import check, check_models, methods_of
 from .config import EvaluateConfig, ModelSpec, model_specs
 from .distances import Distances
 from .edits import Edits
+from .equal_time import EqualTime
 from .features import load_features
 from .loading import device_of, load_sampler
 from .measured import ModelEvaluation
@@ -75,7 +76,8 @@ def prepare(
     methods = methods_of(
         config, name, spec, parse_methods(config.methods, config.steps), shipped_fits=sampler.adapter is not None
     )
-    return ModelEvaluation(name, sampler, prompts, config, store, features, methods)
+    judged = spec.model == EMOJI and not config.prompts_file
+    return ModelEvaluation(name, sampler, prompts, config, store, features, methods, judged)
 
 
 def figures_of(evaluation: ModelEvaluation, style: str = "") -> dict[str, Any]:
@@ -99,6 +101,9 @@ def figures_of(evaluation: ModelEvaluation, style: str = "") -> dict[str, Any]:
         for call in dict.fromkeys((REFERENCE, *evaluation.methods_among(evaluation.config.agreement_methods))):
             rows[call.text] |= agreement.row(call)
         more |= agreement.figures()
+    if "equal_time" in measured:
+        judge = worlds.find(EMOJI, "judge")(None, style) if evaluation.judged else None
+        more["equal_time"] = EqualTime(evaluation, judge).figures()
     if "negatives" in measured:
         more["negative_prompt"] = Negatives(evaluation).figures()
     if "edits" in measured:

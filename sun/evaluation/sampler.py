@@ -33,11 +33,13 @@ CALIBRATION_SEED = 77_000_000  # which no evaluation uses
 
 @dataclass
 class Sample:
-    """Latents [B, 4, h, w] (model units), U-Net rows per picture, and seconds per picture of the U-Net loop."""
+    """Latents [B, 4, h, w] (model units), U-Net rows per picture, and seconds per picture of the U-Net loop: by the
+    clock, and of processor time, which other programs on the machine do not lengthen."""
 
     latents: Tensor
     unet_calls: float
     seconds: float
+    processor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ class Sampler:
         step = stepper.step if stepper else scheduler.step
         with CallCounter(ready.unet) as counter:
             self.synchronize()
-            began = time.perf_counter()
+            began, processor = time.perf_counter(), time.process_time()
             for i, t in enumerate(scheduler.timesteps[begin:], begin + 1):
                 predicted = None
                 if stepper is None or not stepper.skips_next:
@@ -232,11 +234,11 @@ class Sampler:
                 if edit is not None and edit.mask is not None:
                     x = edit.mask * x + (1 - edit.mask) * noised(scheduler, edit.init, noise, i)
             self.synchronize()
-            seconds = time.perf_counter() - began
+            seconds, processor = time.perf_counter() - began, time.process_time() - processor
         if not bool(x.isfinite().all()):
             parts = {"U-Net": ready.unet, "text encoder": self.text_encoder, "adapter": self.adapter}
             require_finite(x, f"the latents of {call}", why_not_finite(parts))
-        return Sample(x.float(), counter.rows / len(noise), seconds / len(noise))
+        return Sample(x.float(), counter.rows / len(noise), seconds / len(noise), processor / len(noise))
 
     def synchronize(self) -> None:
         """Wait until the device has finished, so that the clock tells the truth."""
@@ -262,13 +264,18 @@ class Sampler:
 
     @torch.no_grad()
     def features(self, latents: Tensor) -> Tensor:
-        """[B, D]: spatial means of the frozen U-Net's down-stage outputs on latents noised to t = 50, empty prompt.
+        """[B, D]: spatial means of :meth:`feature_maps`.
 
         A learned description of content that needs no other network; the set distance where there is none.
         """
+        return torch.cat([maps.mean((2, 3)) for maps in self.feature_maps(latents)], dim=1)
+
+    @torch.no_grad()
+    def feature_maps(self, latents: Tensor) -> list[Tensor]:
+        """The frozen U-Net's down-stage outputs [B, C, h, w] on latents noised to t = 50, empty prompt."""
         grabbed: list[Tensor] = []
         hooks = [
-            b.register_forward_hook(lambda _m, _i, out: grabbed.append(out[0].float().mean((2, 3))))
+            b.register_forward_hook(lambda _m, _i, out: grabbed.append(out[0].float()))
             for b in self.unet.down_blocks[:3]
         ]
         try:
@@ -281,7 +288,7 @@ class Sampler:
         finally:
             for hook in hooks:
                 hook.remove()
-        return torch.cat(grabbed, dim=1)
+        return grabbed
 
     def scheduler_alpha(self, t: int) -> float:
         return float(make_scheduler("ddim", self.scheduler_config).alphas_cumprod[t])

@@ -27,6 +27,20 @@ COLUMNS = {
     "positive_agreement": ("with prompt", ".3f", ""),
     "negative_agreement": ("with negative", ".3f", ""),
 }
+EQUAL_TIME = {
+    "unet_calls": ("U-Net calls", ".1f"),
+    "seconds": ("s / picture", ".3f"),
+    "speedup": ("speed-up", ".2f"),
+    "psnr": ("PSNR, dB", ".2f"),
+    "mse": ("mean MSE", ".5f"),
+    "median_mse": ("median", ".6f"),
+    "feature_distance": ("feature distance", ".5f"),
+    "agreement": ("right", ".3f"),
+    "psnr_gain": ("dB", "+.1f"),
+    "mse_ratio": ("MSE", ".2f"),
+    "median_ratio": ("median", ".2f"),
+    "feature_ratio": ("features", ".2f"),
+}
 KID_PICTURES = 256  # of fewer the KID is noise: it is in figures.json alone
 NEGATIVE_COLUMNS = {
     "cosine": ("cosine", ".3f", "most"),
@@ -121,8 +135,11 @@ def _model(name: str, model: dict[str, Any]) -> str:
     if "floor" in model:
         rows["floor"] = model["floor"]
     columns = {key: c for key, c in COLUMNS.items() if key != "kid" or model["pictures"] >= KID_PICTURES}
-    parts = [f"## {name}", f"Guidance scale w = {model['guidance_scale']:g}.", _figures(rows, columns)]
+    parts = [f"## {name}", f"Guidance scale w = {model['guidance_scale']:g}."]
+    if any(key in row for row in rows.values() for key in columns):
+        parts.append(_figures(rows, columns))
     parts += agreement_tables(model)
+    parts += equal_time_tables(model)
     for group, found in model.get("negative_prompt", {}).get("groups", {}).items():
         parts.append(
             f"Negative prompts, {group}: with and without, {model['negative_prompt']['pairs']} pairs. Cosine of the "
@@ -140,6 +157,30 @@ def _model(name: str, model: dict[str, Any]) -> str:
         machine = ", ".join(f"{k} {v}" for k, v in model["machine"].items())
         parts.append(f"One step ({machine}):\n\n" + table(["method", "s / picture", "of a plain call"], calls))
     return "\n\n".join(parts)
+
+
+def equal_time_tables(model: dict[str, Any]) -> list[str]:
+    """Markdown of what ``equal_time`` measured of one model: a table a full run, its rivals by speed."""
+    found = model.get("equal_time")
+    if not found:
+        return []
+    clock = "processor time" if found["processor"] else "time"
+    parts = [
+        f"Equal time, {found['pictures']} pictures a row. Distances are to the full run that heads a table; speed-ups "
+        f"are medians over blocks of pictures of the full run's {clock} over the row's, one block after the other. The "
+        "last four columns compare with plain fewer steps of the same sampler, interpolated to the same speed-up: PSNR "
+        "gained in dB, and ratios of mean MSE, median MSE and feature distance, below 1 where the row is nearer. "
+        "Empty: no fewer steps were measured on both sides."
+    ]
+    for name, group in found["groups"].items():
+        rows = dict(sorted(group["rows"].items(), key=lambda item: item[1]["speedup"]))
+        shown = {key: c for key, c in EQUAL_TIME.items() if any(key in row for row in rows.values())}
+        body = [
+            [method, *(_cell(row.get(key), form, False) for key, (_, form) in shown.items())]
+            for method, row in rows.items()
+        ]
+        parts.append(f"### Against {name}\n\n" + table(["method", *(head for head, _ in shown.values())], body))
+    return parts
 
 
 def agreement_tables(model: dict[str, Any]) -> list[str]:

@@ -1,0 +1,70 @@
+"""The measure ``equal_time``: groups, what is gained on fewer steps, and a report on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from sun.evaluation import EvaluateConfig, parse_method, report
+from sun.evaluation.equal_time import beside_fewer_steps, groups_of
+
+
+def test_every_full_run_serves_the_groups_of_its_sampler() -> None:
+    names = ("dpmpp-6", "spectrum-8", "sada[scheduler=euler]-8", "euler-5", "dpmpp-8", "ltc-10", "sun+ltc-8", "sun-5")
+    groups = groups_of([parse_method(name) for name in names])
+    assert {str(reference): [str(call) for call in calls] for reference, calls in groups.items()} == {
+        "dpmpp-8": ["spectrum-8", "dpmpp-6"],
+        "euler-8": ["sada[scheduler=euler]-8", "euler-5"],
+        "dpmpp-10": ["ltc-10", "dpmpp-8", "dpmpp-6"],
+        "sun-8": ["sun+ltc-8", "sun-5"],
+    }
+
+
+def test_the_gain_on_fewer_steps_is_at_the_same_time() -> None:
+    fewer = [
+        {"speedup": 1.0},  # the full run, which is no distance away
+        {"speedup": 2.0, "psnr": 30.0, "mse": 0.04, "median_mse": 0.04, "feature_distance": 0.4},
+        {"speedup": 1.5, "psnr": 36.0, "mse": 0.01, "median_mse": 0.01, "feature_distance": 0.1},
+    ]
+    row = {"speedup": 1.75, "psnr": 34.0, "mse": 0.01, "median_mse": 0.04, "feature_distance": 0.2}
+    gained = beside_fewer_steps(row, fewer)
+    assert gained["psnr_gain"] == pytest.approx(1.0)
+    assert gained["mse_ratio"] == pytest.approx(0.5)
+    assert gained["median_ratio"] == pytest.approx(2.0)
+    assert math.isclose(gained["feature_ratio"], 1.0)
+    assert beside_fewer_steps({**row, "speedup": 1.2}, fewer) == {}
+
+
+def test_a_report_at_equal_time(tiny_model: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("polar bear | snake\nred apple | \nowl | crab\nrocket | \n")
+    config = EvaluateConfig(
+        model=str(tiny_model),
+        prompts=4,
+        prompts_file=str(prompts),
+        batch_size=2,
+        measure=("equal_time",),
+        methods=("dpmpp-4", "lazycache[threshold=9]-6", "inherit[fast]-6"),
+        features="none",
+        output=str(tmp_path / "report"),
+        device="cpu",
+        precision="fp32",
+    )
+    found = report(config)["models"][tiny_model.name]["equal_time"]
+    assert found["pictures"] == 4
+    assert found["processor"]
+    rows = found["groups"]["dpmpp-6"]["rows"]
+    assert list(rows) == ["dpmpp-6", "lazycache[threshold=9]-6", "inherit[fast]-6", "dpmpp-4"]
+    assert rows["dpmpp-6"]["speedup"] == 1 and "psnr" not in rows["dpmpp-6"]  # noqa: PT018
+    assert [row["unet_calls"] for row in rows.values()] == [12, 4, 12, 8]
+    assert all(row["psnr"] > 0 and row["mse"] > 0 for name, row in rows.items() if name != "dpmpp-6")
+    report_folder = tmp_path / "report"
+    assert "### Against dpmpp-6" in (report_folder / "tables.md").read_text()
+    assert (report_folder / tiny_model.name / "equal-time-dpmpp.png").stat().st_size > 10_000
+    parts = {path.name for path in (report_folder / "cells").iterdir()}
+    report(config)
+    assert {path.name for path in (report_folder / "cells").iterdir()} == parts  # all of it was there
+    assert json.loads((report_folder / "figures.json").read_text())["models"]
