@@ -35,6 +35,13 @@ COMMANDS = Annotated[
 ]
 STYLE = Annotated[str | None, typer.Option(help="openmoji, fluent, google, blob, streamline or twemoji.")]
 
+PLAN = Annotated[
+    str | None, typer.Option(help="What to remove: shallow, bk-base, bk-small, bk-tiny, or a plan's file.")
+]
+CAPTIONS = Annotated[
+    str | None,
+    typer.Option(help="Instead of pictures: captions, one a line, or emoji; the original draws the latents."),
+]
 
 ON_PICTURES = {"model": MODEL, "data": DATA, "allow_commands": COMMANDS}
 
@@ -100,6 +107,22 @@ add_trainer(
         "sun train --output runs/sun --minutes 30",
         "sun train --model sd15-folder --data pictures/ --batch-size 8 --set guidance_scale=7.5",
         "accelerate launch -m sun train --config sun.toml",
+    ),
+)
+add_trainer(
+    app,
+    "train-compact",
+    "Train a compact U-Net assembled from a model's own: incubate its slimmed stages, then distil the whole.",
+    "compact U-Net",
+    "training.compact.distillation",
+    "CompactTrainConfig",
+    "train_compact",
+    options={**ON_PICTURES, "plan": PLAN, "captions": CAPTIONS},
+    product="unet",
+    examples=(
+        "sun train-compact --config configs/compact-emoji.toml",
+        "sun train-compact --config configs/compact-sd15-24gb.toml --model sd15-folder --data pictures/",
+        "sun train-compact --model sd15-folder --captions captions.txt --plan plan.json",
     ),
 )
 add_trainer(

@@ -257,8 +257,10 @@ def old_name(name: str, stays: Kept) -> str:
 
 
 def slimmed_stages(stays: Kept) -> list[int]:
-    """Stages of the original, finest first, that keep less than they had: what incubation trains one at a time."""
+    """Stages of the original, finest first, that keep less than they had and still fit into it.
+
+    These are what incubation trains one at a time. Without the innermost stage the one above has no way into it.
+    """
     shape = stays.shape
-    return [
-        s for s in range(len(stays.down)) if len(stays.down[s]) < shape.layers[s] or stays.depths[s] != shape.depths[s]
-    ]
+    count = len(stays.down) - (len(stays.down) < shape.stages)
+    return [s for s in range(count) if len(stays.down[s]) < shape.layers[s] or stays.depths[s] != shape.depths[s]]

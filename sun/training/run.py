@@ -15,7 +15,14 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DistributedType, GradientAccumulationPlugin, gather_object, set_seed
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    gather_object,
+    set_seed,
+)
 from diffusers.training_utils import EMAModel
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -70,8 +77,15 @@ class TrainingRun:
     one draws, and N processes draw what one process with ``accumulate`` = N draws.
     """
 
-    def __init__(self, config: RunConfig, modules: dict[str, torch.nn.Module], settings: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        config: RunConfig,
+        modules: dict[str, torch.nn.Module],
+        settings: dict[str, Any] | None = None,
+        unused: bool = False,
+    ):
         """``settings``: of the whole training, kept with the checkpoints; a run goes on with the same ones only.
+        unused: some steps leave some parameters without a gradient, which several processes have to look for.
 
         Raises ConfigError for settings that cannot work, for a folder that another training writes into and for a
         checkpoint that is damaged or of another run.
@@ -87,7 +101,10 @@ class TrainingRun:
                 num_steps=config.accumulate, sync_with_dataloader=False
             ),
             # Older torch gives no gradient to weights whose low-precision copy was made in a call without one.
-            kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
+            kwargs_handlers=[
+                AutocastKwargs(cache_enabled=False),
+                DistributedDataParallelKwargs(find_unused_parameters=unused),
+            ],
         )
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         if self.sharded and config.ema_decay:
@@ -427,7 +444,7 @@ def _reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def start_run(config: Any, modules: dict[str, torch.nn.Module]) -> TrainingRun:
+def start_run(config: Any, modules: dict[str, torch.nn.Module], unused: bool = False) -> TrainingRun:
     """The :class:`TrainingRun` of ``config.run``, with all settings kept beside it in ``config.json``.
 
     Raises ConfigError if the folder holds a checkpoint of a run with other settings: going on there would end with the
@@ -435,7 +452,7 @@ def start_run(config: Any, modules: dict[str, torch.nn.Module]) -> TrainingRun:
     """
     settings = json.loads(json.dumps(asdict(config), default=str))
     settings.pop("allow_commands", None)  # said on the command line each time
-    run = TrainingRun(config.run, modules, settings)
+    run = TrainingRun(config.run, modules, settings, unused)
     if run.accelerator.is_main_process:
         with run.writing("config.json"):
             text = json.dumps(settings, indent=2) + "\n"

@@ -1,0 +1,310 @@
+"""``sun train-compact``: a compact U-Net learns from the original it was assembled from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...common.atomic import write_text
+from ...common.settings import ConfigError, without_folders
+from ...compact.assembly import assemble
+from ...compact.planfile import Plan, read_plan, write_plan
+from ...compact.planning import plan as make_plan
+from ...pictures.png import save_grid, to_images
+from ...pipelines.latents import latent_scale
+from ...pipelines.schedulers import make_scheduler
+from ...pipelines.text import encode_texts
+from ..algorithm import NoiseSchedule
+from ..config import SunTrainConfig
+from ..data.negative_phrases import NegativePrompts
+from ..data.sources import build_source
+from ..models import load_frozen, use_fast_attention
+from ..run import TrainingRun, start_run
+from ..state import describe_machine
+from ..student import Teacher
+from ..sun import sample_prompts
+from .inputs import Batch, Captions, NoisedPictures, TeacherBank
+from .settings import CompactTrainConfig, check_compact, is_list
+from .stages import CompactStudent, Features, Watcher, feature_loss, only
+
+
+def train_compact(config: CompactTrainConfig) -> Path:
+    """Train and write ``<output>/unet`` (fp16, a diffusers folder), ``plan.json`` and a card; returns the folder.
+
+    Raises ConfigError, CompactError or DataError before training, NonFiniteLoss and OSError while it goes on.
+    """
+    check_compact(config)
+    pipe = load_frozen(config.model)
+    plan = plan_of(config, pipe.unet)
+    small = assemble(pipe.unet, plan).float().requires_grad_(True).train()
+    if config.experts:
+        add_experts(config, pipe.unet, small, plan)
+    if config.gradient_checkpointing:
+        small.enable_gradient_checkpointing()
+    run = start_run(config, {"student": CompactStudent(pipe.unet, small, plan)}, unused=config.incubation > 0)
+    if run.sharded and config.incubation:
+        raise ConfigError("incubation trains one stage at a time, which FSDP's shards are not: set it 0, or use DDP.")
+    pipe.vae.to(run.accelerator.device)
+    run.place(pipe.unet, pipe.text_encoder)
+    for unet in (pipe.unet, small):
+        use_fast_attention(unet, run.accelerator.device)
+        run.calls.watch(unet)
+    run.unwrapped("student").watch(run.calls)
+    loss = CompactLoss(config, run, pipe)
+    inputs = make_inputs(config, run, pipe)
+    sampled = run.progress.seconds
+    for step in run.steps():
+        stage = stage_of(config, run, loss.student.stages)
+        set_temperature(config, small, run.fraction)
+        with only(run.modules["student"], None if stage is None else loss.student.of_stage(stage)):
+            with run.accelerator.autocast():
+                losses = loss(inputs(step), stage)
+            run.update(losses.pop("total"), **losses)
+        if run.progress.seconds - sampled > 60 * config.run.sample_minutes:
+            sampled = run.progress.seconds
+            save_student(config, run, plan, small)
+            sample_grid(config, run, pipe, small)
+    save_student(config, run, plan, small)
+    sample_grid(config, run, pipe, small)
+    return run.folder
+
+
+def plan_of(config: CompactTrainConfig, unet: Any) -> Plan:
+    """The plan of a list or a file. Raises CompactError, FileNotFoundError."""
+    return make_plan(unet, named=config.plan) if is_list(config.plan) else read_plan(config.plan)
+
+
+def stage_of(config: CompactTrainConfig, run: TrainingRun, stages: list[int]) -> int | None:
+    """The stage that is incubated now, finest first; None: the whole is distilled."""
+    if not stages or run.fraction >= config.incubation:
+        return None
+    return stages[min(len(stages) - 1, int(run.fraction / config.incubation * len(stages)))]
+
+
+class CompactLoss:
+    """The losses of a batch, by the original's answer to it."""
+
+    def __init__(self, config: CompactTrainConfig, run: TrainingRun, pipe: Any) -> None:
+        self.config, self.run, self.pipe = config, run, pipe
+        self.module = run.modules["student"]
+        self.student: CompactStudent = run.unwrapped("student")
+        self.watcher = Watcher(pipe.unet)
+        self.schedule = NoiseSchedule(pipe.scheduler.alphas_cumprod).to(run.accelerator.device)
+        self.encoder = image_encoder(config, run.accelerator.device) if config.semantic_weight else None
+
+    def __call__(self, batch: Batch, stage: int | None) -> dict[str, Tensor]:
+        """``total`` and its parts: incubation's where a stage is given, else distillation's."""
+        with torch.no_grad():
+            target = self.pipe.unet(batch.x, batch.t, batch.text).sample.float()
+        features = self.watcher.take()
+        predicted, own = self.module(batch.x, batch.t, batch.text, stage)
+        self.watcher.take()  # a hybrid's frozen stages are the original's own
+        output = nn.functional.mse_loss(predicted, target)
+        if stage is not None:
+            return self._incubation(own, features, output, stage)
+        return self._distillation(batch, predicted, target, own, features, output)
+
+    def _incubation(self, own: Features, features: Features, output: Tensor, stage: int) -> dict[str, Tensor]:
+        at_stage = feature_loss(own, features, [f"down.{stage}", f"up.{stage}"])
+        total = self.config.stage_weight * at_stage + self.config.final_weight * output
+        return {"total": total, "stage": at_stage.detach(), "final": output.detach()}
+
+    def _distillation(
+        self, batch: Batch, predicted: Tensor, target: Tensor, own: Features, features: Features, output: Tensor
+    ) -> dict[str, Tensor]:
+        config, parts = self.config, {"output": output, "feature": feature_loss(own, features)}
+        total = config.output_weight * output + config.feature_weight * parts["feature"]
+        if batch.noise is not None:
+            parts["noise"] = nn.functional.mse_loss(predicted, batch.noise)
+            total = total + config.noise_weight * parts["noise"]
+        if self.encoder is not None:
+            parts["semantic"] = self._semantic(batch, predicted, target)
+            total = total + config.semantic_weight * parts["semantic"]
+        return {"total": total, **{name: part.detach() for name, part in parts.items()}}
+
+    def _semantic(self, batch: Batch, predicted: Tensor, target: Tensor) -> Tensor:
+        """1 - cosine of the image features of the clean pictures both predict, at late timesteps."""
+        late = (batch.t < self.config.semantic_until * self.schedule.num_train_timesteps).nonzero().flatten()
+        late = late[: self.config.semantic_rows]
+        if not len(late):
+            return predicted.sum() * 0
+        a, sigma = self.schedule(batch.t[late])
+
+        def features(noise: Tensor) -> Tensor:
+            clean = (batch.x[late].float() - sigma * noise[late]) / a
+            pixels = self.pipe.vae.decode(clean / self.pipe.vae.config.scaling_factor).sample
+            assert self.encoder is not None
+            return self.encoder(pixels)
+
+        with torch.no_grad():
+            wanted = features(target)
+        return 1 - nn.functional.cosine_similarity(features(predicted), wanted, dim=-1).mean()
+
+
+def image_encoder(config: CompactTrainConfig, device: torch.device) -> Any:
+    """Pictures [B, 3, H, W] in -1..1 to the image features [B, D] of the CLIP in ``semantic_model``."""
+    from transformers import CLIPModel
+
+    from ...pipelines.loading import load_part
+
+    clip = load_part(CLIPModel, Path(config.semantic_model), torch.float32).requires_grad_(False).to(device)
+    side = clip.config.vision_config.image_size
+    mean = torch.tensor((0.48145466, 0.4578275, 0.40821073), device=device).view(1, 3, 1, 1)
+    deviation = torch.tensor((0.26862954, 0.26130258, 0.27577711), device=device).view(1, 3, 1, 1)
+
+    def encode(pixels: Tensor) -> Tensor:
+        resized = nn.functional.interpolate(pixels.float(), (side, side), mode="bilinear", antialias=True)
+        output = clip.vision_model(((resized + 1) / 2 - mean) / deviation)
+        projected: Tensor = clip.visual_projection(output.pooler_output)
+        return projected
+
+    return encode
+
+
+def make_inputs(config: CompactTrainConfig, run: TrainingRun, pipe: Any) -> NoisedPictures | TeacherBank:
+    """What a step trains on, kept in the run's checkpoints."""
+    device = run.accelerator.device
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> Tensor:
+        return encode_texts(pipe.tokenizer, pipe.text_encoder, texts)
+
+    scale = latent_scale(pipe.vae)
+    resolution = config.resolution or pipe.unet.config.sample_size * scale
+    schedule = NoiseSchedule(pipe.scheduler.alphas_cumprod).to(device)
+    if not config.captions:
+        source = build_source(
+            config.data,
+            pipe.vae,
+            resolution,
+            run.rng,
+            device,
+            seed=config.run.seed,
+            workers=config.workers,
+            cache=config.cache,
+            encode=encode,
+            allow_commands=config.allow_commands,
+        )
+        return NoisedPictures(config, run.track("data", source), encode, schedule, run.rng)
+    negatives = NegativePrompts.load(config.negatives, config.captions, config.max_negative_phrases, 0.1)
+    bank = TeacherBank(
+        config,
+        Teacher(pipe.unet, config.guidance_scale),
+        Captions(config.captions, run.rng),
+        negatives,
+        encode,
+        schedule,
+        pipe.scheduler.config,
+        (pipe.unet.config.in_channels, resolution // scale, resolution // scale),
+        device,
+        run.rng,
+    )
+    return run.track("bank", bank)
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+
+def add_experts(config: CompactTrainConfig, unet: Any, small: Any, plan: Plan) -> None:
+    """Put experts on the compact U-Net's convolutions, ``config.experts`` each."""
+    from ...compact.experts import add_experts as add
+
+    add(small, unet, plan, config.experts)
+
+
+def set_temperature(config: CompactTrainConfig, small: Any, fraction: float) -> None:
+    """The routers' temperature, from ``temperature`` to 1 over the first share of the run."""
+    if config.experts:
+        from ...compact.experts import set_temperature as to
+
+        done = min(1.0, fraction / config.temperature_share) if config.temperature_share else 1.0
+        to(small, config.temperature + (1 - config.temperature) * done)
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def save_student(config: CompactTrainConfig, run: TrainingRun, plan: Plan, small: Any) -> None:
+    """Write the averaged U-Net in fp16, the plan and a card."""
+    state = run.averaged_state("student")
+    if not run.accelerator.is_main_process:
+        return
+    tensors = {name.removeprefix("small."): weight.half() for name, weight in state.items()}
+    with run.writing("unet"):
+        write_plan(plan, run.folder / "plan.json")
+        if config.experts:
+            from ...compact.experts import save_experts
+
+            save_experts(small, tensors, run.folder / "unet")
+        else:
+            save_unet(small, tensors, run.folder / "unet")
+        write_card(config, run, plan, sum(weight.numel() for weight in tensors.values()))
+
+
+def save_unet(unet: Any, tensors: dict[str, Tensor], folder: Path) -> None:
+    """A U-Net of this configuration with these weights, as diffusers saves it, without this machine's paths."""
+    with torch.device("meta"):
+        made = type(unet).from_config(dict(unet.config))
+    made.load_state_dict(tensors, assign=True)
+    made.save_pretrained(folder)
+    file = folder / "config.json"
+    settings = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
+    write_text(file, json.dumps(settings, indent=2) + "\n")
+
+
+def write_card(config: CompactTrainConfig, run: TrainingRun, plan: Plan, parameters: int) -> None:
+    """``training.json`` with every setting, and ``README.md`` with what a reader needs first."""
+    settings = without_folders(config)
+    base = "Emoji Diffusion" if config.model == "emoji" else settings["model"]
+    content = {"base_model": base, "parameters": parameters, "remove": list(plan.remove), "settings": settings}
+    content["progress"] = {**run.facts(), "machine": describe_machine()}
+    write_text(run.folder / "training.json", json.dumps(content, indent=2) + "\n")
+    losses = ", ".join(f"{name} {value:.4f}" for name, value in run.average_losses().items())
+    rows = {
+        "original": base,
+        "removed": ", ".join(plan.remove),
+        "parameters": f"{parameters / 1e6:.2f} M",
+        "trained on": settings["captions"] or settings["data"],
+        "steps": f"{run.progress.step} of batch {run.accelerator.num_processes} x {config.run.batch_size}",
+        "minutes": f"{run.progress.seconds / 60:.0f}",
+        "incubation": f"{config.incubation:g} of them",
+        "U-Net calls of training (forward 1, backward 2)": f"{run.progress.unet_calls:,}",
+        "seed": config.run.seed,
+        "losses at the end": losses,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    write_text(
+        run.folder / "README.md",
+        f"# Compact U-Net of {base}\n\n| | |\n|---|---|\n{table}\n\nAn ordinary U-Net of the family: "
+        '`UNet2DConditionModel.from_pretrained("this folder", subfolder="unet")`. '
+        "All settings are in `training.json`, what was removed in `plan.json`.\n",
+    )
+
+
+@torch.no_grad()
+def sample_grid(config: CompactTrainConfig, run: TrainingRun, pipe: Any, small: Any) -> None:
+    """Original over compact, 25 steps with guidance from the same noise, as a PNG in the run's folder ``samples``."""
+    if not run.accelerator.is_main_process:
+        return
+    world = SunTrainConfig(model=config.model, data=config.captions or config.data)
+    prompts, negatives = sample_prompts(world)
+    device, unet = run.accelerator.device, pipe.unet
+    positive, negative = (encode_texts(pipe.tokenizer, pipe.text_encoder, texts) for texts in (prompts, negatives))
+    side = config.resolution // latent_scale(pipe.vae) or unet.config.sample_size
+    noise = torch.randn(len(prompts), unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
+    images = []
+    with run.averaged(), run.accelerator.autocast():
+        for model in (unet, small):
+            teacher, x = Teacher(model, config.guidance_scale), noise.to(device)
+            scheduler = make_scheduler("dpmpp_2m", pipe.scheduler.config)
+            scheduler.set_timesteps(25, device=device)
+            for t in scheduler.timesteps:
+                x = scheduler.step(teacher(x, t.expand(len(x)), positive, negative), t, x, return_dict=False)[0]
+            images += to_images(pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample)
+    with run.writing("samples", needed=False):
+        save_grid(images, len(prompts), run.folder / "samples" / f"{run.progress.step:06d}.png")
+    run.say(f"step {run.progress.step}: {run.average_losses()}")
