@@ -18,7 +18,7 @@ from .structure import LISTS, CompactError, Shape, candidates, shape_of
 if TYPE_CHECKING:
     from .assembly import assemble
     from .measuring import State
-    from .pipelines import record_states
+    from .pipelines import record_states, save_folder, save_single_file
     from .planfile import Plan, read_plan, write_plan
     from .planning import plan
 
@@ -30,6 +30,8 @@ _HOME_OF = {
     "write_plan": "planfile",
     "plan": "planning",
     "record_states": "pipelines",
+    "save_folder": "pipelines",
+    "save_single_file": "pipelines",
     "experts": "",
 }
 
@@ -44,6 +46,8 @@ __all__ = [
     "plan",
     "read_plan",
     "record_states",
+    "save_folder",
+    "save_single_file",
     "shape_of",
     "write_plan",
 ]

@@ -1,12 +1,22 @@
-"""The diffusers side: states of real trajectories."""
+"""The diffusers side: states of real trajectories, and files of a compact U-Net for every host."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
+from safetensors import safe_open
+from safetensors.torch import save
 
+from ..common.atomic import write_atomically, write_json, write_text
+from ..common.reading import read_bytes, read_json
+from ..pipelines.loading import load_part, load_text_encoder, noise_schedule
+from . import ldm
 from .measuring import State
 from .structure import CompactError
 
@@ -48,3 +58,71 @@ def record_states(
     if not states:
         raise CompactError("The pipeline never called its U-Net, so there are no states to measure on.")
     return states
+
+
+def save_single_file(
+    unet: Any,
+    path: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[str]:
+    """Write a compact U-Net as ``path`` in LDM layout, with the config file A1111 needs beside it; returns what is to
+    be said to the user, in sentences.
+
+    source: the original's checkpoint, whose other parts are taken over as they are, or its diffusers folder (SD 1.x).
+    Without, or where its parts have no LDM form, the file holds the U-Net alone (ComfyUI: Load Diffusion Model).
+    Raises CompactError, OSError.
+    """
+    path = Path(path)
+    said: list[str] = []
+    tensors = ldm.unet_tensors(unet.state_dict(), unet.config)
+    others = _other_parts(Path(source), said) if source is not None else {}
+    tensors = {name: t.to(dtype or t.dtype).contiguous() for name, t in {**others, **tensors}.items()}
+    write_atomically(path, lambda handle: handle.write(save(tensors, {"format": "pt"})))
+    if reason := ldm.why_not_comfyui(unet.config):
+        said.append(reason)
+    if not others:
+        said.append(f"{path.name} holds the U-Net alone. In ComfyUI put it into models/diffusion_models.")
+        return said
+    if reason := ldm.why_no_config(unet.config):
+        said.append(reason)
+    else:
+        write_text(path.with_suffix(".yaml"), ldm.a1111_config(unet.config, _prediction(Path(source or ""))))
+    return said
+
+
+def _other_parts(source: Path, said: list[str]) -> dict[str, torch.Tensor]:
+    """What a checkpoint has besides the U-Net, by LDM's names; empty, and said why, where there is no LDM form."""
+    if source.is_file():
+        with safe_open(str(source), "pt") as content:
+            names = [n for n in content.keys() if not n.startswith((ldm.UNET, "model_ema."))]  # noqa: SIM118
+            return {name: content.get_tensor(name) for name in names}
+    index = read_json(source / "model_index.json")
+    vae = (index.get("vae") or ["", ""])[-1]
+    if vae != "AutoencoderKL" or "text_encoder_2" in index:
+        said.append(f"The {vae or 'parts'} of {source.name} has no place in a checkpoint of SD 1.x.")
+        return {}
+    encoder = load_text_encoder(source / "text_encoder")
+    if encoder.config.hidden_size != 768 and encoder.config.hidden_act != "quick_gelu":
+        said.append(f"The text encoder of {source.name} is not SD 1.x's, and only that one's names are written here.")
+        return {}
+    part = load_part(AutoencoderKL, source / "vae")
+    text = {n: t for n, t in encoder.state_dict().items() if not n.endswith("position_ids")}
+    return {**ldm.vae_tensors(part.state_dict(), len(part.config.block_out_channels)), **ldm.text_tensors(text)}
+
+
+def _prediction(source: Path) -> str:
+    """What the original predicts: by its scheduler's config, or the config file beside a checkpoint."""
+    if source.is_dir():
+        return str(noise_schedule(source).get("prediction_type", "epsilon"))
+    beside = source.with_suffix(".yaml")
+    text = read_bytes(beside, 2**20).decode("utf-8", "replace") if beside.is_file() else ""
+    return "v_prediction" if re.search(r"^\s*parameterization:\s*[\"']?v[\"']?\s*$", text, re.M) else "epsilon"
+
+
+def save_folder(unet: Any, folder: str | os.PathLike[str]) -> None:
+    """Write a U-Net as diffusers does, without this machine's paths in its config. Raises OSError."""
+    unet.save_pretrained(folder)
+    file = Path(folder) / "config.json"
+    settings = {key: value for key, value in read_json(file).items() if key != "_name_or_path"}
+    write_json(file, settings)

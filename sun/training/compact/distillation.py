@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...common.atomic import write_text
 from ...common.settings import ConfigError, without_folders
 from ...compact.assembly import assemble
+from ...compact.pipelines import save_folder
 from ...compact.planfile import Plan, read_plan, write_plan
 from ...compact.planning import plan as make_plan
 from ...pictures.png import save_grid, to_images
@@ -246,14 +247,11 @@ def save_student(config: CompactTrainConfig, run: TrainingRun, plan: Plan, small
 
 
 def save_unet(unet: Any, tensors: dict[str, Tensor], folder: Path) -> None:
-    """A U-Net of this configuration with these weights, as diffusers saves it, without this machine's paths."""
+    """A U-Net of this configuration with these weights, as a folder."""
     with torch.device("meta"):
         made = type(unet).from_config(dict(unet.config))
     made.load_state_dict(tensors, assign=True)
-    made.save_pretrained(folder)
-    file = folder / "config.json"
-    settings = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
-    write_text(file, json.dumps(settings, indent=2) + "\n")
+    save_folder(made, folder)
 
 
 def write_card(config: CompactTrainConfig, run: TrainingRun, plan: Plan, parameters: int) -> None:

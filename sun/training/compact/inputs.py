@@ -116,7 +116,8 @@ class TeacherBank:
             return noised(x0, self.encode(texts), self.schedule, self.rng)
         places = [self.rng.randrange(len(self.times)) for _ in rows]
         x = torch.stack([row[0][k] for row, k in zip(rows, places, strict=True)]).to(self.device)
-        texts = [row[1 + (self.rng.random() < 0.5)] for row in rows]  # guidance calls the U-Net with both
+        # guidance calls the U-Net with both texts
+        texts = [row[1] if self.rng.random() < 0.5 else row[2] for row in rows]
         return Batch(x, torch.tensor([self.times[k] for k in places], device=self.device), self.encode(texts), None)
 
     @torch.no_grad()

@@ -129,10 +129,15 @@ class Upsample(nn.Module):
 
 
 class UNet(nn.Module):
-    """stages: widths, finest first; all but the last have cross-attention, two residual blocks a stage."""
+    """stages: widths, finest first; all but the last have cross-attention. blocks: residual blocks of each stage, two
+    by default, as LDM's `num_res_blocks` takes a number or a list; on the way up a stage has one more."""
 
-    def __init__(self, stages: tuple[int, ...], context: int, heads: int, groups: int = 32, channels: int = 4) -> None:
+    def __init__(
+        self, stages: tuple[int, ...], context: int, heads: int, groups: int = 32, channels: int = 4,
+        blocks: tuple[int, ...] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
+        blocks = blocks or (2,) * len(stages)
         base, embedding, last = stages[0], 4 * stages[0], len(stages) - 1
 
         def res(inputs: int, outputs: int) -> ResBlock:
@@ -146,7 +151,7 @@ class UNet(nn.Module):
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(channels, base, 3, padding=1)])])
         widths, width = [base], base
         for number, stage in enumerate(stages):
-            for _ in range(2):
+            for _ in range(blocks[number]):
                 self.input_blocks.append(nn.ModuleList([res(width, stage)] + ([att(stage)] if number < last else [])))
                 width = stage
                 widths.append(width)
@@ -156,10 +161,10 @@ class UNet(nn.Module):
         self.middle_block = nn.ModuleList([res(width, width), att(width), res(width, width)])
         self.output_blocks = nn.ModuleList()
         for number, stage in reversed(list(enumerate(stages))):
-            for i in range(3):
+            for i in range(blocks[number] + 1):
                 parts: list[nn.Module] = [res(width + widths.pop(), stage)] + ([att(stage)] if number < last else [])
                 width = stage
-                if i == 2 and number:
+                if i == blocks[number] and number:
                     parts.append(Upsample(width))
                 self.output_blocks.append(nn.ModuleList(parts))
         self.out = nn.Sequential(nn.GroupNorm(groups, base), nn.SiLU(), nn.Conv2d(base, 4, 3, padding=1))

@@ -1,0 +1,51 @@
+"""``sun assemble``: a plan, a folder and a checkpoint of a compact U-Net from the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from diffusers import UNet2DConditionModel
+from safetensors import safe_open
+from typer.testing import Result
+
+Run = Callable[..., Result]
+
+
+def test_plan_assemble_and_write(sun: Run, model_folder: Path, tmp_path: Path) -> None:
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a\n\nb\n")
+    planned = sun("assemble", "--model", model_folder, "--budget", 0.9, "--states", 2, "--captions", captions,
+                  "--steps", 2, "--plan-only", tmp_path / "plan.json")  # fmt: skip
+    assert "add up to" in planned.output
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["chosen"] == "knapsack"
+    assert plan["remove"]
+    assert plan["share"] <= 0.9
+    done = sun("assemble", "--model", model_folder, "--plan", tmp_path / "plan.json", "--out", tmp_path / "unet",
+               "--single-file", tmp_path / "x.safetensors", "--dtype", "float16")  # fmt: skip
+    assert "U-Net alone" in done.output
+    small = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    with safe_open(tmp_path / "x.safetensors", "pt") as content:
+        names = list(content.keys())
+        assert content.get_slice(names[0]).get_dtype() == "F16"
+    assert len(names) == len(small.state_dict())
+
+
+def test_wrong_input_is_a_sentence(sun: Run, model_folder: Path, tmp_path: Path) -> None:
+    common = ("assemble", "--model", model_folder)
+    assert "say what to write" in sun(*common, code=2).output
+    assert "--captions" in sun(*common, "--states", 2, "--plan-only", tmp_path / "p.json", code=2).output
+    assert "cannot be met" in sun(*common, "--budget", 0.01, "--plan-only", tmp_path / "p.json", code=2).output
+    assert "none.json" in sun(*common, "--plan", tmp_path / "none.json", "--out", tmp_path / "u", code=2).output
+    assert ".safetensors" in sun(*common, "--single-file", tmp_path / "x.ckpt", code=2).output
+    sun(*common, "--plan", "shallow", "--out", tmp_path / "shallow")
+    other = sun(*common, "--plan", "bk-base", "--trained", tmp_path / "shallow", "--out", tmp_path / "o", code=2)
+    assert "another plan or model" in other.output
+    again = sun("assemble", "--model", tmp_path / "shallow", "--plan", "bk-base", "--plan-only", tmp_path / "q.json")
+    assert "pair.2.1" in again.output  # what is left can be made smaller still
+    plan = tmp_path / "for-the-original.json"
+    sun(*common, "--plan", "shallow", "--plan-only", plan)
+    refused = sun("assemble", "--model", tmp_path / "shallow", "--plan", plan, "--out", tmp_path / "o", code=2)
+    assert "compact already: give the original" in refused.output
