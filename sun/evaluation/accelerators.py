@@ -7,22 +7,28 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+from torch import Tensor
+
 from .. import inheritance
 from ..common.settings import ConfigError
 from ..inheritance import PRESETS, InheritanceError, Plan
 from ..inheritance.plan import changed
-from ..ltc import LtcError, LtcSettings
+from ..ltc import LtcError, LtcSettings, SkipRun, SkipSettings
+from ..ltc.presets import preset
 from .names import MethodCall
 from .peers import adaptive_diffusion
 from .peers.adaptive_diffusion import AdaptiveDiffusion
 from .peers.easycache import END, START, THRESHOLD, CacheSettings, EasyCache, LazyCache
 from .peers.sada import LAGRANGE_FROM, Sada
 from .peers.spectrum import Spectrum, spectrum_settings
-from .peers.step_skipping import Skipper
+from .peers.step_skipping import Moment, Skipper
 
 
 def ltc_settings(call: MethodCall) -> LtcSettings:
-    """Steps are chosen by position unless tau is given, so that the number of calls is known. Raises ConfigError."""
+    """The published method. Steps are chosen by position unless tau is given, so that the number of calls is known.
+    Raises ConfigError."""
+    if odd := [key for key in ("row", "guard", "ridge", "memory") if key in call.options]:
+        raise ConfigError(f"{call.text}: {odd[0]} belongs to a preset, as in ltc[balanced,{odd[0]}=...]-25.")
     try:
         return LtcSettings(
             tau=call.number("tau", 0.0),
@@ -67,9 +73,43 @@ def inheriting(unet: Any, call: MethodCall) -> Iterator[None]:
         inheritance.detach(unet)
 
 
+class LtcSkipper:
+    """LTC-Accel's forecast of one picture, as a peer is asked."""
+
+    def __init__(self, settings: SkipSettings) -> None:
+        self.settings = settings
+        self._run: SkipRun | None = None
+
+    def __repr__(self) -> str:
+        return repr(self.settings)
+
+    def forecast(self, at: Moment) -> Tensor | None:
+        if self._run is None:  # a run that begins at a picture has no steps before this one
+            self._run = SkipRun(at.levels[at.step :], self.settings, noisy=False)
+        level, x = at.sigma / at.alpha, (at.z / at.alpha)[None]
+        return at.noise(self._run.answer(level, x)[0]) if self._run.skips(level) and self._run.suits(x) else None
+
+    def learn(self, at: Moment, guided: Tensor, rows: Tensor) -> None:
+        assert self._run is not None
+        self._run.see(at.sigma / at.alpha, (at.z / at.alpha)[None], at.clean(guided)[None])
+
+
+def skip_settings(call: MethodCall) -> SkipSettings:
+    """The preset of LTC-Accel in the brackets, changed by the options. Raises ConfigError."""
+    whole = ("last", "every", "row", "terms")
+    given = {key: int(value) if key in whole else value for key, value in call.numbers().items()}
+    try:
+        return preset(call.variant, **given)
+    except LtcError as error:
+        raise ConfigError(f"{call.text}: {error}") from error
+
+
 def skipper_of(call: MethodCall) -> Callable[[], Skipper]:
-    """Makes a peer that skips steps anew for each picture. Raises ConfigError."""
+    """Makes what decides about steps anew for each picture: a peer, or LTC-Accel's forecast. Raises ConfigError."""
     name = call.method.name
+    if call.method.ltc:
+        chosen = skip_settings(call)
+        return lambda: LtcSkipper(chosen)
     if name == "spectrum":
         spectrum = spectrum_settings(call.variant or "comfyui", **call.numbers())
         return lambda: Spectrum(spectrum)

@@ -15,7 +15,7 @@ from .accelerators import plan_of, skipper_of
 from .cells import CellStore, Tensors, digest, fingerprint_module
 from .config import EvaluateConfig
 from .features import Features
-from .names import PRESET_NAMES, REFERENCE, MethodCall, parse_method, parse_methods
+from .names import REFERENCE, MethodCall, parse_method, parse_methods
 from .prompts import Drawn, PromptSet
 from .sampler import Sampler
 
@@ -113,9 +113,9 @@ class ModelEvaluation:
 def asset_fingerprint(sampler: Sampler, method: str | MethodCall) -> str:
     """Fingerprint of the files a method adds to the model: its adapter, LoRA or U-Net."""
     call, assets = parse_method(method), sampler.assets
-    added = digest(sampler.calibration) if call.method.ltc else ""
-    added += str(plan_of(call)) if call.method.presets == PRESET_NAMES else ""
-    added += repr(skipper_of(call)()) if call.method.skips else ""
+    added = digest(sampler.calibration) if call.method.ltc and not call.forecasts else ""
+    added += str(plan_of(call)) if call.method.inherits else ""
+    added += repr(skipper_of(call)()) if call.method.skips or call.forecasts else ""
     if call.method.adapter:
         adapter = assets.adapter_of(call)
         return added if adapter is None else added + fingerprint_module(adapter)

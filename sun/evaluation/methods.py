@@ -183,13 +183,23 @@ def _guided_distill(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
     yield _plain(assets.loaded[call.method.name])
 
 
+def _alike(predict: Predict, x: Tensor, t: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    """A prediction whose passes nobody looks at, for :class:`Skipping`."""
+    noise = predict(x, t, positive, negative)
+    return noise, noise
+
+
 def _with_ltc(base: Prepare) -> Prepare:
-    """``base``, skipping steps."""
+    """``base``, skipping steps: by a preset's forecast, or as published."""
 
     @contextmanager
     def prepare(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
         with base(assets, replace(call, variant="")) as ready:
-            yield replace(ready, ltc=ltc_settings(call))
+            if call.forecasts:
+                skipping = Skipping(partial(_alike, ready.predict), skipper_of(call), 1.0)
+                yield replace(ready, predict=skipping, begin=skipping.begin)
+            else:
+                yield replace(ready, ltc=ltc_settings(call))
 
     return prepare
 

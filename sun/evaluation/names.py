@@ -13,9 +13,11 @@ from typing import Any
 
 from ..common.settings import ConfigError
 from ..inheritance import PRESETS
+from ..ltc import PRESETS as LTC_PRESETS
 from ..pipelines.schedulers import SCHEDULERS
 
 LTC_OPTIONS = ("tau", "every", "first", "last", "terms")
+FORECAST_OPTIONS = ("row", "guard", "ridge", "memory")  # of LTC-Accel's presets, beside some of the above
 INHERIT_OPTIONS = ("stages", "outer", "every", "forecast", "early", "late")
 PRESET_NAMES = tuple(PRESETS)
 SPECTRUM_OPTIONS = ("weight", "degree", "ridge", "window", "growth", "warmup", "tail", "history")
@@ -47,9 +49,15 @@ class Method:
     skips: bool = False  # a peer that skips steps
     peer: str = ""
 
+    @property
+    def inherits(self) -> bool:
+        """Whether it is feature inheritance, or a combination with it."""
+        return "inherit" in self.name
+
 
 _CFG: dict[str, Any] = {"guided": True, "uses_negative": True}
 _INHERIT: dict[str, Any] = {"options": INHERIT_OPTIONS, "presets": PRESET_NAMES, "inside": True}
+_LTC: dict[str, Any] = {"options": (*LTC_OPTIONS, *FORECAST_OPTIONS), "presets": tuple(LTC_PRESETS), "ltc": True}
 METHODS = {
     method.name: method
     for method in (
@@ -63,7 +71,7 @@ METHODS = {
         Method("nag", "ddim", "NAG", uses_negative=True, options=("phi", "tau", "alpha")),
         Method("lcm-lora", "lcm", "LCM-LoRA", peer="lcm_lora"),
         Method("guided-distill", "ddim", "guided distillation", peer="guided_distill"),
-        Method("ltc", "dpmpp_2m", "LTC-Accel", **_CFG, options=LTC_OPTIONS, ltc=True),
+        Method("ltc", "dpmpp_2m", "LTC-Accel", **_CFG, **_LTC),
         Method("inherit", "dpmpp_2m", "feature inheritance", **_CFG, **_INHERIT),
         Method(
             "ltc+inherit",
@@ -73,7 +81,7 @@ METHODS = {
             **_INHERIT | {"options": (*LTC_OPTIONS, *INHERIT_OPTIONS)},
             ltc=True,
         ),
-        Method("sun+ltc", "ddim", "SUN and LTC-Accel", uses_negative=True, options=LTC_OPTIONS, adapter=True, ltc=True),
+        Method("sun+ltc", "ddim", "SUN and LTC-Accel", uses_negative=True, adapter=True, **_LTC),
         Method("sun+inherit", "ddim", "SUN and feature inheritance", uses_negative=True, adapter=True, **_INHERIT),
         Method(
             "switch",
@@ -130,6 +138,11 @@ class MethodCall:
     def title(self) -> str:
         """What a reader sees: the method in words, what the brackets hold, the steps."""
         return f"{self.method.title}{self.family.removeprefix(self.method.name)}, {self.steps} steps"
+
+    @property
+    def forecasts(self) -> bool:
+        """Whether LTC-Accel skips by one of its presets, not as published."""
+        return self.method.ltc and not self.method.inherits and bool(self.variant)
 
     def in_steps(self, steps: int) -> MethodCall:
         """The same method in another number of steps."""

@@ -35,6 +35,8 @@ def draw(sampler: Sampler, method: str) -> Any:
     [
         ("ltc-10", 14, "dpmpp-10"),
         ("ltc[terms=2,scheduler=ddim]-14", 20, "ddim-14"),
+        ("ltc[fast,guard=0]-9", 12, "dpmpp-9"),
+        ("sun+ltc[balanced,guard=0]-8", 6, "sun-8"),
         ("inherit[fine]-6", 12, "dpmpp-6"),
         ("ltc+inherit[fast,every=3]-12", 20, "dpmpp-12"),
         ("sun+ltc[last=0]-8", 5, "sun-8"),
@@ -67,7 +69,8 @@ def test_what_a_cell_depends_on(sampler: Sampler) -> None:
     assert asset_fingerprint(sampler, "ltc-8") != before
     sampler.calibration = []
     assert plan_of(parse_method("inherit[fast,early=2,forecast=0.5]-9")).mode == "dense-early"
-    for method in ("ltc[every=1]-8", "inherit[stages=1,outer=2]-8"):
+    assert asset_fingerprint(sampler, "ltc[fast]-8") != asset_fingerprint(sampler, "ltc[fine]-8")
+    for method in ("ltc[every=1]-8", "ltc[guard=1]-8", "ltc[fine,row=5]-8", "inherit[stages=1,outer=2]-8"):
         with pytest.raises(ConfigError):
             draw(sampler, method)
     with pytest.raises(ConfigError, match="fine, balanced, fast"):

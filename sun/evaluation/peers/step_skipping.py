@@ -23,7 +23,7 @@ class Moment:
 
     step of ``steps``, from 0. latents [C, h, w]: the scheduler's own. z [C, h, w]: what the network is given, with
     variance 1: alpha * x0 + sigma * noise. time: the training timestep, of ``times``. later: that of the next step,
-    0 after the last. beta: of the noise schedule at ``time``.
+    0 after the last. beta: of the noise schedule at ``time``. levels [steps + 1]: sigma / alpha of every step, and 0.
     """
 
     step: int
@@ -36,6 +36,7 @@ class Moment:
     later: float
     times: int
     beta: float
+    levels: tuple[float, ...] = ()
 
     def clean(self, noise: Tensor) -> Tensor:
         """x0 of a predicted noise."""
@@ -70,6 +71,7 @@ class Skipping:
     make: Callable[[], Skipper]
     w: float
     scheduler: Any = None
+    levels: tuple[float, ...] = ()
     skippers: list[Skipper] = field(default_factory=list)
 
     def begin(self, scheduler: Any) -> None:
@@ -78,6 +80,8 @@ class Skipping:
         if kind != "epsilon":
             raise ConfigError(f"peers that skip steps are written for models that predict noise, not {kind}.")
         self.scheduler, self.skippers = scheduler, []
+        signals = [float(scheduler.alphas_cumprod[int(t)]) for t in scheduler.timesteps]
+        self.levels = (*(((1 - signal) / signal) ** 0.5 for signal in signals), 0.0)
 
     def __call__(self, x: Tensor, t: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         """The guided noise [B, C, h, w] in float32 of network input x [B, C, h, w] at the scheduler's timestep t."""
@@ -104,4 +108,5 @@ class Skipping:
         beta = float(scheduler.betas[int(time)])
         later = times[step + 1] if step + 1 < len(times) else 0.0
         alpha, sigma, levels = signal**0.5, (1 - signal) ** 0.5, len(scheduler.betas)
-        return [Moment(step, len(times), row * scale, row, alpha, sigma, time, later, levels, beta) for row in z]
+        shared = (alpha, sigma, time, later, levels, beta, self.levels)
+        return [Moment(step, len(times), row * scale, row, *shared) for row in z]
