@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ..pictures import recipe
 from .show import STDOUT, out
 
 MAX_SEED = 2**64 - 1  # torch's
@@ -117,14 +118,8 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML or JSON 
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """``512`` or ``512x768`` -> (width, height); empty -> (0, 0), the model's own."""
-    if not text:
-        return 0, 0
-    width, _, height = text.lower().partition("x")
+    """:func:`sun.pictures.recipe.parse_size`, of which this raises the errors as BadParameter."""
     try:
-        sides = int(width), int(height or width)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a size; write 512 or 512x768", param_hint="--size") from None
-    if min(sides) < 8 or any(side % 8 for side in sides):
-        raise typer.BadParameter(f"{text!r}: both sides must be multiples of 8", param_hint="--size")
-    return sides
+        return recipe.parse_size(text)
+    except recipe.RecipeError as error:
+        raise typer.BadParameter(str(error).rstrip("."), param_hint="--size") from None

@@ -51,7 +51,9 @@ sun generate "snake, purple background" --init bear.png --strength 0.75
 
 sun generate "ghost" --adapter none --steps 25 --scheduler dpmpp_2m --switch compact-folder --share 0.4
 
-sun generate --from bear.png --out same-bear.png"""
+sun generate --from bear.png --out same-bear.png
+
+sun generate --prompts prompts.csv --out pictures"""
 )
 def generate(
     ctx: typer.Context,
@@ -59,13 +61,39 @@ def generate(
     negative: Annotated[str, typer.Option(help="What to keep out of the picture.")] = "",
     target: Annotated[
         Path | None,
-        typer.Option("--out", help="PNG to write; a batch becomes NAME-0.png, NAME-1.png, ... (default: sun-SEED.png)"),
+        typer.Option(
+            "--out",
+            help="PNG to write; a batch becomes NAME-0.png, NAME-1.png, ... (default: sun-SEED.png). "
+            "With --prompts a folder. (default: sun-FILE)",
+        ),
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw a picture for every row of a file: .txt (a prompt a line), .csv or .jsonl with the columns "
+            "prompt, negative, seed, size, steps, guidance and others. The same command goes on with a run "
+            "that stopped, and given in several processes or on several machines they share the work.",
+            metavar="FILE",
+        ),
+    ] = None,
+    shards: Annotated[
+        int,
+        typer.Option(help="With --prompts: webdataset tar files of this many rows, not PNGs.", min=0, max=1_000_000),
+    ] = 0,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="With --prompts: draw again what failed before.")
+    ] = False,
     steps: Annotated[
         int, typer.Option(help="Steps, one U-Net call each; 4 is what SUN is trained for.", min=1, max=1000)
     ] = 4,
     seed: Seed = None,
-    batch: Annotated[int, typer.Option(help="Number of pictures.", min=1)] = 1,
+    batch: Annotated[
+        int,
+        typer.Option(
+            help="Number of pictures. With --prompts how many are drawn together. (default there: 1 on a CPU, else 8)",
+            min=1,
+        ),
+    ] = 1,
     size: Size = "",
     scheduler: Annotated[Scheduler, typer.Option(help="ddim is what SUN is trained for.")] = Scheduler.ddim,
     sun_strength: Strength = 1.0,
@@ -112,6 +140,11 @@ def generate(
     figures: Json = None,
 ) -> None:
     """Make pictures from a prompt. The PNG carries everything needed to make it again."""
+    if prompts is not None:
+        _generate_many(ctx, prompts, target, source, figures)
+        return
+    if shards or retry_failed:
+        raise typer.BadParameter("--shards and --retry-failed belong to --prompts FILE", ctx=ctx)
     ctx.params["prompt"] = prompt = read_prompt(prompt)
     recipe, content = _recipe(ctx, source)
     if source is None and not prompt:
@@ -250,6 +283,32 @@ def demo(
     write_json(figures, {"methods": {row.method: row.figures() for row in done.rows}})
 
 
+def _generate_many(
+    ctx: typer.Context, file: Path, target: Path | None, source: Path | None, figures: Path | None
+) -> None:
+    """``sun generate --prompts``: see :mod:`sun.cli.bulk`."""
+    if ctx.params["prompt"]:
+        raise typer.BadParameter("give a prompt or --prompts FILE, not both", ctx=ctx)
+    if target is not None:
+        if target.suffix.lower() == ".png":
+            raise typer.BadParameter(f"{target}: with --prompts it is a folder", param_hint="--out")
+        check_folder(target)
+    together = ctx.params["batch"] if _is_given(ctx, "batch") else None
+    seeded = _is_given(ctx, "seed") or source is not None
+    ctx.params["batch"] = 1
+    recipe, _ = _recipe(ctx, source)
+    check_files(recipe.files())
+    engine = _engine()
+    from .bulk import generate_many
+
+    shards, retry_failed = ctx.params["shards"], ctx.params["retry_failed"]
+    generate_many(engine, recipe, file, target, shards, together, seeded, retry_failed, figures)
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    return getattr(ctx.get_parameter_source(name), "name", "") in ("COMMANDLINE", "ENVIRONMENT")
+
+
 def _engine() -> Any:
     """The module that draws, imported now; diffusers' own progress bars would disturb ours."""
     from diffusers.utils import logging
@@ -273,8 +332,7 @@ def _recipe(ctx: typer.Context, source: Path | None) -> tuple[Recipe, dict[str, 
     known = {f.name for f in fields(Recipe)}
     given: dict[str, Any] = {}
     for name, value in ctx.params.items():
-        explicit = getattr(ctx.get_parameter_source(name), "name", "") in ("COMMANDLINE", "ENVIRONMENT")
-        if not source or explicit:
+        if not source or _is_given(ctx, name):
             given[name] = value.value if isinstance(value, Enum) else value
     if "size" in given:
         given["width"], given["height"] = parse_size(given["size"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,3 +96,45 @@ def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task(text, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+LINE_EVERY = 60.0
+"""Seconds between two lines of progress where no bar can be drawn: in a file, in a cluster's log."""
+
+
+@contextmanager
+def counted_pictures(total: int, done: int) -> Iterator[Callable[[int, int], None]]:
+    """Progress of many pictures on standard error, with pictures a second and the time left.
+
+    ``done`` are there already. Yields the function to report (done, failed) to.
+    """
+    began, first, last = time.monotonic(), done, -LINE_EVERY
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task("drawing", total=total, completed=done, pace="")
+
+        def report(done: int, failed: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            text = pace(done - first, now - began, total - done) + (f", {failed:,} failed" if failed else "")
+            progress.update(task, completed=done, pace=escape(text))
+            if not err.is_terminal and now - last >= LINE_EVERY:
+                err.print(f"{done:,} of {total:,} pictures{', ' if text else ''}{text}", soft_wrap=True)
+                last = now
+
+        yield report
+
+
+def pace(made: int, seconds: float, left: int) -> str:
+    """``3.1 pictures/s, 2 h 5 min left``; empty before there is anything to say."""
+    if made <= 0 or seconds <= 0:
+        return ""
+    rest = round(left * seconds / made)
+    hours, minutes = rest // 3600, rest // 60 % 60
+    if hours >= 48:
+        time_left = f"{hours // 24} d {hours % 24} h"
+    elif hours:
+        time_left = f"{hours} h {minutes} min"
+    else:
+        time_left = f"{minutes} min {rest % 60} s" if minutes else f"{rest} s"
+    return f"{made / seconds:.3g} pictures/s, {time_left} left"

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import IO, Any
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> Path:
+def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object], durable: bool = False) -> Path:
     """Let ``write`` fill a temporary file beside ``path``, then rename it. Returns ``path``.
+
+    durable: wait before the renaming until the content is on the disk, for what a power failure must not empty.
 
     Raises OSError that names ``path``; what was there before stays then.
     """
@@ -25,6 +27,9 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], 
         temporary, handle = _open_beside(path)
         with handle:
             write(handle)
+            if durable:
+                handle.flush()
+                os.fsync(handle.fileno())
         os.replace(temporary, path)
     except OSError as error:
         _remove(temporary)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import diffusers
@@ -51,6 +51,8 @@ from ..user_pictures import PictureError, read_mask, read_picture
 from .recipe import MAX_SIDE, Recipe, RecipeError, fingerprints, png_text, split_lora
 
 OnStep = Callable[[int, int], None]
+TOGETHER = "drawn_together"
+"""Where a PNG says beside how many others its picture was drawn; its last bits can depend on it."""
 
 
 @dataclass
@@ -79,6 +81,8 @@ class Drawn:
     unet_calls: float
     seconds: float
     small_calls: float = 0.0
+    whole: tuple[bool, ...] = ()
+    """Of :func:`draw_rows`: which pictures are of finite numbers; the others show nothing."""
 
 
 def load(recipe: Recipe) -> Loaded:
@@ -182,9 +186,7 @@ def _guidance(recipe: Recipe, loaded: Loaded) -> float | None:
 
 def noise(recipe: Recipe, loaded: Loaded) -> torch.Tensor:
     """Start noise [batch, 4, h, w], float32 on the CPU, picture ``i`` from ``seed + i``: the same on every device."""
-    factor = int(loaded.pipe.vae_scale_factor)
-    shape = (loaded.pipe.vae.config.latent_channels, recipe.height // factor, recipe.width // factor)
-    return torch.stack([torch.randn(shape, generator=g) for g in _generators(recipe)])
+    return _noise(_rows(recipe), loaded)
 
 
 def generate(loaded: Loaded, recipe: Recipe, on_step: OnStep | None = None) -> Drawn:
@@ -193,65 +195,60 @@ def generate(loaded: Loaded, recipe: Recipe, on_step: OnStep | None = None) -> D
     The whole batch runs in either case, because a picture's last bits depend on its batch. ``on_step(done, total)``
     is called after each step. Raises RecipeError, SunFileError.
     """
-    pipe_class, inputs, total = _mode(loaded, recipe)
-    pipe = _pipeline(pipe_class, loaded)
-    latents: dict[str, torch.Tensor] = {}
-
-    def after_step(_pipe: Any, step: int, _t: Any, state: dict[str, Any]) -> dict[str, Any]:
-        latents["last"] = state["latents"]
-        _check_finite(state["latents"], f"after step {step + 1} of {total} the latents", loaded)
-        if on_step:
-            on_step(step + 1, total)
-        return {}
-
-    if loaded.adapter:
-        attach(pipe, loaded.adapter, strength=recipe.sun_strength)
     try:
-        pipe.scheduler = make_scheduler(recipe.scheduler, pipe.scheduler.config)
-        if loaded.small is not None:
-            _attach_small(pipe, loaded, recipe)
-        small = nullcontext() if loaded.small is None else CallCounter(loaded.small)
-        with CallCounter(pipe.unet) as counter, small as of_small, torch.no_grad():
-            began = time.perf_counter()
-            positive, negative = _encode(loaded, recipe)
-            pixels = pipe(
-                prompt_embeds=positive,
-                negative_prompt_embeds=negative,
-                guidance_scale=1.0 if recipe.guidance is None else recipe.guidance,
-                generator=_generators(recipe),
-                callback_on_step_end=after_step,
-                callback_on_step_end_tensor_inputs=["latents"],
-                output_type="pt",
-                **inputs,
-            ).images
-            _check_finite(pixels, "the decoded pictures", loaded)
-            images = pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(pixels))
-            seconds = time.perf_counter() - began
+        drawn = _draw(loaded, _rows(recipe), _encode(loaded, recipe), on_step, strict=True)
     except (NonFiniteError, SwitchingError) as error:
         raise RecipeError(str(error)) from error
-    finally:
-        detach_switching(pipe)
-        for attached in (pipe, loaded.small) if loaded.adapter else ():
-            if attached is not None:
-                detach(attached)
-    if recipe.mask:
-        images = [_keep_unmasked(image, recipe) for image in images]
     picked = slice(None) if recipe.index is None else slice(recipe.index, recipe.index + 1)
-    small_calls = 0.0 if of_small is None else of_small.rows / recipe.batch
-    calls = counter.rows / recipe.batch + small_calls
-    return Drawn(images[picked], latents["last"].float().cpu()[picked], calls, seconds, small_calls)
+    return replace(drawn, images=drawn.images[picked], latents=drawn.latents[picked])
+
+
+def draw_rows(loaded: Loaded, rows: Sequence[Recipe], texts: tuple[torch.Tensor, torch.Tensor]) -> Drawn:
+    """Draw one picture for each of ``rows``, complete recipes that differ in what :func:`batch_key` leaves out.
+
+    texts: states of the prompts and of the negative prompts, each [len(rows), L, D]. A picture of NaN or infinity is
+    no error here: ``whole`` of the result says which are none. Raises RecipeError, SunFileError.
+    """
+    try:
+        return _draw(loaded, rows, texts, None, strict=False)
+    except SwitchingError as error:
+        raise RecipeError(str(error)) from error
+
+
+def batch_key(recipe: Recipe) -> tuple[Any, ...]:
+    """What pictures that are drawn together have in common: all but texts, seed and the pictures they start from."""
+    own = {"prompt": "", "negative": "", "seed": 0}
+    own |= {name: "given" for name in ("init", "mask", "control") if getattr(recipe, name)}
+    return tuple(asdict(replace(recipe, **own)).values())  # type: ignore[arg-type]
+
+
+def why_not_whole(loaded: Loaded) -> str:
+    """What to do about pictures of NaN or infinity."""
+    pipe = loaded.pipe
+    parts = {"U-Net": pipe.unet, "text encoder": pipe.text_encoder, "autoencoder": pipe.vae}
+    return why_not_finite({**parts, "ControlNet": loaded.controlnet})
 
 
 def png_texts(recipe: Recipe) -> list[dict[str, str]]:
     """The text chunks of each picture ``generate`` returns for ``recipe``."""
-    prints = fingerprints({**_shipped(recipe), **recipe.files()})
+    prints = prints_of(recipe)
     indices = range(recipe.batch) if recipe.index is None else [recipe.index]
     return [png_text(recipe, i, environment(recipe.device), prints) for i in indices]
 
 
+def prints_of(recipe: Recipe) -> dict[str, str]:
+    """:func:`~sun.pictures.recipe.fingerprints` of all that ``recipe`` names, the shipped models among it."""
+    return fingerprints(named_files(recipe))
+
+
+def named_files(recipe: Recipe) -> dict[str, str]:
+    """All files of ``recipe`` by the field that names them, the shipped models among them, as PNGs list them."""
+    return {**_shipped(recipe), **recipe.files()}
+
+
 def changes_since(recipe: Recipe, content: dict[str, Any]) -> list[str]:
     """What is no longer as when the picture was made, each a sentence. Raises RecipeError for a missing file."""
-    named, before = {**_shipped(recipe), **recipe.files()}, content.get("files", {})
+    named, before = named_files(recipe), content.get("files", {})
     found = [
         f"{printable(named[field])} ({field}) has changed since the picture was made"
         for field, mark in fingerprints(named).items()
@@ -259,6 +256,8 @@ def changes_since(recipe: Recipe, content: dict[str, Any]) -> list[str]:
     ]
     now, then = environment(_device(recipe.device)), content.get("made_with", {})
     found += [f"{k} was {then[k]} and is {v}" for k, v in now.items() if then.get(k, v) != v]
+    if TOGETHER in then:
+        found.append(f"it was drawn together with others, {printable(then[TOGETHER])} at a time, and is drawn alone")
     return found
 
 
@@ -312,33 +311,99 @@ def _encode(loaded: Loaded, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]
     return positive, negative
 
 
+def _rows(recipe: Recipe) -> list[Recipe]:
+    """A recipe for each picture of the batch."""
+    return [replace(recipe, seed=recipe.seed + i, batch=1, index=None) for i in range(recipe.batch)]
+
+
+def _draw(
+    loaded: Loaded,
+    rows: Sequence[Recipe],
+    texts: tuple[torch.Tensor, torch.Tensor],
+    on_step: OnStep | None,
+    strict: bool,
+) -> Drawn:
+    recipe = rows[0]
+    pipe_class, inputs, total = _mode(loaded, rows)
+    pipe = _pipeline(pipe_class, loaded)
+    latents: dict[str, torch.Tensor] = {}
+
+    def after_step(_pipe: Any, step: int, _t: Any, state: dict[str, Any]) -> dict[str, Any]:
+        latents["last"] = state["latents"]
+        if strict:
+            _check_finite(state["latents"], f"after step {step + 1} of {total} the latents", loaded)
+        if on_step:
+            on_step(step + 1, total)
+        return {}
+
+    if loaded.adapter:
+        attach(pipe, loaded.adapter, strength=recipe.sun_strength)
+    try:
+        pipe.scheduler = make_scheduler(recipe.scheduler, pipe.scheduler.config)
+        if loaded.small is not None:
+            _attach_small(pipe, loaded, recipe)
+        small = nullcontext() if loaded.small is None else CallCounter(loaded.small)
+        with CallCounter(pipe.unet) as counter, small as of_small, torch.no_grad():
+            began = time.perf_counter()
+            pixels = pipe(
+                prompt_embeds=texts[0],
+                negative_prompt_embeds=texts[1],
+                guidance_scale=1.0 if recipe.guidance is None else recipe.guidance,
+                generator=[torch.Generator().manual_seed(row.seed) for row in rows],
+                callback_on_step_end=after_step,
+                callback_on_step_end_tensor_inputs=["latents"],
+                output_type="pt",
+                **inputs,
+            ).images
+            if strict:
+                _check_finite(pixels, "the decoded pictures", loaded)
+            whole = pixels.isfinite().flatten(1).all(1) & latents["last"].isfinite().flatten(1).all(1)
+            images = pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(pixels.nan_to_num()))
+            seconds = time.perf_counter() - began
+    finally:
+        detach_switching(pipe)
+        for attached in (pipe, loaded.small) if loaded.adapter else ():
+            if attached is not None:
+                detach(attached)
+    if recipe.mask:
+        images = [_keep_unmasked(image, row) for image, row in zip(images, rows, strict=True)]
+    small_calls = 0.0 if of_small is None else of_small.rows / len(rows)
+    calls = counter.rows / len(rows) + small_calls
+    return Drawn(images, latents["last"].float().cpu(), calls, seconds, small_calls, tuple(whole.tolist()))
+
+
 def _check_finite(values: torch.Tensor, what: str, loaded: Loaded) -> None:
     if not bool(values.isfinite().all()):
-        pipe = loaded.pipe
-        parts = {"U-Net": pipe.unet, "text encoder": pipe.text_encoder, "autoencoder": pipe.vae}
-        require_finite(values, what, why_not_finite({**parts, "ControlNet": loaded.controlnet}))
+        require_finite(values, what, why_not_whole(loaded))
 
 
-def _mode(loaded: Loaded, recipe: Recipe) -> tuple[type, dict[str, Any], int]:
+def _noise(rows: Sequence[Recipe], loaded: Loaded) -> torch.Tensor:
+    factor = int(loaded.pipe.vae_scale_factor)
+    shape = (loaded.pipe.vae.config.latent_channels, rows[0].height // factor, rows[0].width // factor)
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(row.seed)) for row in rows])
+
+
+def _mode(loaded: Loaded, rows: Sequence[Recipe]) -> tuple[type, dict[str, Any], int]:
     """Pipeline class, its inputs and the number of steps it will run. Raises RecipeError."""
+    recipe = rows[0]
     if is_inpainting(loaded.pipe) and not recipe.mask:
         raise RecipeError("this is an inpainting model: it draws into a picture. Add --init IMAGE and --mask IMAGE.")
     size = (recipe.width, recipe.height)
     inputs: dict[str, Any] = {}
     if not recipe.init:
-        start = noise(recipe, loaded).to(loaded.pipe.device, loaded.pipe.unet.dtype)
+        start = _noise(rows, loaded).to(loaded.pipe.device, loaded.pipe.unet.dtype)
         inputs = {"latents": start, "width": size[0], "height": size[1], "num_inference_steps": recipe.steps}
     else:
         kept, scheduled = _kept_steps(recipe)
         # Half a step more than the wanted share, so that the pipelines' int(steps * strength) cannot round it away.
         share = 1.0 if kept == scheduled else (kept + 0.5) / scheduled
-        inputs = {"image": [_resized(open_image(recipe.init), size)] * recipe.batch, "strength": share}
+        inputs = {"image": _opened(open_image, [row.init for row in rows], size), "strength": share}
         inputs["num_inference_steps"] = scheduled
     if recipe.mask:
-        inputs |= {"mask_image": [_resized(open_mask(recipe.mask), size)] * recipe.batch}
+        inputs |= {"mask_image": _opened(open_mask, [row.mask for row in rows], size)}
         inputs |= {"width": size[0], "height": size[1]}
     if loaded.controlnet:
-        control = [_resized(open_image(recipe.control), size)] * recipe.batch
+        control = _opened(open_image, [row.control for row in rows], size)
         inputs |= {"control_image" if recipe.init else "image": control}
         inputs |= {"controlnet_conditioning_scale": recipe.control_scale}
     steps = _kept_steps(recipe)[0] if recipe.init else recipe.steps
@@ -381,14 +446,16 @@ def _pipeline(pipe_class: Any, loaded: Loaded) -> Any:
     return pipe
 
 
-def _generators(recipe: Recipe) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(recipe.seed + i) for i in range(recipe.batch)]
-
-
 def _keep_unmasked(image: Image.Image, recipe: Recipe) -> Image.Image:
     """``image`` with the unmasked pixels as they were: the autoencoder alone would change them a little."""
     before, mask = open_image(recipe.init), open_mask(recipe.mask)
     return Image.composite(image, _resized(before, image.size), _resized(mask, image.size))
+
+
+def _opened(read: Callable[[str], Image.Image], paths: Sequence[str], size: tuple[int, int]) -> list[Image.Image]:
+    """The pictures at ``paths`` in ``size``; one that is named several times is read once."""
+    found = {path: _resized(read(path), size) for path in dict.fromkeys(paths)}
+    return [found[path] for path in paths]
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:

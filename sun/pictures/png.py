@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 
 
 def save_png(image: Image.Image, path: str | Path, text: Mapping[str, str] | None = None) -> Path:
+    """Write ``image`` as a PNG file: see :func:`write_png`. Raises OSError."""
+    return write_atomically(path, lambda handle: write_png(image, handle, text))
+
+
+def write_png(image: Image.Image, handle: IO[bytes], text: Mapping[str, str] | None = None) -> None:
     """Write ``image`` as PNG with ``text`` as tEXt chunks (iTXt where a value is not Latin-1)."""
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         info.add_text(key, value)
-    return write_atomically(path, lambda handle: image.save(handle, "PNG", pnginfo=info))
+    image.save(handle, "PNG", pnginfo=info)
 
 
 def read_png_text(path: str | Path) -> dict[str, str]:

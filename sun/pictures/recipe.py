@@ -144,6 +144,18 @@ class Recipe:
         return {field: path for field, path in named.items() if path}
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """``512`` or ``512x768`` -> (width, height); empty -> (0, 0), the model's own. Raises RecipeError."""
+    if not text:
+        return 0, 0
+    if not (match := re.fullmatch(r"\s*(\d{1,9})\s*(?:[xX×]\s*(\d{1,9}))?\s*", text)):
+        raise RecipeError(f"{_shown(text)} is not a size; write 512 or 512x768.")
+    sides = int(match[1]), int(match[2] or match[1])
+    if min(sides) < 8 or any(side % 8 for side in sides):
+        raise RecipeError(f"{_shown(text)}: both sides must be multiples of 8.")
+    return sides
+
+
 def split_lora(text: str) -> tuple[str, float]:
     """``path:weight`` -> (path, weight); the weight is 1 when there is none."""
     path, colon, weight = text.rpartition(":")
