@@ -76,7 +76,7 @@ def _version(value: bool) -> None:
 @app.callback(
     epilog="""Start with: [bold]sun generate "large polar bear, yellow background"[/bold]
 
-Exit codes: 0 done, 1 unexpected error, 2 wrong input, 130 interrupted."""
+Exit codes: 0 done, 1 unexpected error, 2 wrong input, 3 done but for some pictures of --prompts, 130 interrupted."""
 )
 def _options(
     debug: Annotated[
