@@ -14,7 +14,7 @@ from . import files
 from .attention import Attend, attend, sun_attention
 from .conditioning import AdapterTexts, Branch, LayerTexts
 from .files import Layout, SunFileError, SunInfo
-from .layers import guess_layers
+from .layers import guess_layers, kept_positions, layers_of_ldm, layers_of_unet
 
 Linear = Callable[..., nn.Module]
 
@@ -290,6 +290,8 @@ class SunAdapter(nn.Module):
             problem = f"it was made for text width {mine}, and {where} has {theirs}"
         elif len(channels) != len(self.layers):
             problem = f"it has {len(self.layers)} layers, and {where} has {len(channels)} cross-attention layers"
+            if len(channels) < len(self.layers):
+                problem += " (for a compact U-Net of its base take adapter.for_unet(unet))"
         else:
             i = next(i for i, (a, b) in enumerate(zip(channels, self.channels, strict=True)) if a != b)
             problem = f"its layer {self.names[i]} is {self.channels[i]} wide, and that of {where} is {channels[i]}"
@@ -298,6 +300,36 @@ class SunAdapter(nn.Module):
             f"{name} does not fit: {problem}.{base} Use an adapter trained for this base model, or a model of the "
             "family the adapter was trained on."
         )
+
+    def for_unet(self, unet: nn.Module) -> SunAdapter:
+        """This adapter for a compact U-Net of its base (``sun.compact``): without the layers that are gone there.
+
+        unet: of diffusers, or in LDM layout (ComfyUI, A1111, Forge). What is kept shares its tensors with this adapter.
+        Returns this adapter itself where nothing is gone. Raises SunFileError for a U-Net that did not come from a base
+        this adapter fits, ValueError for one of another family.
+        """
+        positions = kept_positions(self.names, unet)
+        layers = layers_of_unet(unet) if hasattr(unet, "up_blocks") else layers_of_ldm(unet)
+        if positions is None or [self.channels[i] for i in positions] != [layer.channels for layer in layers]:
+            name = str(self.info.path) if self.info.path else "The adapter"
+            raise SunFileError(
+                f"{name} does not fit this U-Net, not even as a compact one of its base: its {len(self.layers)} layers "
+                f"are {', '.join(dict.fromkeys(map(str, self.channels)))} wide, and the U-Net's {len(layers)} are "
+                f"{', '.join(dict.fromkeys(str(layer.channels) for layer in layers))}. Use an adapter for its base."
+            )
+        if len(positions) == len(self.layers):
+            return self
+        fitted = SunAdapter(
+            [layer.channels for layer in layers],
+            self.text_width,
+            self.positive,
+            names=[layer.name for layer in layers],
+            info=self.info,
+            device="meta",
+            guided=self.guided,
+        )
+        fitted.layers = nn.ModuleList(self.layers[i] for i in positions)
+        return fitted.train(self.training)
 
     def _parts(self) -> list[str]:
         return files.layer_parts(self.positive, self.guided)

@@ -155,6 +155,47 @@ def guess_layers(channels: Sequence[int]) -> list[AttentionLayer] | None:
     return None
 
 
+def kept_positions(names: Sequence[str], unet: Any) -> list[int] | None:
+    """Which of an original's layers, by their readable names, those of a compact U-Net assembled from it are.
+
+    unet: the compact one, of diffusers or in LDM layout. Assembly leaves a stage its first layers on the way down; on
+    the way up the first and the last ones, whose inputs have widths of their own. Returns positions in ``names`` in the
+    order of the compact U-Net's layers, or None where it cannot have come from such an original. Raises ValueError for
+    a U-Net of another family.
+    """
+    if hasattr(unet, "up_blocks"):
+        layers, stages = layers_of_unet(unet), len(unet.up_blocks)
+    else:
+        layers = layers_of_ldm(unet)
+        stages = 1 + sum(bool(re.search(r"input_blocks\.\d+\.0\.op$", name)) for name, _ in unet.named_modules())
+    places = [_place(name) for name in names]
+    if None in places:
+        return None
+    original = {place: i for i, place in enumerate(places) if place is not None}
+    whole = max((block for way, block, _, _ in original if way == "up"), default=0) + 1
+    found = []
+    for place in (_place(layer.name) for layer in layers):
+        assert place is not None
+        way, block, number, rest = place
+        old = block + whole - stages if way == "up" else block
+        mine = sum(
+            p is not None and p[:2] == (way, block) and p[3] == rest for p in map(_place, (la.name for la in layers))
+        )
+        theirs = sum(p[:2] == (way, old) and p[3] == rest for p in original)
+        slot = number + theirs - mine if way == "up" and number else number
+        position = original.get((way, old, slot, rest))
+        if position is None or mine > theirs:
+            return None
+        found.append(position)
+    return found
+
+
+def _place(name: str) -> tuple[str, int, int, str] | None:
+    """(down, up or mid; block; layer; transformer block) of a readable name."""
+    match = re.fullmatch(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.attentions\.(\d+)(.*)", name)
+    return (match[1] or "mid", int(match[2] or 0), int(match[3]), match[4]) if match else None
+
+
 def _enumerate(down: Sequence[Stage], mid: Stage, up: Sequence[Stage]) -> list[AttentionLayer]:
     """Number the layers: diffusers lists down, up, mid; the forward pass runs down, mid, up."""
     layers: list[AttentionLayer] = []

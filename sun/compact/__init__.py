@@ -17,6 +17,7 @@ from .structure import LISTS, CompactError, Shape, candidates, shape_of
 
 if TYPE_CHECKING:
     from .assembly import assemble
+    from .carrying import carry_over, control_residuals
     from .measuring import State
     from .pipelines import record_states, save_folder, save_single_file
     from .planfile import Plan, read_plan, write_plan
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 _HOME_OF = {
     "assemble": "assembly",
+    "carry_over": "carrying",
+    "control_residuals": "carrying",
     "State": "measuring",
     "Plan": "planfile",
     "read_plan": "planfile",
@@ -43,6 +46,8 @@ __all__ = [
     "State",
     "assemble",
     "candidates",
+    "carry_over",
+    "control_residuals",
     "plan",
     "read_plan",
     "record_states",
