@@ -11,6 +11,7 @@ import binascii
 import io
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
@@ -25,7 +26,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from ..sun.common.reading import printable
 from ..sun.inheritance import InheritanceError
 from ..sun.user_pictures import PictureError, read_mask, read_picture
-from . import folders, generate, store
+from . import folders, generate, store, switching
 from .choices import (
     AUTOMATIC,
     EVERY,
@@ -34,6 +35,7 @@ from .choices import (
     MAX_SEED,
     MAX_TEXT,
     OFF,
+    SHARE,
     STEPS,
     STRENGTH,
     TAU,
@@ -96,6 +98,9 @@ class TextRequest(BaseModel):
     inherit: str = Field(
         OFF, max_length=MAX_PLAN, description="feature inheritance: off, fine, balanced, fast or a plan"
     )
+    switch: str = Field(OFF, max_length=1000, description="a listed model whose small U-Net makes a share of the steps")
+    share: float = Field(0.4, ge=SHARE[0], le=SHARE[1])
+    switch_order: Literal["small first", "large first"] = "small first"
 
 
 class ImageRequest(TextRequest):
@@ -239,6 +244,9 @@ def accelerators_of(body: TextRequest) -> AcceleratorSettings:
     settings = AcceleratorSettings(inherit=body.inherit)
     if chosen is not None:
         settings = AcceleratorSettings(True, chosen.tau, chosen.every, chosen.calibration, body.inherit)
+    settings = replace(settings, switch=body.switch, share=body.share, switch_order=body.switch_order)
+    if settings.switches and settings.switch not in switching.names():
+        raise HTTPException(404, f"No model named {body.switch!r:.200} to switch with. Names are those of the page.")
     try:
         if settings.inherits:
             settings.plan()

@@ -14,6 +14,7 @@ from ..sun.inheritance import Plan, parse_plan
 from ..sun.ltc import LtcError, LtcSettings
 from ..sun.ltc.keep import AGAIN
 from ..sun.ltc.keep import AUTOMATIC as ONCE
+from ..sun.switching import ORDERS, SMALL_FIRST, Switching
 
 if TYPE_CHECKING:
     from ..sun.schedule import DenoiseMode
@@ -44,9 +45,10 @@ class SunSettings:
 
 @dataclass(frozen=True)
 class AcceleratorSettings:
-    """What the section "without training" says; both are off by default.
+    """What the section "without training" says; all are off by default.
 
     ltc: skip steps. tau: radians. calibration: one of CALIBRATIONS. inherit: off, a preset, or a plan in words.
+    switch: off, or the listed model whose U-Net makes a share of the steps, in this order.
     """
 
     ltc: bool = False
@@ -54,11 +56,18 @@ class AcceleratorSettings:
     every: int = 2
     calibration: str = ONCE
     inherit: str = OFF
+    switch: str = OFF
+    share: float = 0.4
+    switch_order: str = SMALL_FIRST
 
     @property
     def on(self) -> bool:
         """Whether anything is to be done."""
-        return self.ltc or self.inherits
+        return self.ltc or self.inherits or self.switches
+
+    @property
+    def switches(self) -> bool:
+        return self.switch.strip() not in ("", OFF)
 
     @property
     def inherits(self) -> bool:
@@ -70,6 +79,10 @@ class AcceleratorSettings:
             raise LtcError(f"LTC-Accel's calibration is one of {CALIBRATIONS}, not {self.calibration!r}.")
         return LtcSettings(tau=float(self.tau), every=int(self.every))
 
+    def switching(self) -> Switching:
+        """Which share of the steps the small U-Net makes. Raises SwitchingError for what cannot be."""
+        return Switching(float(self.share), self.switch_order)
+
     def plan(self) -> Plan:
         """What feature inheritance leaves out. Raises InheritanceError for words that are no plan."""
         return parse_plan(self.inherit)
@@ -78,7 +91,8 @@ class AcceleratorSettings:
 Settings = TypeVar("Settings", SunSettings, AcceleratorSettings)
 SUN_CONTROLS = ("enabled", "adapter", "strength", "steps", "main_negative", "negative", "denoise_mode", "sampling")
 ACCELERATOR_CONTROLS = tuple(field.name for field in fields(AcceleratorSettings))
-CONTROLS = (*SUN_CONTROLS, *ACCELERATOR_CONTROLS, "guidance")
+_LATER = ("switch", "share", "switch_order")
+CONTROLS = (*SUN_CONTROLS, *(name for name in ACCELERATOR_CONTROLS if name not in _LATER), "guidance", *_LATER)
 """Names of the script's arguments, in order; the API's `alwayson_scripts` may give them by name in one object."""
 
 Bounds = tuple[float, float]
@@ -87,6 +101,7 @@ GUIDANCE: Bounds = (0, 30)
 STEPS: Bounds = (1, 50)
 TAU: Bounds = (0, 1.6)
 EVERY: Bounds = (2, 10)
+SHARE: Bounds = (0, 1)
 MAX_TEXT = 20_000
 MAX_PLAN = 400
 MAX_SEED = 2**53
@@ -96,10 +111,15 @@ MAX_PIXELS = 4096 * 4096
 MAX_WORK = 2**28
 """Pixels times steps, of all pictures of a batch: 16 pictures of 1024 x 1024 in 16 steps."""
 
-BOUNDS = {"strength": STRENGTH, "guidance": GUIDANCE, "steps": STEPS, "tau": TAU, "every": EVERY}
+BOUNDS = {"strength": STRENGTH, "guidance": GUIDANCE, "steps": STEPS, "tau": TAU, "every": EVERY, "share": SHARE}
 WHOLE = ("steps", "every")
 TRUTHS = ("enabled", "main_negative", "ltc")
-WORDS = {"denoise_mode": DENOISE_MODES, "sampling": SAMPLINGS, "calibration": CALIBRATIONS}
+WORDS = {
+    "denoise_mode": DENOISE_MODES,
+    "sampling": SAMPLINGS,
+    "calibration": CALIBRATIONS,
+    "switch_order": list(ORDERS),
+}
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "none", "null", "")
 
 

@@ -9,8 +9,23 @@ import gradio as gr
 from modules.ui_components import InputAccordion, ToolButton
 
 from ..sun.inheritance import PRESETS
-from . import folders
-from .choices import AUTOMATIC, CALIBRATIONS, EVERY, GUIDANCE, OFF, STEPS, STRENGTH, TAU, AcceleratorSettings
+from ..sun.switching import ORDERS
+from . import folders, switching
+from .choices import (
+    ACCELERATOR_CONTROLS,
+    AUTOMATIC,
+    CALIBRATIONS,
+    CONTROLS,
+    EVERY,
+    GUIDANCE,
+    OFF,
+    SHARE,
+    STEPS,
+    STRENGTH,
+    SUN_CONTROLS,
+    TAU,
+    AcceleratorSettings,
+)
 
 TITLE = "SUN"
 TAKES_OVER = (
@@ -35,7 +50,11 @@ CALIBRATION_CHOICES = list(
 def create(elem_id: Callable[[str], str]) -> list[Any]:
     """The controls in the order of CONTROLS; `elem_id` makes the host's name of one."""
     *controls, guidance = _sun(elem_id)
-    return [*controls, *_accelerators(elem_id), guidance]
+    accelerators = [*_accelerators(elem_id), *_switching(elem_id)]
+    made = dict(
+        zip((*SUN_CONTROLS, "guidance", *ACCELERATOR_CONTROLS), (*controls, guidance, *accelerators), strict=True)
+    )
+    return [made[name] for name in CONTROLS]
 
 
 def adapter_names() -> list[str]:
@@ -152,3 +171,37 @@ def _accelerators(elem_id: Callable[[str], str]) -> list[Any]:
             info="Parts of the U-Net reuse what they made some steps ago: fine changes little, fast much",
         )
     return [ltc, tau, every, calibration, inherit]
+
+
+def switching_names() -> list[str]:
+    """What the list of small U-Nets offers."""
+    return [OFF, *switching.names()]
+
+
+def _switching(elem_id: Callable[[str], str]) -> list[Any]:
+    """An accordion of its own: it needs a second model."""
+    default = AcceleratorSettings()
+    with gr.Accordion("SUN switching (a second, small U-Net)", open=False, elem_id=elem_id("switching")):
+        with gr.Row():
+            switch = gr.Dropdown(
+                switching_names(),
+                value=default.switch,
+                label="Small U-Net",
+                elem_id=elem_id("switch"),
+                info="Of a checkpoint or a file in models/sun: an assembled one, BK-SDM, or SSD-1B for SDXL",
+            )
+            refresh = ToolButton("\U0001f504", elem_id=elem_id("refresh_switch"))
+        with gr.Row():
+            share = gr.Slider(
+                *SHARE,
+                value=default.share,
+                step=0.05,
+                label="Its share of the steps",
+                elem_id=elem_id("share"),
+                info="0: the loaded model alone, 1: the small U-Net alone",
+            )
+            order = gr.Radio(
+                list(ORDERS), value=default.switch_order, label="Which begins", elem_id=elem_id("switch_order")
+            )
+        refresh.click(fn=lambda: gr.update(choices=switching_names()), inputs=[], outputs=[switch])
+    return [switch, share, order]

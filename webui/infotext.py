@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..sun import __version__
 from ..sun.ltc.keep import AGAIN, AUTOMATIC
-from . import store
+from . import store, switching
 from .choices import SunSettings
 
 if TYPE_CHECKING:
@@ -28,10 +28,14 @@ TAU = "LTC-Accel tau"
 EVERY = "LTC-Accel every"
 MEASURED = "LTC-Accel measured"
 INHERIT = "Feature inheritance"
+SWITCH = "Switching model"
+SWITCH_HASH = "Switching model hash"
+SHARE = "Switching share"
+ORDER = "Switching order"
 WRITTEN = (ADAPTER, HASH, STRENGTH, GUIDANCE, NEGATIVE, MAIN_NEGATIVE, DENOISE_MODE, SAMPLING, VERSION)
 """What `write` writes."""
-WRITTEN_BY_ACCELERATORS = (TAU, EVERY, MEASURED, INHERIT)
-PASTED = (ADAPTER, STRENGTH, GUIDANCE, NEGATIVE, TAU, INHERIT)
+WRITTEN_BY_ACCELERATORS = (TAU, EVERY, MEASURED, INHERIT, SWITCH, SWITCH_HASH, SHARE, ORDER)
+PASTED = (ADAPTER, STRENGTH, GUIDANCE, NEGATIVE, TAU, INHERIT, SWITCH)
 
 Params = dict[str, Any]
 
@@ -56,13 +60,17 @@ def write(settings: SunSettings, path: Path) -> dict[str, Any]:
 
 
 def write_accelerators(settings: AcceleratorSettings) -> dict[str, Any]:
-    """Entries of LTC-Accel and feature inheritance. Raises LtcError, InheritanceError for settings that cannot be."""
+    """Entries of LTC-Accel, feature inheritance and switching. Raises what their settings that cannot be raise."""
     entries: dict[str, Any] = {}
     if settings.ltc:
         chosen = settings.ltc_settings()
         entries |= {TAU: f"{chosen.tau:g}", EVERY: chosen.every}
     if settings.inherits:
         entries[INHERIT] = str(settings.plan())
+    if settings.switches:
+        chosen_pair = settings.switching()
+        entries |= {SWITCH: settings.switch, SWITCH_HASH: switching.short_hash(settings.switch)}
+        entries |= {SHARE: f"{chosen_pair.share:g}", ORDER: chosen_pair.order}
     return entries
 
 
@@ -92,7 +100,7 @@ def mend_pasted(_infotext: str, params: Params) -> None:
 
     The host sees Hires fix in a denoising strength beside a size of 0 that it adds itself to every infotext.
     """
-    ours = any(key in params for key in (ADAPTER, TAU, INHERIT))
+    ours = any(key in params for key in (ADAPTER, TAU, INHERIT, SWITCH))
     if ours and not any(key in params for key in HIRES):
         for key in ("Hires resize-1", "Hires resize-2"):
             if str(params.get(key, 0)) == "0":
@@ -128,5 +136,8 @@ READERS: dict[str, Callable[[Params], Any]] = {
     "every": _of_ltc(lambda params: int(params.get(EVERY, 2))),
     "calibration": _of_ltc(lambda params: AGAIN if MEASURED in params else AUTOMATIC),
     "inherit": lambda params: params.get(INHERIT, "off"),
+    "switch": lambda params: params.get(SWITCH, "off"),
+    "share": lambda params: float(params[SHARE]) if SHARE in params else None,
+    "switch_order": lambda params: params.get(ORDER),
 }
 """A reader for each control of the accordion, by its name."""

@@ -21,15 +21,13 @@ from ..sun.inheritance import (
     places_of,
     roles_of,
 )
-from .hosts import family
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def sampling(p: Any, plan: Plan, steps: int) -> Iterator[None]:
-    """Lets the U-Net of p inherit features. Raises InheritanceError for a plan that does not fit it."""
-    unet = family.of(p.sd_model).unet_of(p.sd_model)
+def sampling(unet: Any, plan: Plan, steps: int) -> Iterator[None]:
+    """Lets a U-Net inherit features. Raises InheritanceError for a plan that does not fit it."""
     places = places_of(unet)
     run, call = InheritanceRun(plan, roles_of(plan, places), steps), ExitStack()
 

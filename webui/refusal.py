@@ -13,6 +13,7 @@ from ..sun.files import SunFileError
 from ..sun.inheritance import InheritanceError
 from ..sun.ltc import LtcError
 from ..sun.prediction import PredictionError
+from ..sun.switching import SwitchingError
 from . import folders
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def refusal(error: Exception) -> HTTPException:
 
 
 def status_of(error: Exception) -> int:
-    if isinstance(error, SunFileError | LtcError | InheritanceError | PredictionError | FileNotFoundError):
+    of_models = (SunFileError, LtcError, InheritanceError, SwitchingError, PredictionError, FileNotFoundError)
+    if isinstance(error, of_models):
         return 409
     return 422 if isinstance(error, ValueError) else 500
 

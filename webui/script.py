@@ -12,7 +12,7 @@ from modules import scripts, shared
 
 from ..sun.files import SunFileError
 from ..sun.prediction import check_prediction
-from . import choices, controls, folders, infotext, negative, sampler, store, xyz
+from . import choices, controls, folders, infotext, negative, sampler, store, switching, xyz
 from .accelerators import AcceleratorRun
 from .choices import CONTROLS, SunSettings, overridden, read_arguments
 from .controls import TITLE
@@ -53,7 +53,7 @@ class SunScript(scripts.Script):
         return made
 
     def before_process(self, p: Any, *args: Any) -> None:
-        p.sun_run = p.sun_accelerators = None
+        p.sun_run = p.sun_accelerators = p.sun_switching = None
         try:
             enabled, settings, accelerators = read_arguments(args)
             settings, accelerators = overridden(p, settings), overridden(p, accelerators)
@@ -230,7 +230,7 @@ def around(
 ) -> list[AbstractContextManager[None]]:
     """What is to be around one sampling of `steps` steps; any order of entering will do."""
     return [
-        *([counting(p.sd_model, counter)] if counter is not None else []),
+        *([counting(p, counter)] if counter is not None else []),
         *([sun_sampling(p, run)] if run is not None else []),
         *(accelerators.sampling(p, steps) if accelerators is not None else []),
     ]
@@ -278,17 +278,20 @@ def sun_sampling(p: Any, run: WebuiRun) -> Iterator[None]:
 
 
 @contextmanager
-def counting(sd_model: Any, counter: Counter) -> Iterator[None]:
-    """Counts the calls of the U-Net while the block runs."""
+def counting(p: Any, counter: Counter) -> Iterator[None]:
+    """Counts the calls of the U-Net, or of both where there are two, while the block runs."""
 
     def count(_module: Any, args: tuple[Any, ...]) -> None:
         counter.calls += 1
         counter.rows += args[0].shape[0]
 
-    handle = family.of(sd_model).unet_of(sd_model).register_forward_pre_hook(count)
+    both = switching.current(p)
+    unets = [family.of(p.sd_model).unet_of(p.sd_model)] if both is None else both.unets
+    handles = [unet.register_forward_pre_hook(count) for unet in unets]
     begin = time.perf_counter()
     try:
         yield
     finally:
         counter.seconds += time.perf_counter() - begin
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -13,11 +13,13 @@ from typing import Any
 
 from modules import scripts, sd_samplers
 
-from . import folders, sampler, store
+from ..sun.switching import ORDERS
+from . import folders, sampler, store, switching
 from .choices import (
     AUTOMATIC,
     DENOISE_MODES,
     GUIDANCE,
+    OFF,
     SUN_CONTROLS,
     SunSettings,
     number,
@@ -49,6 +51,9 @@ LABELS = {
     "tau": "LTC-Accel tau",
     "every": "LTC-Accel every",
     "inherit": "feature inheritance",
+    "switch": "switching model",
+    "share": "switching share",
+    "switch_order": "switching order",
 }
 NOTED = (*TAKEN_OVER, *OF_OTHER_SCHEDULES, *OF_GUIDANCE)
 
@@ -203,6 +208,9 @@ def register() -> None:
         ("tau", float, skipping, {}),
         ("every", int, skipping, {}),
         ("inherit", str, plain, {}),
+        ("switch", str, plain, {"choices": lambda: [OFF, *switching.names()], "cost": 0.5}),
+        ("share", float, plain, {}),
+        ("switch_order", str, plain, {"choices": lambda: list(ORDERS)}),
     )
     axes = []
     for name, kind, setter, more in made:

@@ -59,8 +59,23 @@ def prediction_of(sd_model: Any) -> str:
 
 
 @contextmanager
+def kept_beside(p: Any, unet: torch.nn.Module) -> Iterator[None]:
+    unet.to(next(unet_of(p.sd_model).parameters()).device)
+    try:
+        yield
+    finally:
+        if getattr(shared.cmd_opts, "lowvram", False) or getattr(shared.cmd_opts, "medvram", False):
+            unet.to("cpu")
+
+
+def patches_weights(sd_model: Any) -> bool:
+    return False  # LoRAs are in every Linear and convolution of a name they know, the small U-Net's too
+
+
+@contextmanager
 def sampling(run: WebuiRun, p: Any) -> Iterator[None]:
     unet = unet_of(p.sd_model)
+    small = getattr(getattr(p, "sun_switching", None), "small", None)
     batch = _batches[id(run)] = Batch()
     with ExitStack() as stack:
         stack.callback(_batches.pop, id(run))
@@ -71,10 +86,15 @@ def sampling(run: WebuiRun, p: Any) -> Iterator[None]:
                 raise run.error
             batch.begin(args[0].shape[0])
 
-        stack.callback(unet.register_forward_pre_hook(begin).remove)
-        for position, layer in enumerate(run.layers):
-            for handle in _hook(unet.get_submodule(layer.ldm), position, run, batch):
-                stack.callback(handle.remove)
+        positions = {layer.ldm: position for position, layer in enumerate(run.layers)}
+        hooked = {unet: positions}
+        if small is not None:  # a layer of it has what the adapter has for the layer that it is like
+            hooked[small.unet] = {own: positions[like] for own, like in small.attentions().items() if like in positions}
+        for one, places in hooked.items():
+            stack.callback(one.register_forward_pre_hook(begin).remove)
+            for name, position in places.items():
+                for handle in _hook(one.get_submodule(name), position, run, batch):
+                    stack.callback(handle.remove)
         yield
 
 

@@ -23,6 +23,12 @@ class Host(Protocol):
     def sampling(self, run: WebuiRun, p: Any) -> AbstractContextManager[None]:
         """Hangs SUN on the model while one sampling runs, and takes it off whatever happens."""
 
+    def kept_beside(self, p: Any, unet: torch.nn.Module) -> AbstractContextManager[None]:
+        """Has another U-Net where the loaded one is, while one sampling runs."""
+
+    def patches_weights(self, sd_model: Any) -> bool:
+        """Whether weights of the loaded U-Net alone are changed for this run (LoRAs)."""
+
     def before_step(self, run: WebuiRun, params: Any) -> None:
         """Prepares a step, from the host's CFG denoiser callback."""
 

@@ -34,6 +34,30 @@ def prediction_of(sd_model: Any) -> str:
 
 
 @contextmanager
+def kept_beside(p: Any, unet: torch.nn.Module) -> Iterator[None]:
+    objects = p.sd_model.forge_objects
+    before = objects.unet
+    add = getattr(before, "add_extra_torch_module_during_sampling", None)
+    if add is None:  # no host known; then as A1111 has it
+        unet.to(next(unet_of(p.sd_model).parameters()).device)
+        yield
+        return
+    patched = before.clone()
+    patched.add_extra_torch_module_during_sampling(unet, cast_to_unet_dtype=False)
+    objects.unet = patched
+    try:
+        yield
+    finally:
+        if objects.unet is patched:
+            objects.unet = before
+
+
+def patches_weights(sd_model: Any) -> bool:
+    unet = sd_model.forge_objects.unet
+    return bool(getattr(unet, "lora_patches", None) or getattr(unet, "patches", None))
+
+
+@contextmanager
 def sampling(run: WebuiRun, p: Any) -> Iterator[None]:
     objects = p.sd_model.forge_objects
     before = objects.unet

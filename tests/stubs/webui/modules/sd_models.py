@@ -2,6 +2,9 @@
 
 from typing import Any
 
+checkpoints_list: dict[str, Any] = {}
+"""By title: an object with .title and .filename."""
+
 
 def checkpoint_tiles() -> list[str]:
     return ["emoji.safetensors [0123456789]"]
