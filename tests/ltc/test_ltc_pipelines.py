@@ -13,14 +13,8 @@ import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionXLPipeline,
-    TextToVideoSDPipeline,
-    UNet2DConditionModel,
-    UNet3DConditionModel,
 )
+from larger_models import sd3, sdxl, text_to_video
 from peft import LoraConfig
 from tiny import TEXT_WIDTH, make_adapter
 
@@ -359,61 +353,7 @@ def test_a_given_table_that_does_not_serve_says_why(pipe: Any) -> None:
 # ---------------------------------------------------------------------------------------------------- other pipelines
 
 
-def sdxl() -> tuple[Any, dict[str, Any]]:
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=TEXT_WIDTH,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2), attention_head_dim=2, norm_num_groups=4,
-        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=40,
-    ).eval()  # fmt: skip
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL(
-        block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4,
-    )  # fmt: skip
-    pipe = StableDiffusionXLPipeline(
-        vae, None, None, None, None, unet, DPMSolverMultistepScheduler(timestep_spacing="trailing")
-    )
-    text, pooled = torch.randn(1, 5, TEXT_WIDTH), torch.randn(1, 16)
-    return pipe, {"prompt_embeds": text, "negative_prompt_embeds": -text, "pooled_prompt_embeds": pooled,
-                  "negative_pooled_prompt_embeds": -pooled, "height": 64, "width": 64}  # fmt: skip
-
-
-def sd3() -> tuple[Any, dict[str, Any]]:
-    torch.manual_seed(0)
-    transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=1, in_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=2,
-        joint_attention_dim=TEXT_WIDTH, caption_projection_dim=8, pooled_projection_dim=16, out_channels=4,
-    ).eval()  # fmt: skip
-    from diffusers import AutoencoderTiny
-
-    pipe = StableDiffusion3Pipeline(
-        transformer, FlowMatchEulerDiscreteScheduler(), AutoencoderTiny(), None, None, None, None, None, None
-    )
-    text, pooled = torch.randn(1, 5, TEXT_WIDTH), torch.randn(1, 16)
-    return pipe, {"prompt_embeds": text, "negative_prompt_embeds": -text, "pooled_prompt_embeds": pooled,
-                  "negative_pooled_prompt_embeds": -pooled, "height": 64, "width": 64}  # fmt: skip
-
-
-def video() -> tuple[Any, dict[str, Any]]:
-    torch.manual_seed(0)
-    unet = UNet3DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=TEXT_WIDTH,
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-        attention_head_dim=4, norm_num_groups=4,
-    ).eval()  # fmt: skip
-    from diffusers import AutoencoderTiny
-
-    pipe = TextToVideoSDPipeline(
-        AutoencoderTiny(), None, None, unet, DPMSolverMultistepScheduler(timestep_spacing="trailing")
-    )
-    text = torch.randn(1, 5, TEXT_WIDTH)
-    return pipe, {"prompt_embeds": text, "negative_prompt_embeds": -text, "num_frames": 2, "height": 64, "width": 64}
-
-
-@pytest.mark.parametrize("make", [sdxl, sd3, video])
+@pytest.mark.parametrize("make", [sdxl, sd3, text_to_video])
 def test_other_models_skip_steps(make: Callable[[], Any], count_calls: Callable[..., Any]) -> None:
     pipe, texts = make()
     pipe.set_progress_bar_config(disable=True)
