@@ -69,6 +69,22 @@ def check_base(model: comfy.model_patcher.ModelPatcher, loaded: LoadedAdapter) -
     return layers
 
 
+def fitted(model: comfy.model_patcher.ModelPatcher, loaded: LoadedAdapter) -> LoadedAdapter:
+    """The adapter for this model: as it is, or without the layers that a compact U-Net of its base lacks.
+
+    Raises SunFileError for a model it does not fit either way.
+    """
+    layers = layers_of(model)
+    if not layers or len(layers) >= len(loaded.adapter.layers):
+        return loaded
+    unet = model.model.diffusion_model
+    patcher = _patcher(loaded.adapter.for_unet(unet), str(loaded.adapter.info.path))
+    patcher.cached_patcher_init = (lambda file, **_: _patcher(load_adapter(file).adapter.for_unet(unet), file), (
+        str(loaded.adapter.info.path),
+    ))  # fmt: skip
+    return LoadedAdapter(loaded.name, patcher)
+
+
 def describe(loaded: LoadedAdapter) -> tuple[str, str]:
     """(a few lines for people, the same as JSON) about an adapter. What its file does not record is null in the JSON.
 

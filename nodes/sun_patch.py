@@ -37,7 +37,7 @@ from ..sun.conditioning import AdapterTexts, repeated_in_turn
 from ..sun.kept import Interval, Negative, SunRun
 from ..sun.layers import AttentionLayer
 from . import checks, merging, notices
-from .loading import LoadedAdapter, check_base, load_adapter
+from .loading import LoadedAdapter, check_base, fitted, load_adapter
 
 __all__ = ["KEY", "LoadedAdapter", "SunSettings", "apply", "load_adapter", "settings_of"]
 
@@ -139,6 +139,7 @@ def apply(
     Raises SunFileError if the adapter does not fit the model, ValueError for an effect that ends before it starts or
     a guidance scale that the adapter does not take.
     """
+    loaded = fitted(model, loaded)
     layers = check_base(model, loaded)
     checks.check_effect(effect)
     adapter: SunAdapter = loaded.patcher.model

@@ -287,7 +287,7 @@ def _attach_small(pipe: Any, loaded: Loaded, recipe: Recipe) -> None:
     """Let the small U-Net make its share of the steps, with SUN on it where SUN is on the model. Raises RecipeError."""
     if loaded.adapter:
         try:
-            attach(loaded.small, loaded.adapter, strength=recipe.sun_strength)
+            attach(loaded.small, loaded.adapter.for_unet(loaded.small), strength=recipe.sun_strength)
         except (SunFileError, ValueError) as error:
             raise RecipeError(
                 f"the adapter fits the model, but not the small U-Net of --switch: {error} Use --adapter none, with "

@@ -191,8 +191,11 @@ def test_sun_on_both_with_an_adapter_each(host, run, pair, switch, tmp_path, cap
     assert relative(changed, both) > 1e-3
     run.ksampler(switch(0.5, large=run.apply()))
     assert "SUN acts on the large model alone" in caplog.text
-    with pytest.raises(ValueError, match="each of the two models before they go into Switch"):
-        run.apply(switch(0.5))  # the shipped adapter does not fit the small model
+    caplog.clear()
+    fitted = run.sun(run.apply(switch(0.5)))  # behind the node: on both, without the layers that the small one lacks
+    assert "acts on the large model alone" not in caplog.text
+    assert torch.equal(fitted, run.sun(switch(0.5, large=run.apply(), small=run.apply(pair.small))))
+    assert relative(fitted, both) > 1e-4
 
 
 def test_ltc_accel_never_repeats_the_other_model(host, run, pair, switch, watched, caplog) -> None:
