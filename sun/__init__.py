@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .files import SunFileError, SunInfo
     from .layers import AttentionLayer, layers_of_ldm, layers_of_unet
     from .pipelines.attach import attach, detach
+    from .runtimes.pipeline import load_exported
     from .schedule import denoise_timesteps, trailing_timesteps
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ _HOME_OF = {
     "layers_of_unet": "layers",
     "attach": "pipelines.attach",
     "detach": "pipelines.attach",
+    "load_exported": "runtimes.pipeline",
     "denoise_timesteps": "schedule",
     "trailing_timesteps": "schedule",
     "compact": "",
@@ -54,6 +56,7 @@ __all__ = [
     "detach",
     "layers_of_ldm",
     "layers_of_unet",
+    "load_exported",
     "trailing_timesteps",
 ]
 

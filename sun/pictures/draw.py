@@ -42,13 +42,14 @@ from ..pipelines.loading import (
 from ..pipelines.lora import apply_lora
 from ..pipelines.schedulers import make_scheduler
 from ..pipelines.text import encode_prompts, read_as_words
+from ..runtimes.contents import is_exported
 from ..schedule import denoise_timesteps, trailing_timesteps
 from ..shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_SUN, SHIPPED
 from ..switching import SwitchingError
 from ..switching.pipelines import attach as attach_switching
 from ..switching.pipelines import detach as detach_switching
 from ..user_pictures import PictureError, read_mask, read_picture
-from .recipe import MAX_SIDE, Recipe, RecipeError, fingerprints, png_text, split_lora
+from .recipe import INSIDE, MAX_SIDE, Recipe, RecipeError, fingerprints, png_text, split_lora
 
 OnStep = Callable[[int, int], None]
 TOGETHER = "drawn_together"
@@ -64,10 +65,14 @@ class Loaded:
     controlnet: Any = None
     small: Any = None
     """The U-Net that makes a share of the steps, if there is one."""
+    exported: Any = None
+    """The ``ExportedPipeline`` that ``pipe`` is of, with its own adapter and ControlNet."""
 
     @property
     def size(self) -> int:
-        """Pixels of the model's own square pictures."""
+        """Pixels of the model's own square pictures, or those an exported model is fixed to (its width)."""
+        if self.exported is not None and self.exported.contents.size:
+            return int(self.exported.contents.size[0])
         return int(self.pipe.unet.config.sample_size) * int(self.pipe.vae_scale_factor)
 
 
@@ -87,6 +92,12 @@ class Drawn:
 
 def load(recipe: Recipe) -> Loaded:
     """Load model, adapter, LoRAs and ControlNet of ``recipe``. Raises RecipeError or SunFileError."""
+    if is_exported(recipe.model):
+        return _load_exported(recipe)
+    if INSIDE in (recipe.adapter, recipe.controlnet):
+        raise RecipeError(
+            f"{printable(recipe.model)} is not an exported model with an adapter inside. Name the adapter."
+        )
     device = _device(recipe.device)
     with _as_recipe_error():
         dtype = pick_dtype(recipe.dtype, device)
@@ -99,6 +110,41 @@ def load(recipe: Recipe) -> Loaded:
     pipe.to(device)
     adapter = None if recipe.adapter == "none" else load_adapter(recipe.adapter)
     return Loaded(pipe, adapter, controlnet, small)
+
+
+def _load_exported(recipe: Recipe) -> Loaded:
+    from ..runtimes.pipeline import load_exported
+
+    with _as_recipe_error():
+        exported = load_exported(recipe.model, threads=torch.get_num_threads())
+    if recipe.adapter == "none" and exported.contents.with_sun:
+        raise RecipeError(
+            "the adapter is inside this exported model. Leave --adapter out; --sun-strength 0 silences it."
+        )
+    if recipe.control and exported.controlnet is None:
+        raise RecipeError("this model was exported without a ControlNet. Export it again with --controlnet.")
+    return Loaded(exported.pipe, None, exported.controlnet if recipe.control else None, exported=exported)
+
+
+def _completed_for_export(recipe: Recipe) -> Recipe:
+    """``recipe`` for an exported model: its own adapter and ControlNet, on the CPU. Raises RecipeError."""
+    given = {
+        "--adapter": "" if recipe.adapter in (SHIPPED, INSIDE, "none") else recipe.adapter,
+        "--controlnet": "" if recipe.controlnet in (SHIPPED, INSIDE) else recipe.controlnet,
+        "--lora": ", ".join(recipe.loras),
+        "--config": recipe.config,
+        "--switch": recipe.switch,
+        "--dtype": "" if recipe.dtype in ("auto", "float32") else recipe.dtype,
+        "--device": "" if recipe.device in ("auto", "cpu") else recipe.device,
+    }
+    for option, value in given.items():
+        if value:
+            raise RecipeError(
+                f"{option} {printable(value)}: {printable(recipe.model)} is an exported model, in which that is fixed. "
+                "Leave the option out, or export the model again with it (`sun export`)."
+            )
+    adapter, controlnet = "none" if recipe.adapter == "none" else INSIDE, INSIDE if recipe.control else ""
+    return replace(recipe, device="cpu", dtype="float32", adapter=adapter, controlnet=controlnet)
 
 
 def load_adapter(name: str) -> SunAdapter:
@@ -135,6 +181,8 @@ def _as_recipe_error() -> Iterator[None]:
 
 def complete(recipe: Recipe, loaded: Loaded | None = None) -> Recipe:
     """``recipe`` with every default that depends on files or the model filled in, and checked. Raises RecipeError."""
+    if is_exported(recipe.model):
+        recipe = _completed_for_export(recipe)
     _check_guidance(recipe)
     if recipe.mask and not recipe.init:
         raise RecipeError("a mask needs the picture it masks. Add --init IMAGE.")
@@ -144,7 +192,7 @@ def complete(recipe: Recipe, loaded: Loaded | None = None) -> Recipe:
         recipe = replace(recipe, strength=(1.0 if recipe.mask else 0.5) if recipe.strength is None else recipe.strength)
         _kept_steps(recipe)
     if loaded and not (recipe.width and recipe.height):
-        width, height = loaded.size, loaded.size
+        width, height = (loaded.exported and loaded.exported.contents.size) or (loaded.size, loaded.size)
         if recipe.init:
             width, height = (max(8, side // 8 * 8) for side in open_image(recipe.init).size)
             if max(width, height) > MAX_SIDE:
@@ -153,6 +201,8 @@ def complete(recipe: Recipe, loaded: Loaded | None = None) -> Recipe:
                     "Give the size to draw with --size."
                 )
         recipe = replace(recipe, width=width, height=height)
+    if loaded and loaded.exported is not None and not loaded.exported.contents.with_sun:
+        recipe = replace(recipe, adapter="none")
     if loaded:
         recipe = replace(recipe, guidance=_guidance(recipe, loaded))
     return replace(recipe, dtype=str(_dtype(recipe)).removeprefix("torch."), device=_device(recipe.device))
@@ -171,6 +221,11 @@ def _check_guidance(recipe: Recipe) -> None:
 def _guidance(recipe: Recipe, loaded: Loaded) -> float | None:
     """The scale this run uses; None with an adapter that has its own fixed in the weights. Raises RecipeError."""
     adapter = loaded.adapter
+    if loaded.exported is not None and loaded.exported.contents.with_sun:
+        contents = loaded.exported.contents
+        if not contents.guided and recipe.guidance is not None:
+            raise RecipeError("the guidance scale is fixed in this exported model. Leave --guidance out.")
+        return contents.guidance if contents.guided and recipe.guidance is None else recipe.guidance
     if adapter is None:
         return 7.5 if recipe.guidance is None else recipe.guidance
     if adapter.guided:
@@ -348,7 +403,7 @@ def _draw(
             pixels = pipe(
                 prompt_embeds=texts[0],
                 negative_prompt_embeds=texts[1],
-                guidance_scale=1.0 if recipe.guidance is None else recipe.guidance,
+                **_steering(loaded, recipe, texts[1]),
                 generator=[torch.Generator().manual_seed(row.seed) for row in rows],
                 callback_on_step_end=after_step,
                 callback_on_step_end_tensor_inputs=["latents"],
@@ -370,6 +425,18 @@ def _draw(
     small_calls = 0.0 if of_small is None else of_small.rows / len(rows)
     calls = counter.rows / len(rows) + small_calls
     return Drawn(images, latents["last"].float().cpu(), calls, seconds, small_calls, tuple(whole.tolist()))
+
+
+def _steering(loaded: Loaded, recipe: Recipe, negative: torch.Tensor) -> dict[str, Any]:
+    """What tells the pipeline how strongly to guide."""
+    if loaded.exported is None:
+        return {"guidance_scale": 1.0 if recipe.guidance is None else recipe.guidance}
+    try:
+        loaded.exported.check_size(recipe.width, recipe.height)
+        found: dict[str, Any] = loaded.exported.steering(negative, recipe.sun_strength, recipe.guidance)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    return found
 
 
 def _check_finite(values: torch.Tensor, what: str, loaded: Loaded) -> None:

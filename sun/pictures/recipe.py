@@ -19,6 +19,8 @@ from .png import read_png_text
 
 FORMAT = "sun-picture-1"
 CHUNK = "sun"
+INSIDE = "inside"
+"""As adapter or controlnet: the one that an exported model has in it."""
 # DDIM with eta 0 is Euler in the sigma space other programs sample in; their "Simple" schedule has our timesteps.
 _A1111_SAMPLERS = {"ddim": "Euler", "euler": "Euler", "dpmpp_2m": "DPM++ 2M", "unipc": "UniPC"}
 MAX_SIDE = 4096
@@ -136,10 +138,10 @@ class Recipe:
     def files(self) -> dict[str, str]:
         """The files and folders named here, by the field that names them."""
         named = {"init": self.init, "mask": self.mask, "control": self.control}
-        named |= {"controlnet": "" if self.controlnet == SHIPPED else self.controlnet}
+        named |= {"controlnet": "" if self.controlnet in (SHIPPED, INSIDE) else self.controlnet}
         named |= {"model": "" if self.model == SHIPPED else self.model}
         named |= {"config": self.config, "switch": self.switch}
-        named |= {"adapter": "" if self.adapter in (SHIPPED, "none") else self.adapter}
+        named |= {"adapter": "" if self.adapter in (SHIPPED, INSIDE, "none") else self.adapter}
         named |= {f"lora {i}": split_lora(lora)[0] for i, lora in enumerate(self.loras)}
         return {field: path for field, path in named.items() if path}
 
@@ -189,7 +191,12 @@ def _check_file(field: str, path: str) -> None:
     option = f"--{field.split()[0]}"  # "lora 0" is given with --lora
     shown = printable(path)
     model = ["model_index.json"]
-    marks = {"model": model, "config": model, "controlnet": ["config.json"], "switch": [*model, "config.json"]}
+    marks = {
+        "model": [*model, "sun_export.json"],
+        "config": model,
+        "controlnet": ["config.json"],
+        "switch": [*model, "config.json"],
+    }
     marks |= {"lora": ["*.safetensors", "*.bin"]}
     marked = marks.get(field.split()[0], [])
     try:
@@ -237,7 +244,8 @@ def parameters(recipe: Recipe, prints: Mapping[str, str] | None = None, version:
     if recipe.init:
         pairs["Denoising strength"] = recipe.strength
     if with_sun:
-        pairs["SUN adapter"] = EMOJI_SUN.stem if recipe.adapter == SHIPPED else Path(recipe.adapter).stem
+        stems = {SHIPPED: EMOJI_SUN.stem, INSIDE: f"in {Path(recipe.model).name}"}
+        pairs["SUN adapter"] = stems.get(recipe.adapter) or Path(recipe.adapter).stem
         if "adapter" in prints:
             pairs["SUN adapter hash"] = prints["adapter"][:10]
         pairs["SUN strength"] = recipe.sun_strength

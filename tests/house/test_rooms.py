@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "common": set(),
     "shipped": {"common"},
     "flat": {"common"},
-    "face": MODELS,  # sun/__init__.py, lazily
+    "face": MODELS | {"runtimes"},  # sun/__init__.py, lazily
     "ltc": METHOD | {"ltc.pipelines"},  # its __init__.py, lazily
     "inheritance": METHOD | {"inheritance.pipelines"},
     "switching": METHOD | {"switching.pipelines"},
@@ -33,11 +33,12 @@ MAY_IMPORT = {
     "switching.pipelines": MODELS,
     "compact.pipelines": MODELS,
     "pipelines": CORE,
-    "pictures": MODELS | {"face"},
+    "runtimes": MODELS | {"face"},
+    "pictures": MODELS | {"runtimes", "face"},
     "training": MODELS | {"pictures"},
     "evaluation": MODELS | {"pictures", "face"},
     "lab": MODELS | {"pictures", "training", "evaluation", "face"},
-    "cli": MODELS | {"pictures", "training", "evaluation", "face"},
+    "cli": MODELS | {"runtimes", "pictures", "training", "evaluation", "face"},
     "nodes": IN_HOSTS | {"face"},
     "webui": IN_HOSTS | {"face"},
     "scripts": {"webui"},

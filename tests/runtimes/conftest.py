@@ -1,0 +1,82 @@
+"""A Stable Diffusion of two stages and four cross-attention layers, as files, and its exports."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import TEXT_WIDTH, make_adapter
+
+from sun.runtimes.contents import Contents
+from sun.runtimes.export import ExportSettings, export
+
+
+def small_unet(in_channels: int = 4) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=in_channels,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def files(make_pipeline: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``model``, ``controlnet``, ``adapter.safetensors`` and ``guided.safetensors`` in a folder."""
+    from diffusers import StableDiffusionControlNetPipeline
+
+    folder = tmp_path_factory.mktemp("files")
+    make_pipeline(unet=small_unet()).save_pretrained(folder / "model")
+    make_pipeline(StableDiffusionControlNetPipeline, unet=small_unet()).controlnet.save_pretrained(
+        folder / "controlnet"
+    )
+    make_adapter(small_unet()).save(folder / "adapter.safetensors")
+    _guided().save(folder / "guided.safetensors")
+    return folder
+
+
+def _guided() -> Any:
+    from sun.surgery import from_unet
+
+    adapter = from_unet(small_unet(), positive=True, alpha=0.4, w=4.0, guided=True)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return adapter.eval()
+
+
+@pytest.fixture(scope="session")
+def exported(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Contents]]:
+    """``exported(runtime, adapter="adapter.safetensors", **settings)`` -> the folder, made once, and what is in it."""
+    made: dict[str, tuple[Path, Contents]] = {}
+    parent = tmp_path_factory.mktemp("exported")
+
+    def make(runtime: str, adapter: str = "adapter.safetensors", **settings: Any) -> tuple[Path, Contents]:
+        key = repr((runtime, adapter, sorted(settings.items())))
+        if key not in made:
+            out = parent / f"export-{len(made)}"
+            name = adapter if adapter == "none" else str(files / adapter)
+            made[key] = out, export(ExportSettings(str(files / "model"), name, runtime, out, **settings))
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def copy_of_export(exported: Callable[..., tuple[Path, Contents]], tmp_path: Path) -> Path:
+    """An export of its own, to be damaged."""
+    shutil.copytree(exported("onnx", weights="fp16")[0], tmp_path / "copy")
+    return tmp_path / "copy"
