@@ -7,11 +7,11 @@ that every speed-up is a ratio of neighbours in time, and every full run serves 
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,8 +61,9 @@ class EqualTime:
         ]
 
     def figures(self) -> dict[str, Any]:
-        """``groups``: for each full run its own row and those of its rivals; ``pictures``; ``processor``: whether
-        seconds are processor time."""
+        """``groups``: for each full run its own row and those of its rivals, with what :func:`beside_fewer_steps` says at
+        the same time and, as ``calls_...`` of methods that leave out whole calls, at as many calls; ``pictures``;
+        ``processor``: whether seconds are processor time."""
         groups = groups_of(self.of.methods)
         calls = list(dict.fromkeys(call for reference, rows in groups.items() for call in (reference, *rows)))
         self._run(calls)
@@ -88,6 +89,9 @@ class EqualTime:
         for name, row in rows.items():
             if name not in fewer:
                 row |= beside_fewer_steps(row, list(fewer.values()))
+                if not parse_method(name).method.inside:
+                    at_calls = beside_fewer_steps(row, list(fewer.values()), "unet_calls")
+                    row |= {f"calls_{key}": value for key, value in at_calls.items()}
         return {"reference": reference.text, "rows": rows}
 
     def _row(self, call: MethodCall, reference: MethodCall) -> dict[str, Any]:
@@ -184,19 +188,21 @@ def groups_of(calls: Sequence[MethodCall]) -> dict[MethodCall, list[MethodCall]]
     return groups
 
 
-def beside_fewer_steps(row: Mapping[str, Any], fewer: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What a method gains on fewer steps of the same time, between whose speed-ups the figures are interpolated.
+def beside_fewer_steps(
+    row: Mapping[str, Any], fewer: Sequence[Mapping[str, Any]], cost: str = "speedup"
+) -> dict[str, float]:
+    """What a method gains on fewer steps of the same ``cost``, between which the figures are interpolated.
 
     ``psnr_gain`` in dB; ``mse_ratio``, ``median_ratio`` and ``feature_ratio``: below 1 it is nearer. Empty where fewer
-    steps were not measured on both sides of its speed.
+    steps were not measured on both sides.
     """
-    points = sorted((p for p in fewer if "psnr" in p), key=lambda p: p["speedup"])
-    for low, high in itertools.pairwise(points):
-        if low["speedup"] <= row["speedup"] <= high["speedup"]:
+    points = sorted((p for p in fewer if "psnr" in p), key=lambda p: p[cost])
+    for low, high in pairwise(points):
+        if low[cost] <= row[cost] <= high[cost]:
             break
     else:
         return {}
-    share = (row["speedup"] - low["speedup"]) / max(high["speedup"] - low["speedup"], 1e-9)
+    share = (row[cost] - low[cost]) / max(high[cost] - low[cost], 1e-9)
     names = {"mse_ratio": "mse", "median_ratio": "median_mse", "feature_ratio": "feature_distance"}
     found = {"psnr_gain": row["psnr"] - (low["psnr"] + share * (high["psnr"] - low["psnr"]))}
     for name, key in names.items():

@@ -36,6 +36,8 @@ def test_the_gain_on_fewer_steps_is_at_the_same_time() -> None:
     assert gained["median_ratio"] == pytest.approx(2.0)
     assert math.isclose(gained["feature_ratio"], 1.0)
     assert beside_fewer_steps({**row, "speedup": 1.2}, fewer) == {}
+    calls = [{**point, "unet_calls": 60 / point["speedup"]} for point in fewer]
+    assert beside_fewer_steps({**row, "unet_calls": 35}, calls, "unet_calls")["psnr_gain"] == pytest.approx(1.0)
 
 
 def test_a_report_at_equal_time(tiny_model: Path, tmp_path: Path) -> None:
