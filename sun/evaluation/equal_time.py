@@ -61,8 +61,8 @@ class EqualTime:
         ]
 
     def figures(self) -> dict[str, Any]:
-        """``groups``: for each full run its own row and those of its rivals, with :func:`beside_fewer_steps` at the same
-        time and, as ``calls_...`` of methods that leave out whole calls, at as many calls; ``pictures``;
+        """``groups``: for each full run its own row and those of its rivals, with :func:`beside_fewer_steps` at the
+        same time and, as ``calls_...`` of methods that leave out whole calls, at as many calls; ``pictures``;
         ``processor``: whether seconds are processor time."""
         groups = groups_of(self.of.methods)
         calls = list(dict.fromkeys(call for reference, rows in groups.items() for call in (reference, *rows)))

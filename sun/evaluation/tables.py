@@ -172,8 +172,8 @@ def equal_time_tables(model: dict[str, Any]) -> list[str]:
     parts = [
         f"Equal time, {found['pictures']} pictures a row. Distances are to the full run that heads a table; speed-ups "
         f"are medians over blocks of pictures of the full run's {clock} over the row's, one block after the other. "
-        "Then come comparisons with plain fewer steps of the same sampler, interpolated to the same speed-up, and last to "
-        "as many calls, which no clock disturbs: PSNR gained in dB, and ratios of mean MSE, median MSE and feature "
+        "Then come comparisons with plain fewer steps of the same sampler, interpolated to the same speed-up, and last "
+        "to as many calls, which no clock disturbs: PSNR gained in dB, and ratios of mean MSE, median MSE and feature "
         "distance, below 1 where the row is nearer. Empty: no fewer steps were measured on both sides."
     ]
     for name, group in found["groups"].items():
