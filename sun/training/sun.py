@@ -29,6 +29,8 @@ from .run import TrainingRun, start_run
 from .student import Student, Teacher, describe_training, make_adapter
 from .targets import Prompts, make_objective
 
+REFERENCE_STEPS = 25  # of the row above SUN's in the pictures that are drawn while training
+
 
 def train_sun(config: SunTrainConfig) -> Path:
     """Train and write ``<output>/adapter.safetensors`` with its settings in the header; returns the file.
@@ -151,7 +153,7 @@ def sample_grid(config: SunTrainConfig, run: TrainingRun, pipe: Any) -> None:
     teacher, student = Teacher(unet, config.guidance_scale), run.unwrapped("student")
     images = []
     with run.averaged(), run.accelerator.autocast():
-        for predict, solver, steps in ((teacher, "dpmpp_2m", 25), (student, "ddim", 4)):
+        for predict, solver, steps in ((teacher, "dpmpp_2m", REFERENCE_STEPS), (student, "ddim", 4)):
             x, scheduler = noise, make_scheduler(solver, pipe.scheduler.config)
             scheduler.set_timesteps(steps, device=device)
             for t in scheduler.timesteps:

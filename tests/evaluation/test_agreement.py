@@ -195,7 +195,7 @@ class Hue:
 
 
 @pytest.fixture
-def config(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateConfig:
+def config(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_reference: str) -> EvaluateConfig:
     monkeypatch.setattr(worlds, "find", lambda world, what: {"judge": Hue}.get(what) or real(world, what))
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
     from_unet(pipe.unet, alpha=0.5).save(tmp_path / "adapter.safetensors")
@@ -246,10 +246,10 @@ def test_guidance_scales_are_really_drawn_and_kept(config: EvaluateConfig, monke
     config.methods = ("sun-2",)
     first = report(config)
     assert {(name, w) for name, w, _ in drawn} == {
-        ("dpmpp-25", 3.0),
+        ("dpmpp-5", 3.0),
         ("sun-2", 3.0),
-        ("cond-25", 1.0),
-        ("dpmpp-25", 2.0),
+        ("cond-5", 1.0),
+        ("dpmpp-5", 2.0),
     }
     drawn.clear()
     config.agreement_prompts = 24

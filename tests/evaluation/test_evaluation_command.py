@@ -106,12 +106,14 @@ def test_a_table_is_no_text() -> None:
     assert "--config file" in result.output
 
 
-def test_the_shipped_model_is_measured_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shipped_model_is_measured_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_reference: str
+) -> None:
     """The README's command, on fewer prompts, where nothing can be downloaded."""
     monkeypatch.setenv("SUN_CACHE", str(tmp_path / "empty"))
     monkeypatch.setenv("PATH", "")
     target = tmp_path / "figures.json"
-    arguments = ["evaluate", "--prompts", "4", "--json", str(target), "--set", "negative_pairs=2",
+    arguments = ["evaluate", "--prompts", "4", "--json", str(target), "--set", "negative_pairs=1",
                  "--set", "timing_rounds=1", "--set", "timing_batch=1"]  # fmt: skip
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output

@@ -50,7 +50,7 @@ def eye(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def config(tiny_model: Path, tmp_path: Path) -> EvaluateConfig:
+def config(tiny_model: Path, tmp_path: Path, short_reference: str) -> EvaluateConfig:
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
     from_unet(pipe.unet, alpha=0.5).save(tmp_path / "adapter.safetensors")
     (tmp_path / "prompts.txt").write_text("polar bear | snake\nred apple | \nowl | crab\nrocket\n")
@@ -131,8 +131,8 @@ def test_experiments_can_be_given_to_some_models_and_methods(config: EvaluateCon
     assert set(found["strong"]) & {"negative_prompt", "edits", "unet_call"} == set()
     assert set(found["strong"]["methods"]) == {"sun-1"}
     assert set(found["base"]["methods"]) == {"sun-2", "ddim-2"}
-    assert set(found["base"]["negative_prompt"]["groups"]["seen"]) == {"dpmpp-25", "sun-2"}
-    assert set(found["base"]["edits"]["img2img-0.5"]) == {"dpmpp-25", "ddim-2", "floor"}
+    assert set(found["base"]["negative_prompt"]["groups"]["seen"]) == {"dpmpp-5", "sun-2"}
+    assert set(found["base"]["edits"]["img2img-0.5"]) == {"dpmpp-5", "ddim-2", "floor"}
     assert not (Path(config.output) / "strong" / "img2img-0.5.png").exists()
     sheet = Path(config.output) / "base" / "grid.png"
     whole = Image.open(sheet).height

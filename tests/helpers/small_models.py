@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tarfile
 from dataclasses import asdict
 from pathlib import Path
@@ -13,10 +14,13 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
-from sun.lab.emoji import sources
+from sun.lab.emoji import base, checks, sources
 from sun.lab.emoji.base import BaseConfig, build_text_encoder, build_tokenizer, sd15_scheduler
 from sun.lab.emoji.sources import METADATA_PACKAGE, STYLES, Emoji
+from sun.training import sun as training_sun
 from sun.training.config import RunConfig
+
+assert base.SAMPLE_STEPS == checks.REFERENCE_STEPS == training_sun.REFERENCE_STEPS == 25, "what users get"
 
 EMOJIS = [
     Emoji(f"1f{i:03x}", name, (name.split()[0],), "Animals & Nature", "animal")
@@ -78,6 +82,28 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         files = {f"{style.folder}/{e.code}.{style.suffix}": draw_square(c, style.suffix) for e, c in drawn}
         write_package(folder, style.package, files)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def short_previews(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a training draws to look at, in 3 steps instead of 25."""
+    monkeypatch.setattr(base, "SAMPLE_STEPS", 3)
+    monkeypatch.setattr(checks, "REFERENCE_STEPS", 3)
+    monkeypatch.setattr(training_sun, "REFERENCE_STEPS", 3)
+
+
+@pytest.fixture
+def short_reference(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The reference of every evaluation in 5 steps instead of 25: for tests of reports, not of pictures."""
+    from sun.evaluation import run  # and with it every module that knows the reference
+    from sun.evaluation.names import parse_method
+
+    assert hasattr(run, "report")
+    short = parse_method("dpmpp-5")
+    users = [m for name, m in sys.modules.items() if name.startswith("sun.evaluation.") and hasattr(m, "REFERENCE")]
+    for module in users:
+        monkeypatch.setattr(module, "REFERENCE", short)
+    return short.text
 
 
 @pytest.fixture(scope="session")

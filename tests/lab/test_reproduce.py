@@ -96,7 +96,9 @@ def test_time_left_is_told_in_minutes_or_hours() -> None:
 
 
 @pytest.mark.slow
-def test_the_chain_runs_end_to_end(packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chain_runs_end_to_end(
+    packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_reference: str
+) -> None:
     table = main_colours.write_table(tmp_path / "colours.json", ("twemoji", "openmoji", "google"))
     monkeypatch.setattr(main_colours, "TABLE_FILE", table)
     shipped = {file: file.stat().st_mtime_ns for file in MODELS_DIR.rglob("*") if file.is_file()}

@@ -38,6 +38,7 @@ from .text_pretraining import pretrain_text
 from .tokenizer import build_tokenizer
 
 # Combinations of emoji and attributes that the training scenes are very unlikely to contain.
+SAMPLE_STEPS = 25
 SAMPLE_PROMPTS = (
     "large polar bear, yellow background",
     "snake, purple background",
@@ -333,7 +334,7 @@ def save_samples(config: SceneConfig, run: TrainingRun, pipe: StableDiffusionPip
 def sample_images(
     pipe: StableDiffusionPipeline, guidance_scale: float, seed: int = 0, size: int | None = None
 ) -> list[Image.Image]:
-    """25-step DPM-Solver++ pictures of ``SAMPLE_PROMPTS``; picture i from seed + i, the model's size by default."""
+    """DPM-Solver++ pictures of ``SAMPLE_PROMPTS`` in 25 steps; picture i from seed + i, the model's size by default."""
     plain = pipe.scheduler
     pipe.scheduler = make_scheduler("dpmpp_2m", plain.config)
     pipe.set_progress_bar_config(disable=True)
@@ -341,7 +342,7 @@ def sample_images(
     try:
         return pipe(
             list(SAMPLE_PROMPTS),
-            num_inference_steps=25,
+            num_inference_steps=SAMPLE_STEPS,
             guidance_scale=guidance_scale,
             generator=generators,
             height=size,
