@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from ..common.settings import ConfigError
 from ..common.worlds import EMOJI
+from ..compact import LISTS
 from ..pictures.recipe import split_lora
 from .accelerators import import_deepcache
 from .config import PARTS, EvaluateConfig, ModelSpec, model_specs
@@ -65,8 +66,12 @@ def _check_packages(config: EvaluateConfig, measured: Mapping[str, None], calls:
         import_deepcache()
 
 
-def missing_asset(spec: ModelSpec, call: MethodCall, adapters: Mapping[str, str], shipped_fits: bool) -> str:
+def missing_asset(
+    spec: ModelSpec, call: MethodCall, adapters: Mapping[str, str], unets: Mapping[str, str], shipped_fits: bool
+) -> str:
     """The setting a method lacks on a model, or nothing."""
+    if call.method.unet and call.variant not in unets:
+        return f"unets.{call.variant}"
     if call.method.named and call.variant:
         return "" if call.variant in adapters else f"adapters.{call.variant}"
     if call.method.adapter:
@@ -79,6 +84,9 @@ def check_models(config: EvaluateConfig, specs: Mapping[str, ModelSpec]) -> None
 
     Raises ConfigError.
     """
+    for name, source in config.unets.items():
+        if source not in LISTS and not Path(source).exists():
+            raise ConfigError(f"unets.{name} = {source} does not exist. Give a folder, a plan or {', '.join(LISTS)}.")
     for name, spec in specs.items():
         files = {
             "model": "" if spec.model in (EMOJI, "random") else spec.model,
@@ -104,7 +112,7 @@ def methods_of(
     """The methods that can run on a model. Those that lack a file are an error, or left out with ``skip_missing``."""
     kept = []
     for call in methods:
-        lacking = missing_asset(spec, call, config.adapters, shipped_fits)
+        lacking = missing_asset(spec, call, config.adapters, config.unets, shipped_fits)
         if not lacking:
             kept.append(call)
         elif not config.skip_missing:

@@ -58,6 +58,8 @@ class EvaluateConfig:
     small_unet: str = ""
     models: dict[str, Any] = field(default_factory=dict)
     adapters: dict[str, str] = field(default_factory=dict)
+    # Compact U-Nets for methods such as ``compact[NAME]-25``: a folder, or what to remove (a list or a plan's file).
+    unets: dict[str, str] = field(default_factory=dict)
     methods: tuple[str, ...] = ("ddim-4", "dpmpp-4", "cond-25", "sun-4", "sun-8")
     steps: tuple[int, ...] = ()
     skip_missing: bool = False  # leave out methods whose files a model does not name, instead of stopping

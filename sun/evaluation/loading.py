@@ -63,6 +63,7 @@ def load_sampler(config: EvaluateConfig, spec: ModelSpec | None = None) -> Sampl
         lcm_lora=spec.lcm_lora,
         guided_distill=spec.guided_distill,
         small_unet=spec.small_unet,
+        unets=config.unets,
     )
 
 

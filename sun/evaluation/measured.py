@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..common.identity import fingerprint
+from ..compact import LISTS
 from .accelerators import plan_of, skipper_of
 from .cells import CellStore, Tensors, digest, fingerprint_module
 from .config import EvaluateConfig
@@ -116,6 +117,9 @@ def asset_fingerprint(sampler: Sampler, method: str | MethodCall) -> str:
     added = digest(sampler.calibration) if call.method.ltc and not call.forecasts else ""
     added += str(plan_of(call)) if call.method.inherits else ""
     added += repr(skipper_of(call)()) if call.method.skips or call.forecasts else ""
+    if call.method.unet:
+        source = assets.peer_folder(call)
+        added += source if source in LISTS else fingerprint(source)
     if call.method.adapter:
         adapter = assets.adapter_of(call)
         return added if adapter is None else added + fingerprint_module(adapter)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..adapter import SunAdapter
 from ..common.settings import ConfigError
+from ..compact import LISTS, assemble, read_plan
+from ..compact import plan as make_plan
 from ..ltc import LtcSettings
 from ..pipelines import NEGATIVE, RUN, new_run
 from ..pipelines.attach import attach, detach
@@ -48,10 +50,13 @@ class Assets:
     lcm_lora: str = ""
     guided_distill: str = ""
     small_unet: str = ""
+    unets: Mapping[str, str] = field(default_factory=dict)
     loaded: dict[str, Any] = field(default_factory=dict)
 
     def peer_folder(self, call: MethodCall) -> str:
         """The folder of the files that a peer needs, or nothing."""
+        if call.method.unet:
+            return self.unets.get(call.variant, "")
         return str(getattr(self, call.method.peer)) if call.method.peer else ""
 
     def adapter_of(self, call: MethodCall) -> SunAdapter | None:
@@ -233,6 +238,38 @@ def _switch(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
 
 
 @contextmanager
+def _compact(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
+    """A compact U-Net in the original's place."""
+    with _guided(replace(assets, unet=_compact_unet(assets, call)), call) as ready:
+        yield ready
+
+
+@contextmanager
+def _compact_sun(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
+    """The original's SUN adapter on a compact U-Net, without the layers that are gone."""
+    adapter = _adapter(assets, replace(call, variant=""))
+    unet = _compact_unet(assets, call)
+    named = {"": adapter.for_unet(unet)}
+    with _sun(replace(assets, unet=unet, adapters=named), replace(call, variant="")) as ready:
+        yield ready
+
+
+def _compact_unet(assets: Assets, call: MethodCall) -> Any:
+    key = f"unets.{call.variant}"
+    if key not in assets.loaded:
+        source = assets.unets[call.variant]
+        if Path(source).is_dir():
+            small = load_unet(source)
+        else:
+            chosen = make_plan(assets.unet, named=source) if source in LISTS else read_plan(source)
+            small = assemble(assets.unet, chosen)
+        # torch's own `to`: diffusers' warns of layers to keep in float32, also where there are none
+        torch.nn.Module.to(small, assets.unet.device, assets.unet.dtype)
+        assets.loaded[key] = small.eval().requires_grad_(False)
+    return assets.loaded[key]
+
+
+@contextmanager
 def _skipping(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
     """A peer that leaves out whole steps, picture by picture."""
     skipping = Skipping(partial(_both, assets.unet), skipper_of(call), assets.w)
@@ -264,6 +301,8 @@ _PREPARE: dict[str, Prepare] = {
     "sun+ltc": _with_ltc(_sun),
     "sun+inherit": _inheriting(_sun),
     "switch": _switch,
+    "compact": _compact,
+    "compact+sun": _compact_sun,
     "deepcache": _deepcache,
     **dict.fromkeys(("spectrum", "sada", "adaptive", "easycache", "lazycache"), _skipping),
 }

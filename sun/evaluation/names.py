@@ -48,6 +48,7 @@ class Method:
     ltc: bool = False  # skips steps by LTC-Accel
     skips: bool = False  # a peer that skips steps
     peer: str = ""
+    unet: bool = False  # brackets name a compact U-Net of the table ``unets``
 
     @property
     def inherits(self) -> bool:
@@ -93,6 +94,8 @@ METHODS = {
             inside=True,
             peer="small_unet",
         ),
+        Method("compact", "dpmpp_2m", "compact U-Net", **_CFG, unet=True),
+        Method("compact+sun", "ddim", "compact U-Net and SUN", uses_negative=True, adapter=True, unet=True),
         Method("deepcache", "dpmpp_2m", "DeepCache", **_CFG, options=("interval", "branch"), inside=True),
         Method(
             "spectrum",
@@ -173,13 +176,15 @@ def parse_method(name: str | MethodCall) -> MethodCall:
     variant, options = "", {}
     for part in filter(None, (p.strip() for p in (match["inside"] or "").split(","))):
         key, equals, value = part.partition("=")
-        if not equals and not variant and (method.named or part in method.presets):
+        if not equals and not variant and (method.named or method.unet or part in method.presets):
             variant = part
         elif equals and (key in method.options or key == "scheduler"):
             options[key] = _checked(key, value, name)
         else:
             known = ", ".join((*method.presets, *(f"{o}=VALUE" for o in (*method.options, "scheduler"))))
             raise ConfigError(f"{name}: {part!r} is no option of {method.name}; it takes {known}")
+    if method.unet and not variant:
+        raise ConfigError(f"{name}: brackets name a U-Net of the table unets, as {method.name}[NAME]-{match['steps']}")
     return MethodCall(name, method, int(match["steps"]), variant, options)
 
 
