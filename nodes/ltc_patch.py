@@ -2,13 +2,15 @@
 
 Nothing is patched while nothing is sampled. Two wrappers hang on a clone of the model:
 
-    SAMPLER_SAMPLE   once a run         knows the sampler and its sigmas, and looks for a table
+    SAMPLER_SAMPLE   once a run         knows the sampler and its sigmas, and says what the run did
     PREDICT_NOISE    each model call    in a skipped step answers itself, instead of both passes of guidance
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,19 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ..sun.common.identity import digest_of
-from ..sun.ltc import LtcKey, LtcSettings, LtcTable, TableStore, adapter_digest, fingerprint, kdiffusion
+from ..sun.ltc import (
+    LtcKey,
+    LtcRun,
+    LtcSettings,
+    LtcTable,
+    SkipRun,
+    SkipSettings,
+    TableStore,
+    adapter_digest,
+    fingerprint,
+    kdiffusion,
+)
+from ..sun.ltc.counts import say
 from ..sun.ltc.fingerprint import signs_digest
 from ..sun.ltc.kdiffusion import SamplerRun
 from ..sun.ltc.keep import AUTOMATIC, running
@@ -29,14 +43,15 @@ from . import merging, notices, sun_patch, switching_patch
 log = logging.getLogger(__name__)
 
 KEY = "sun_ltc"
+STATE = "sun_ltc_state"
 
 
 @dataclass(frozen=True)
 class LtcChoice:
     """What Apply LTC-Accel remembers."""
 
-    settings: LtcSettings
-    calibration: str
+    settings: SkipSettings | LtcSettings
+    calibration: str = AUTOMATIC  # of the paper's settings
     node: str | None = None  # where the page shows what a run did
 
 
@@ -47,7 +62,7 @@ def tables_folder() -> Path:
     return base / "ltc"
 
 
-def apply(model: ModelPatcher, settings: LtcSettings, calibration: str = AUTOMATIC) -> ModelPatcher:
+def apply(model: ModelPatcher, settings: SkipSettings | LtcSettings, calibration: str = AUTOMATIC) -> ModelPatcher:
     """A clone of `model` that skips steps. An LTC-Accel already on the model is replaced."""
     patched = model.clone()
     if patched.get_attachment(KEY) is not None:
@@ -60,13 +75,6 @@ def apply(model: ModelPatcher, settings: LtcSettings, calibration: str = AUTOMAT
     return patched
 
 
-def solver_of(sampler: Any) -> str:
-    """Name of a ComfyUI SAMPLER's solver. Raises LtcError for one that cannot be accelerated, saying which can."""
-    function = getattr(sampler, "sampler_function", None)
-    name = getattr(function, "__name__", type(sampler).__name__)
-    return kdiffusion.solver_of(name, getattr(sampler, "extra_options", {}))
-
-
 # ------------------------------------------------------------------------------------------------------ the wrappers
 
 
@@ -76,10 +84,42 @@ def _sampler_sample(
     choice: LtcChoice | None = guider.model_patcher.get_attachment(KEY)
     if choice is None or len(sigmas) < 2:
         return executor(guider, sigmas, extra_args, *args, **kwargs)
-    solver = solver_of(executor.class_obj)
     levels = tuple(float(sigma) for sigma in sigmas)
-    flow = isinstance(guider.model_patcher.get_model_object("model_sampling"), comfy.model_sampling.CONST)
+    name, given = _function_of(executor.class_obj)
+    options = extra_args["model_options"].setdefault("transformer_options", {})
+    with ExitStack() as stack:
+        run: SamplerRun | SkipRun
+        if isinstance(choice.settings, LtcSettings):
+            solver = kdiffusion.solver_of(name, given)
+            published = stack.enter_context(_by_the_paper(guider, solver, levels, choice, choice.settings))
+            published.real |= _switching_steps(guider.model_patcher, len(levels) - 1)
+            run = SamplerRun(solver, levels, published)
+        else:
+            noisy, why = kdiffusion.kind_of(name, given)
+            anew = _switching_steps(guider.model_patcher, len(levels) - 1)
+            run = SkipRun(levels, choice.settings, noisy=noisy, refused=why, anew=anew)
+        options[KEY], options[STATE] = run, Changes.of(guider)
+        stack.callback(options.pop, KEY, None)
+        stack.callback(options.pop, STATE, None)
+        samples = executor(guider, sigmas, extra_args, *args, **kwargs)
+        if isinstance(run, SamplerRun) and levels[-1] == 0:  # else another sampler goes on, and the last step is unseen
+            run.run.finish(samples)
+    _tell(choice, run)
+    return samples
+
+
+def _function_of(sampler: Any) -> tuple[str, dict[str, Any]]:
+    """Name of a ComfyUI SAMPLER's function, and the options it is called with."""
+    function = getattr(sampler, "sampler_function", None)
+    return getattr(function, "__name__", type(sampler).__name__), getattr(sampler, "extra_options", {})
+
+
+def _by_the_paper(
+    guider: Any, solver: str, levels: tuple[float, ...], choice: LtcChoice, settings: LtcSettings
+) -> AbstractContextManager[LtcRun]:
+    """The run of the published method, by the table there is, or one that measures itself."""
     patcher = guider.model_patcher
+    flow = isinstance(patcher.get_model_object("model_sampling"), comfy.model_sampling.CONST)
     model = fingerprint(patcher.model.diffusion_model, attention=not patcher.patches)  # they may be in place or not
     sampler, w = f"flow_{solver}" if flow else solver, float(getattr(guider, "cfg", 1.0))
     key = LtcKey(model, sampler, levels, w, steering(patcher))
@@ -88,20 +128,54 @@ def _sampler_sample(
         text = "ltc_measured" if table.coefficients else "ltc_nothing"
         notices.tell(choice.node, text, calls=table.calls, steps=key.steps)
 
-    with running(key, choice.settings, TableStore(tables_folder()), choice.calibration, measured) as run:
-        run.real |= _switching_steps(patcher, key.steps)
-        options = extra_args["model_options"].setdefault("transformer_options", {})
-        options[KEY] = SamplerRun(solver, levels, run)
-        try:
-            samples = executor(guider, sigmas, extra_args, *args, **kwargs)
-        finally:
-            options.pop(KEY, None)
-        if levels[-1] == 0:  # otherwise another sampler goes on from here, and the last step was not seen
-            run.finish(samples)
-    if run.measure is None:
-        saved = round(100 * run.skips_made / key.steps)
-        notices.tell(choice.node, "ltc_saved", calls=key.steps - run.skips_made, steps=key.steps, saved=saved)
-    return samples
+    return running(key, settings, TableStore(tables_folder()), choice.calibration, measured)
+
+
+def _tell(choice: LtcChoice, run: SamplerRun | SkipRun) -> None:
+    """What a run did, in the log and at its node."""
+    counts = run.counts
+    if isinstance(run, SamplerRun) and run.run.measure is not None:
+        return  # it has said what it measured
+    say(counts)
+    text = "ltc_real" if counts.calls == counts.steps else "ltc_saved"
+    notices.tell(choice.node, text, calls=counts.calls, steps=counts.steps, saved=counts.saved)
+
+
+class Changes:
+    """Where, in the course of a run, a model's answer changes for another reason than the noise level.
+
+    bounds: sigmas at which prompts, ControlNets, hooks and SUN begin or end to act.
+    """
+
+    def __init__(self, bounds: Iterable[float]) -> None:
+        self.bounds = tuple(sorted(set(bounds)))
+
+    def __deepcopy__(self, _memo: object) -> Changes:
+        return self
+
+    def at(self, sigma: float) -> tuple[bool, ...]:
+        """What is the same for two noise levels between which nothing begins or ends."""
+        return tuple(side for bound in self.bounds for side in (bound >= sigma, bound > sigma))
+
+    @classmethod
+    def of(cls, guider: Any) -> Changes:
+        """The changes of a run that is about to begin; prompts and ControlNets know theirs in sigmas by then."""
+        bounds: list[float] = []
+        for conds in getattr(guider, "conds", {}).values():
+            for cond in conds or ():
+                bounds += [cond[name] for name in ("timestep_start", "timestep_end") if cond.get(name) is not None]
+                control = cond.get("control")
+                while control is not None:
+                    bounds += getattr(control, "timestep_range", None) or ()
+                    control = getattr(control, "previous_controlnet", None)
+                for hook in getattr(cond.get("hooks"), "hooks", ()):
+                    frames = getattr(getattr(hook, "hook_keyframe", None), "keyframes", ())
+                    bounds += [getattr(frame, "start_t", 0.0) for frame in frames]
+        sun = sun_patch.settings_of(guider.model_patcher)
+        if sun is not None:
+            sampling = guider.model_patcher.get_model_object("model_sampling")
+            bounds += [sampling.percent_to_sigma(percent) for percent in sun.effect]
+        return cls(float(bound) for bound in bounds)
 
 
 def _switching_steps(patcher: ModelPatcher, steps: int) -> set[int]:
@@ -153,7 +227,9 @@ def _predict_noise(
     seed: int | None = None,
 ) -> torch.Tensor:
     options = model_options if model_options is not None else {}
-    run = options.get("transformer_options", {}).get(KEY)
-    if not isinstance(run, SamplerRun):
+    kept = options.get("transformer_options", {})
+    run = kept.get(KEY)
+    if not isinstance(run, (SkipRun, SamplerRun)):
         return executor(x, timestep, options, seed)
-    return run.denoised(x, lambda: executor(x, timestep, options, seed))
+    sigma = float(timestep.flatten()[0])
+    return run.denoised(sigma, x, lambda: executor(x, timestep, options, seed), kept[STATE].at(sigma))

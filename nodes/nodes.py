@@ -11,6 +11,11 @@ from comfy_api.latest import io
 from ..sun.inheritance import PRESETS, InheritanceError, parse_plan
 from ..sun.ltc import LtcSettings
 from ..sun.ltc.keep import AGAIN, AUTOMATIC
+from ..sun.ltc.presets import BALANCED, PAPER
+from ..sun.ltc.presets import NAMES as LTC_NAMES
+from ..sun.ltc.presets import PRESETS as LTC_PRESETS
+from ..sun.ltc.presets import preset as ltc_preset
+from ..sun.ltc.presets import tooltip as presets_tooltip
 from ..sun.schedule import DenoiseMode
 from ..sun.shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_INPAINTING
 from ..sun.switching import ORDERS, SMALL_FIRST, Switching
@@ -393,24 +398,54 @@ class ApplyLtcAccel(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SUN_ApplyLtcAccel",
-            **known(io.Schema, search_aliases=[*SKIPPING, "EasyCache", "LazyCache", "TeaCache", "LTC"]),
+            **known(io.Schema, search_aliases=[*SKIPPING, "EasyCache", "LazyCache", "TeaCache", "LTC", "Spectrum"]),
             display_name="Apply LTC-Accel",
             category=CATEGORY,
             description=(
-                "Skips sampling steps in which the picture hardly changes its course; nothing is trained. For any "
-                "model with euler, ddim, dpmpp_2m, heun or dpm_2. The first run with new steps measures at full cost."
+                "Skips sampling steps by carrying on what the model said in the steps before, from the first picture "
+                "on. For any model and sampler; nothing is trained or measured beforehand."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="Any model: SD 1.5, SDXL, SD 3, Flux, video; with or without SUN."),
+                io.Combo.Input(
+                    "preset", options=list(LTC_NAMES), default=BALANCED, optional=True, tooltip=presets_tooltip()
+                ),
+                io.Float.Input(
+                    "warm_up",
+                    default=-1.0,
+                    min=-1.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip=(
+                        "The share of the steps, at the start, that always run. -1 is the preset's: "
+                        + ", ".join(f"{name} {settings.first:g}" for name, settings in LTC_PRESETS.items())
+                        + ". Not for paper."
+                    ),
+                ),
+                io.Int.Input(
+                    "tail",
+                    default=-1,
+                    min=-1,
+                    max=100,
+                    optional=True,
+                    tooltip=(
+                        "How many steps at the end always run. -1 is the preset's: "
+                        + ", ".join(f"{name} {settings.last}" for name, settings in LTC_PRESETS.items())
+                        + ". Not for paper."
+                    ),
+                ),
                 io.Float.Input(
                     "tau",
                     default=0.1,
                     min=0.0,
                     max=1.6,
                     step=0.01,
+                    optional=True,
+                    **known(io.Float.Input, advanced=True),
                     tooltip=(
-                        "Steps are skipped where the course turns by less than this, in radians: more skips more. "
-                        "0 skips by position alone, in the last three quarters."
+                        "For paper: steps are skipped where the course turns by less than this, in radians: more skips "
+                        "more. 0 skips by position alone, in the last three quarters."
                     ),
                 ),
                 io.Int.Input(
@@ -418,29 +453,44 @@ class ApplyLtcAccel(io.ComfyNode):
                     default=2,
                     min=2,
                     max=10,
-                    tooltip="One step of this many is skipped there: 2 is the fastest, more is nearer to the original.",
+                    optional=True,
+                    **known(io.Int.Input, advanced=True),
+                    tooltip="For paper: one step of this many is skipped there.",
                 ),
                 io.Combo.Input(
                     "calibration",
                     options=[AUTOMATIC, AGAIN],
                     default=AUTOMATIC,
+                    optional=True,
+                    **known(io.Combo.Input, advanced=True),
                     tooltip=(
-                        "automatic: the first run with a model, sampler, scheduler, steps and cfg measures at full "
-                        "cost and gives the usual picture; later runs are fast. measure again: forget what was "
-                        "measured before."
+                        "For paper. automatic: the first run with a model, sampler, scheduler, steps and cfg measures "
+                        "at full cost and gives the usual picture; later runs are fast. measure again: forget what "
+                        "was measured before."
                     ),
                 ),
             ],
-            outputs=[
-                io.Model.Output(
-                    "ltc_model", display_name="model", tooltip="The model, for the samplers that the help names."
-                )
-            ],
+            outputs=[io.Model.Output("ltc_model", display_name="model", tooltip="The model, for any sampler.")],
         )
 
     @classmethod
-    def execute(cls, model: Any, tau: float, every: int, calibration: str) -> io.NodeOutput:
-        return io.NodeOutput(ltc_patch.apply(model, LtcSettings(tau=tau, every=every), calibration))
+    def execute(
+        cls,
+        model: Any,
+        preset: str = PAPER,  # a workflow from before there were presets names none, and means this one
+        warm_up: float = -1.0,
+        tail: int = -1,
+        tau: float = 0.1,
+        every: int = 2,
+        calibration: str = AUTOMATIC,
+    ) -> io.NodeOutput:
+        if preset == PAPER:
+            if warm_up >= 0 or tail >= 0:
+                raise ValueError(f"LTC-Accel's preset {PAPER} has no warm_up and no tail: set both to -1.")
+            return io.NodeOutput(ltc_patch.apply(model, LtcSettings(tau=tau, every=every), calibration))
+        chosen = {"first": warm_up, "last": tail}
+        settings = ltc_preset(preset, **{name: value for name, value in chosen.items() if value >= 0})
+        return io.NodeOutput(ltc_patch.apply(model, settings))
 
 
 class ApplyFeatureInheritance(io.ComfyNode):

@@ -232,6 +232,7 @@ const isSwitch = (node) => node.comfyClass === "SUN_SwitchUNets";
 // The nodes each of the server's texts is for: a run that goes on behind another workflow names nodes of its own.
 const NOTICES = {
   "ltc_saved": isLtc,
+  "ltc_real": isLtc,
   "ltc_measured": isLtc,
   "ltc_nothing": isLtc,
   "inherited": (node) => node.comfyClass === "SUN_ApplyFeatureInheritance",

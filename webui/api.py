@@ -11,7 +11,6 @@ import binascii
 import io
 import secrets
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
@@ -25,6 +24,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from ..sun.common.reading import printable
 from ..sun.inheritance import InheritanceError
+from ..sun.ltc.presets import PAPER
 from ..sun.user_pictures import PictureError, read_mask, read_picture
 from . import folders, generate, store, switching
 from .choices import (
@@ -34,11 +34,14 @@ from .choices import (
     MAX_PLAN,
     MAX_SEED,
     MAX_TEXT,
+    OF_THE_PAPER,
     OFF,
     SHARE,
     STEPS,
     STRENGTH,
+    TAIL,
     TAU,
+    WARM_UP,
     AcceleratorSettings,
     SunSettings,
 )
@@ -65,9 +68,21 @@ class LtcFields(BaseModel):
     class Config:
         extra = "forbid"
 
-    tau: float = Field(0.1, ge=TAU[0], le=TAU[1], description="steps that turn by less, in radians, may be skipped")
-    every: int = Field(2, ge=EVERY[0], le=EVERY[1], description="one of this many is")
-    calibration: Literal["automatic", "measure again"] = "automatic"
+    preset: Literal["fine", "balanced", "fast", "paper"] | None = Field(
+        None, description="balanced if left out; paper if settings of the paper are given and no preset"
+    )
+    warm_up: float = Field(
+        -1, ge=WARM_UP[0], le=WARM_UP[1], description="share of the steps, at the start, that run; -1: the preset's"
+    )
+    tail: int = Field(-1, ge=TAIL[0], le=TAIL[1], description="steps at the end that run; -1: the preset's")
+    tau: float | None = Field(
+        None,
+        ge=TAU[0],
+        le=TAU[1],
+        description="of the paper: steps that turn by less (radians) may be skipped (0.1)",
+    )
+    every: int | None = Field(None, ge=EVERY[0], le=EVERY[1], description="of the paper: one of this many is (2)")
+    calibration: Literal["automatic", "measure again"] | None = Field(None, description="of the paper")
 
 
 class TextRequest(BaseModel):
@@ -94,7 +109,7 @@ class TextRequest(BaseModel):
     batch_size: int = Field(1, ge=1, le=16)
     seed: int = Field(-1, ge=-1, le=MAX_SEED)
     save_images: bool = False
-    ltc: LtcFields | None = Field(None, description="skip steps; the first run with new settings measures in full")
+    ltc: LtcFields | None = Field(None, description="skip steps, from the first picture on; {} is the preset balanced")
     inherit: str = Field(
         OFF, max_length=MAX_PLAN, description="feature inheritance: off, fine, balanced, fast or a plan"
     )
@@ -241,10 +256,13 @@ def request_of(body: TextRequest, mode: Literal["trained", "respaced"] = "traine
 def accelerators_of(body: TextRequest) -> AcceleratorSettings:
     """Raises HTTPException 422 for words that are no plan."""
     chosen = body.ltc
-    settings = AcceleratorSettings(inherit=body.inherit)
+    given: dict[str, Any] = {"inherit": body.inherit}
     if chosen is not None:
-        settings = AcceleratorSettings(True, chosen.tau, chosen.every, chosen.calibration, body.inherit)
-    settings = replace(settings, switch=body.switch, share=body.share, switch_order=body.switch_order)
+        fields = {name: getattr(chosen, name) for name in LtcFields.__annotations__}
+        given |= {"ltc": True, **{name: value for name, value in fields.items() if value is not None}}
+        if "preset" not in given and any(name in given for name in OF_THE_PAPER):
+            given["preset"] = PAPER
+    settings = AcceleratorSettings(**given, switch=body.switch, share=body.share, switch_order=body.switch_order)
     if settings.switches and settings.switch not in switching.names():
         raise HTTPException(404, f"No model named {body.switch!r:.200} to switch with. Names are those of the page.")
     try:

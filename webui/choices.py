@@ -11,9 +11,10 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..sun.inheritance import Plan, parse_plan
-from ..sun.ltc import LtcError, LtcSettings
+from ..sun.ltc import LtcError, LtcSettings, SkipSettings
 from ..sun.ltc.keep import AGAIN
 from ..sun.ltc.keep import AUTOMATIC as ONCE
+from ..sun.ltc.presets import BALANCED, NAMES, PAPER, preset
 from ..sun.switching import ORDERS, SMALL_FIRST, Switching
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ OFF = "off"
 CALIBRATIONS = [ONCE, AGAIN]
 DENOISE_MODES = ["trained", "respaced"]
 SAMPLINGS = ["sun", "schedule", "keep"]
+LTC_PRESETS = list(NAMES)
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,10 @@ class SunSettings:
 class AcceleratorSettings:
     """What the section "without training" says; all are off by default.
 
-    ltc: skip steps. tau: radians. calibration: one of CALIBRATIONS. inherit: off, a preset, or a plan in words.
-    switch: off, or the listed model whose U-Net makes a share of the steps, in this order.
+    ltc: skip steps. preset: fine, balanced, fast or paper. warm_up: the share of the steps, at the start, that always
+    run; tail: how many at the end do; -1 is the preset's. Of the paper alone are tau (radians), every and calibration
+    (one of CALIBRATIONS). inherit: off, a preset, or a plan in words. switch: off, or the listed model whose U-Net
+    makes a share of the steps, in this order.
     """
 
     ltc: bool = False
@@ -56,6 +60,9 @@ class AcceleratorSettings:
     every: int = 2
     calibration: str = ONCE
     inherit: str = OFF
+    preset: str = BALANCED
+    warm_up: float = -1.0
+    tail: int = -1
     switch: str = OFF
     share: float = 0.4
     switch_order: str = SMALL_FIRST
@@ -73,11 +80,16 @@ class AcceleratorSettings:
     def inherits(self) -> bool:
         return self.inherit.strip() not in ("", OFF)
 
-    def ltc_settings(self) -> LtcSettings:
-        """How LTC-Accel chooses the steps. Raises LtcError for numbers that cannot be."""
+    def ltc_settings(self) -> SkipSettings | LtcSettings:
+        """How LTC-Accel chooses the steps. Raises LtcError for numbers and words that cannot be."""
         if self.calibration not in CALIBRATIONS:
             raise LtcError(f"LTC-Accel's calibration is one of {CALIBRATIONS}, not {self.calibration!r}.")
-        return LtcSettings(tau=float(self.tau), every=int(self.every))
+        if self.preset == PAPER:
+            if self.warm_up >= 0 or self.tail >= 0:
+                raise LtcError(f"LTC-Accel's preset {PAPER} has no warm-up and no tail: set both to -1.")
+            return LtcSettings(tau=float(self.tau), every=int(self.every))
+        given: dict[str, Any] = {"first": float(self.warm_up), "last": int(self.tail)}
+        return preset(self.preset, **{name: value for name, value in given.items() if value >= 0})
 
     def switching(self) -> Switching:
         """Which share of the steps the small U-Net makes. Raises SwitchingError for what cannot be."""
@@ -91,7 +103,8 @@ class AcceleratorSettings:
 Settings = TypeVar("Settings", SunSettings, AcceleratorSettings)
 SUN_CONTROLS = ("enabled", "adapter", "strength", "steps", "main_negative", "negative", "denoise_mode", "sampling")
 ACCELERATOR_CONTROLS = tuple(field.name for field in fields(AcceleratorSettings))
-_LATER = ("switch", "share", "switch_order")
+_LATER = ("switch", "share", "switch_order", "preset", "warm_up", "tail")
+OF_THE_PAPER = ("tau", "every", "calibration")
 CONTROLS = (*SUN_CONTROLS, *(name for name in ACCELERATOR_CONTROLS if name not in _LATER), "guidance", *_LATER)
 """Names of the script's arguments, in order; the API's `alwayson_scripts` may give them by name in one object."""
 
@@ -111,14 +124,26 @@ MAX_PIXELS = 4096 * 4096
 MAX_WORK = 2**28
 """Pixels times steps, of all pictures of a batch: 16 pictures of 1024 x 1024 in 16 steps."""
 
-BOUNDS = {"strength": STRENGTH, "guidance": GUIDANCE, "steps": STEPS, "tau": TAU, "every": EVERY, "share": SHARE}
-WHOLE = ("steps", "every")
+WARM_UP: Bounds = (-1, 1)
+TAIL: Bounds = (-1, 100)
+BOUNDS = {
+    "strength": STRENGTH,
+    "guidance": GUIDANCE,
+    "steps": STEPS,
+    "tau": TAU,
+    "every": EVERY,
+    "share": SHARE,
+    "warm_up": WARM_UP,
+    "tail": TAIL,
+}
+WHOLE = ("steps", "every", "tail")
 TRUTHS = ("enabled", "main_negative", "ltc")
 WORDS = {
     "denoise_mode": DENOISE_MODES,
     "sampling": SAMPLINGS,
     "calibration": CALIBRATIONS,
     "switch_order": list(ORDERS),
+    "preset": LTC_PRESETS,
 }
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "none", "null", "")
 
@@ -126,7 +151,8 @@ YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "none", "null"
 def read_arguments(args: tuple[Any, ...]) -> tuple[bool, SunSettings, AcceleratorSettings]:
     """Whether SUN is on, its settings and the accelerators', from the controls' values or one object with some.
 
-    null is as good as leaving a value out. An object that names only accelerators leaves SUN off. Raises ValueError for
+    null is as good as leaving a value out. An object that names only accelerators leaves SUN off. Who gives settings of
+    LTC-Accel's paper and no preset, as was done before there were presets, means the paper's. Raises ValueError for
     names that there are not and for values that cannot be.
     """
     if args and isinstance(args[0], dict):
@@ -137,6 +163,8 @@ def read_arguments(args: tuple[Any, ...]) -> tuple[bool, SunSettings, Accelerato
     else:
         given = dict(zip(CONTROLS, args, strict=False))
     values = {name: read(name, value) for name, value in given.items() if value is not None}
+    if "preset" not in values and any(name in values for name in OF_THE_PAPER):
+        values["preset"] = PAPER
     enabled = values.pop("enabled", False)
     accelerators = AcceleratorSettings(**{name: values.pop(name) for name in ACCELERATOR_CONTROLS if name in values})
     return enabled, SunSettings(**{"adapter": AUTOMATIC, **values}), accelerators

@@ -9,6 +9,7 @@ import gradio as gr
 from modules.ui_components import InputAccordion, ToolButton
 
 from ..sun.inheritance import PRESETS
+from ..sun.ltc.presets import tooltip as presets_tooltip
 from ..sun.switching import ORDERS
 from . import folders, switching
 from .choices import (
@@ -18,12 +19,15 @@ from .choices import (
     CONTROLS,
     EVERY,
     GUIDANCE,
+    LTC_PRESETS,
     OFF,
     SHARE,
     STEPS,
     STRENGTH,
     SUN_CONTROLS,
+    TAIL,
     TAU,
+    WARM_UP,
     AcceleratorSettings,
 )
 
@@ -138,30 +142,55 @@ def _accelerators(elem_id: Callable[[str], str]) -> list[Any]:
     default = AcceleratorSettings()
     with gr.Accordion("SUN without training", open=False, elem_id=elem_id("accelerators")):
         ltc = gr.Checkbox(default.ltc, label="LTC-Accel: skip steps", elem_id=elem_id("ltc"))
-        with gr.Row():
-            tau = gr.Slider(
-                *TAU,
-                value=default.tau,
-                step=0.01,
-                label="LTC-Accel turn (tau)",
-                elem_id=elem_id("tau"),
-                info="Skip where the course turns by less, in radians",
-            )
-            every = gr.Slider(
-                *EVERY,
-                value=default.every,
-                step=1,
-                label="LTC-Accel every",
-                elem_id=elem_id("every"),
-                info="Skip one step of this many; 2 is the fastest",
-            )
-        calibration = gr.Radio(
-            CALIBRATION_CHOICES,
-            value=default.calibration,
-            label="LTC-Accel calibration",
-            elem_id=elem_id("calibration"),
-            info="Measuring takes one run at full cost",
+        preset = gr.Radio(
+            LTC_PRESETS,
+            value=default.preset,
+            label="LTC-Accel preset",
+            elem_id=elem_id("preset"),
+            info=presets_tooltip(),
         )
+        with gr.Row():
+            warm_up = gr.Slider(
+                *WARM_UP,
+                value=default.warm_up,
+                step=0.05,
+                label="LTC-Accel warm-up",
+                elem_id=elem_id("warm_up"),
+                info="Share of the steps, at the start, that always run; below 0: the preset's",
+            )
+            tail = gr.Slider(
+                *TAIL,
+                value=default.tail,
+                step=1,
+                label="LTC-Accel tail",
+                elem_id=elem_id("tail"),
+                info="Steps at the end that always run; -1: the preset's",
+            )
+        with gr.Accordion("LTC-Accel as published (preset paper)", open=False, elem_id=elem_id("paper")):
+            with gr.Row():
+                tau = gr.Slider(
+                    *TAU,
+                    value=default.tau,
+                    step=0.01,
+                    label="LTC-Accel turn (tau)",
+                    elem_id=elem_id("tau"),
+                    info="Skip where the course turns by less, in radians",
+                )
+                every = gr.Slider(
+                    *EVERY,
+                    value=default.every,
+                    step=1,
+                    label="LTC-Accel every",
+                    elem_id=elem_id("every"),
+                    info="Skip one step of this many; 2 is the fastest",
+                )
+            calibration = gr.Radio(
+                CALIBRATION_CHOICES,
+                value=default.calibration,
+                label="LTC-Accel calibration",
+                elem_id=elem_id("calibration"),
+                info="Measuring takes one run at full cost",
+            )
         inherit = gr.Dropdown(
             [OFF, *PRESETS],
             value=OFF,
@@ -170,7 +199,7 @@ def _accelerators(elem_id: Callable[[str], str]) -> list[Any]:
             elem_id=elem_id("inherit"),
             info="Parts of the U-Net reuse what they made some steps ago: fine changes little, fast much",
         )
-    return [ltc, tau, every, calibration, inherit]
+    return [ltc, tau, every, calibration, inherit, preset, warm_up, tail]
 
 
 def switching_names() -> list[str]:

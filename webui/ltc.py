@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import torch
 from modules import paths, sd_samplers_common, shared
 
 from ..sun.common.identity import digest_of
-from ..sun.ltc import LtcKey, LtcSettings, LtcTable, TableStore, adapter_digest, fingerprint
+from ..sun.ltc import LtcKey, LtcSettings, LtcTable, SkipRun, SkipSettings, TableStore, adapter_digest, fingerprint
+from ..sun.ltc.counts import say
 from ..sun.ltc.errors import unknown_sampler
-from ..sun.ltc.kdiffusion import SOLVERS, SamplerRun, solver_of
+from ..sun.ltc.kdiffusion import SOLVERS, SamplerRun, kind_of, solver_of
 from ..sun.ltc.keep import running, summary
-from . import infotext
+from . import infotext, switching
 from .hosts import family
 
 # Written by the hosts themselves in the space of variance 1, where a step with eta 0 is one of Euler.
@@ -35,38 +37,27 @@ def tables_folder() -> Path:
 
 
 @contextmanager
-def sampling(p: Any, settings: LtcSettings, calibration: str) -> Iterator[None]:
-    """Lets p.sampler skip steps. Raises LtcError for a sampler that cannot be accelerated, saying which can."""
+def sampling(p: Any, settings: SkipSettings | LtcSettings, calibration: str) -> Iterator[None]:
+    """Lets p.sampler skip steps. Raises LtcError where the paper's settings cannot be, saying which samplers can."""
     sampler = p.sampler
     function = getattr(sampler, "func", None)
     if not callable(function):
         raise unknown_sampler(p.sampler_name)
-    runs: list[SamplerRun] = []
+    runs: list[SamplerRun | SkipRun] = []
 
     @functools.wraps(function)  # hosts ask it for its parameters
     def skipping(denoiser: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         given = inspect.signature(function).bind(denoiser, *args, **kwargs).arguments
-        solver = solver_of(getattr(function, "__name__", ""), given, OWN_SOLVERS, label_of(sampler))
-        timesteps, model = given.get("timesteps"), family.of(p.sd_model)
-        levels = given["sigmas"] if timesteps is None else levels_at(denoiser, timesteps)
-        unet, loras = model.unet_of(p.sd_model), loras_of(p)
-        key = LtcKey(
-            fingerprint(unet, attention=not loras),  # the host changes these weights when it first calls them
-            solver,
-            tuple(map(float, levels)),
-            guidance(p, given),
-            " ".join(filter(None, (sun_of(p), loras))),
-        )
-
-        def said(table: LtcTable) -> None:
-            p.comment(summary(table))
-
-        with running(key, settings, TableStore(tables_folder()), calibration, said) as run:
-            runs.append(SamplerRun(solver, key.sigmas, run))
-            answering = (Denoiser if timesteps is None else UnitVarianceDenoiser)(denoiser, runs[-1])
+        name = getattr(function, "__name__", "")
+        levels = tuple(map(float, levels_of(name, denoiser, given)))
+        with ExitStack() as stack:
+            run = open_run(p, stack, name, given, levels, settings, calibration)
+            runs.append(run)
+            answering = (Denoiser if given.get("timesteps") is None else UnitVarianceDenoiser)(denoiser, run)
             samples = function(answering, *args, **kwargs)
-            run.finish(answering.plain(samples, key.sigmas[-1]))
-        infotext.write_measured(p, run.measure is not None)
+            if isinstance(run, SamplerRun):
+                run.run.finish(answering.plain(samples, levels[-1]))
+        tell(p, run)
         return samples
 
     sampler.func = skipping
@@ -77,6 +68,48 @@ def sampling(p: Any, settings: LtcSettings, calibration: str) -> Iterator[None]:
             sampler.func = function
     if not runs:
         raise unknown_sampler(p.sampler_name)  # it samples by something else than its function
+
+
+def open_run(
+    p: Any, stack: ExitStack, name: str, given: Mapping[str, Any], levels: tuple[float, ...],
+    settings: SkipSettings | LtcSettings, calibration: str,
+) -> SamplerRun | SkipRun:  # fmt: skip
+    """The run of one sampling by the function `name`, which is called with what is `given`."""
+    label, both = label_of(p.sampler), switching.current(p)
+    first = None if both is None else both.switching.switches_at(len(levels) - 1)
+    anew = set() if first is None else {first}  # another U-Net takes over there
+    if isinstance(settings, SkipSettings):
+        noisy, why = kind_of(name, given, label)
+        return SkipRun(levels, settings, noisy=noisy, refused=why, anew=anew)
+    solver = solver_of(name, given, OWN_SOLVERS, label)
+    unet, loras = family.of(p.sd_model).unet_of(p.sd_model), loras_of(p)
+    key = LtcKey(
+        fingerprint(unet, attention=not loras),  # the host changes these weights when it first calls them
+        solver,
+        levels,
+        guidance(p, given),
+        " ".join(filter(None, (sun_of(p), loras, "" if both is None else both.for_table()))),
+    )
+
+    def said(table: LtcTable) -> None:
+        p.comment(summary(table))
+
+    store = TableStore(tables_folder())
+    published = stack.enter_context(running(key, settings, store, calibration, said))
+    published.real |= anew
+    return SamplerRun(solver, levels, published)
+
+
+def tell(p: Any, run: SamplerRun | SkipRun) -> None:
+    """What a run did: in the log, in the infotext, and under the picture where nothing was skipped."""
+    measured = isinstance(run, SamplerRun) and run.run.measure is not None
+    infotext.write_measured(p, measured)
+    if measured:
+        return  # it has said what it measured
+    say(run.counts)
+    infotext.write_counts(p, str(run.counts))
+    if run.counts.calls == run.counts.steps:
+        p.comment(run.counts.sentence)
 
 
 def sun_of(p: Any) -> str:
@@ -106,17 +139,63 @@ def guidance(p: Any, given: Mapping[str, Any]) -> float:
     return float(getattr(p, "hr_cfg", scale) if getattr(p, "is_hr_pass", False) else scale)
 
 
-def levels_at(denoiser: Any, timesteps: torch.Tensor) -> torch.Tensor:
-    """Sigma at each of the ascending `timesteps` [N + 1], in the order in which DDIM visits them."""
-    alphas = denoiser.inner_model.inner_model.alphas_cumprod.double()[timesteps.flip(0).to("cpu").tolist()]
-    return ((1 - alphas) / alphas).sqrt()
+def levels_of(name: str, denoiser: Any, given: Mapping[str, Any]) -> Sequence[float]:
+    """Noise levels [N + 1] of the steps that a sampler's function is about to make."""
+    timesteps = given.get("timesteps")
+    if timesteps is None:
+        levels: Sequence[float] = given["sigmas"]
+        return levels
+    table = sigmas_of(denoiser)
+    if name == "unipc":  # takes from its timesteps how many they are, and goes evenly from the last one that is trained
+        return [*(table(float(t)) for t in torch.linspace(len(table) - 1, 0, len(timesteps) + 1)[:-1]), 0.0]
+    return [table(float(t)) for t in timesteps.flip(0)]
+
+
+class Sigmas:
+    """Noise levels of the trained timesteps, and between them. sigmas: of timesteps 0, 1, ..."""
+
+    def __init__(self, sigmas: torch.Tensor) -> None:
+        self.logs: list[float] = sigmas.double().cpu().log().tolist()
+
+    def __len__(self) -> int:
+        return len(self.logs)
+
+    def __call__(self, timestep: float) -> float:
+        at = min(max(timestep, 0.0), len(self.logs) - 1.0)
+        low = min(int(at), len(self.logs) - 2)
+        return math.exp((1 - at + low) * self.logs[low] + (at - low) * self.logs[low + 1])
+
+
+def sigmas_of(denoiser: Any) -> Sigmas:
+    alphas = denoiser.inner_model.inner_model.alphas_cumprod.double().cpu()
+    return Sigmas(((1 - alphas) / alphas).sqrt())
+
+
+def schedules_of(cond: Any) -> set[tuple[int, ...]]:
+    """The steps at which texts are exchanged, a tuple for each schedule, in whichever nesting a host keeps them."""
+    if isinstance(cond, Mapping):
+        return {ends for part in cond.values() for ends in schedules_of(part)}
+    inner = getattr(cond, "batch", None) or getattr(cond, "schedules", None)
+    if inner is None and isinstance(cond, (list, tuple)):
+        inner = cond
+    if not inner:
+        return set()
+    if all(hasattr(part, "end_at_step") for part in inner):
+        return {tuple(int(part.end_at_step) for part in inner)}
+    return {ends for part in inner for ends in schedules_of(part)}
+
+
+def acting(ends: tuple[int, ...], step: int) -> int:
+    """Which text of a schedule acts in a step, as the hosts choose it: after the last one it is the first again."""
+    return next((i for i, end in enumerate(ends) if step <= end), 0)
 
 
 class Denoiser:
     """The host's denoiser, except that in a skipped step it answers without a call of the U-Net."""
 
-    def __init__(self, denoiser: Any, run: SamplerRun) -> None:
+    def __init__(self, denoiser: Any, run: SamplerRun | SkipRun) -> None:
         self._denoiser, self._run = denoiser, run
+        self._schedules: list[tuple[int, ...]] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._denoiser, name)
@@ -127,12 +206,25 @@ class Denoiser:
 
         def model() -> torch.Tensor:
             asked.append(True)
-            return self._denoiser(x, sigma, **extra)
+            answer: torch.Tensor = self._denoiser(x, sigma, **extra)
+            return answer
 
-        answer = self._run.denoised(x, model)
+        answer = self.answer(x, sigma, model, self.state(extra))
         if not asked:
             self.go_on()
         return answer
+
+    def answer(
+        self, x: torch.Tensor, sigma: torch.Tensor, model: Callable[[], torch.Tensor], state: Hashable
+    ) -> torch.Tensor:
+        return self._run.denoised(float(sigma.flatten()[0]), x, model, state)
+
+    def state(self, extra: Mapping[str, Any]) -> Hashable:
+        """What the answer depends on besides the noise level: the texts of prompt editing, and a refiner's model."""
+        if self._schedules is None:
+            self._schedules = sorted(schedules_of(extra.get("cond")) | schedules_of(extra.get("uncond")))
+        step = self._denoiser.step
+        return (id(self._denoiser.inner_model), *(acting(ends, step) for ends in self._schedules))
 
     def go_on(self) -> None:
         """What the host's denoiser does beside calling the model: ends interrupted runs, counts for prompt editing."""
@@ -149,14 +241,21 @@ class Denoiser:
 class UnitVarianceDenoiser(Denoiser):
     """The same for samplers whose latents are scaled by 1 / sqrt(1 + sigma^2) and whose denoiser predicts noise."""
 
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **extra: Any) -> torch.Tensor:
+    def __init__(self, denoiser: Any, run: SamplerRun | SkipRun) -> None:
+        super().__init__(denoiser, run)
+        self._sigma_at = sigmas_of(denoiser)
+
+    def answer(
+        self, x: torch.Tensor, sigma: torch.Tensor, model: Callable[[], torch.Tensor], state: Hashable
+    ) -> torch.Tensor:
         """Predicted noise [B, ...] at latents x. sigma: the host's timestep."""
-        noise = self._run.direction(self.plain(x, self._run.sigma))
-        if noise is None:
-            predicted: torch.Tensor = self._denoiser(x, sigma, **extra)
-            return predicted
-        self.go_on()
-        return noise.to(x.dtype)
+        if isinstance(self._run, SamplerRun):
+            noise = self._run.direction(self.plain(x, self._run.sigma))
+            return model() if noise is None else noise.to(x.dtype)
+        level = self._sigma_at(float(sigma.flatten()[0]))
+        latents = self.plain(x, level)
+        denoised = self._run.denoised(level, latents, lambda: latents - level * model().float(), state)
+        return ((latents - denoised) / level).to(x.dtype)
 
     @staticmethod
     def plain(x: torch.Tensor, sigma: float) -> torch.Tensor:

@@ -13,12 +13,14 @@ from typing import Any
 
 from modules import scripts, sd_samplers
 
+from ..sun.ltc.presets import PAPER
 from ..sun.switching import ORDERS
 from . import folders, sampler, store, switching
 from .choices import (
     AUTOMATIC,
     DENOISE_MODES,
     GUIDANCE,
+    LTC_PRESETS,
     OFF,
     SUN_CONTROLS,
     SunSettings,
@@ -48,6 +50,9 @@ OF_GUIDANCE = ("Negative Guidance minimum sigma",)
 LABELS = {
     "negative": "negative prompt",
     "denoise_mode": "denoise mode",
+    "preset": "LTC-Accel preset",
+    "warm_up": "LTC-Accel warm-up",
+    "tail": "LTC-Accel tail",
     "tau": "LTC-Accel tau",
     "every": "LTC-Accel every",
     "inherit": "feature inheritance",
@@ -197,6 +202,7 @@ def register() -> None:
         log.info("SUN: no X/Y/Z plot in this host, so no axes are added.")
         return
     plain, own_text, skipping = _apply(), _apply(main_negative=False), _apply(ltc=True)
+    published = _apply(ltc=True, preset=PAPER)
     # Feature inheritance without choices: plans in words are values, too, and a list of choices would refuse them.
     made: tuple[tuple[str, type, Any, dict[str, Any]], ...] = (
         ("adapter", str, plain, {"choices": lambda: [AUTOMATIC, *folders.names()], "cost": 0.5}),
@@ -205,8 +211,11 @@ def register() -> None:
         ("steps", int, plain, {}),
         ("negative", str, own_text, {}),
         ("denoise_mode", str, plain, {"choices": lambda: DENOISE_MODES}),
-        ("tau", float, skipping, {}),
-        ("every", int, skipping, {}),
+        ("preset", str, skipping, {"choices": lambda: LTC_PRESETS}),
+        ("warm_up", float, skipping, {}),
+        ("tail", int, skipping, {}),
+        ("tau", float, published, {}),
+        ("every", int, published, {}),
         ("inherit", str, plain, {}),
         ("switch", str, plain, {"choices": lambda: [OFF, *switching.names()], "cost": 0.5}),
         ("share", float, plain, {}),

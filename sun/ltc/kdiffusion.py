@@ -12,11 +12,26 @@ from typing import Any
 
 from torch import Tensor
 
+from .counts import Counts
 from .errors import noise_added, unknown_sampler
 from .run import LtcRun
 
 SOLVERS = {"sample_euler": "euler", "sample_dpmpp_2m": "dpmpp_2m", "sample_heun": "heun", "sample_dpm_2": "dpm_2"}
-NOISY = ("ancestral", "sde", "lcm", "ddpm", "seeds", "sa_solver")
+NOISY = ("ancestral", "sde", "lcm", "ddpm", "seeds", "sa_solver", "tcd")
+PLAIN = (
+    *SOLVERS,
+    *(f"sample_{name}" for name in ("lms", "deis", "ipndm", "ipndm_v", "res_multistep", "unipc", "heunpp2")),
+    *(f"sample_{name}" for name in ("gradient_estimation", "exp_heun_2_x0", "dpmpp_3m", "dpm_fast")),
+    "ddim",
+    "plms",
+    "unipc",
+)
+"""Samplers that are known to add no noise; of others it is found out by looking."""
+UNFIT = {
+    "adaptive": "it chooses its steps by what the model says",
+    "cfg_pp": "it asks for the negative prompt's answer besides",
+    "cfgpp": "it asks for the negative prompt's answer besides",
+}
 _CALLS = {"heun": 2, "dpm_2": 2}
 
 
@@ -39,8 +54,24 @@ def solver_of(
     return solvers[name]
 
 
+def kind_of(name: str, options: Mapping[str, Any] | None = None, shown: str = "") -> tuple[bool | None, str]:
+    """Of a sampler's function: whether it adds fresh noise (None: not known), and why no call of it can be skipped.
+
+    options: what the function is called with. shown: the name that its users know.
+    """
+    shown = shown or name.removeprefix("sample_")
+    why = next((reason for word, reason in UNFIT.items() if word in name), "")
+    if why:
+        return None, f"{shown} cannot go without a call: {why}"
+    if any(word in name for word in NOISY):
+        return True, ""
+    if any((options or {}).get(option, 0) > 0 for option in ("s_churn", "eta")):
+        return True, ""
+    return (False if name in PLAIN else None), ""
+
+
 class SamplerRun:
-    """One sampling run: follows the sampler's calls, and in skipped steps says what the model would have to say."""
+    """One sampling run by the paper: follows the sampler, and in skipped steps says what the model would have to."""
 
     def __init__(self, solver: str, sigmas: tuple[float, ...], run: LtcRun) -> None:
         self.solver, self.sigmas, self.run = solver, sigmas, run
@@ -70,7 +101,11 @@ class SamplerRun:
                 self._derivative = (self.run.target(i) - x) / (self.sigmas[i + 1] - self.sigmas[i])
         return self._derivative
 
-    def denoised(self, x: Tensor, model: Callable[[], Tensor]) -> Tensor:
+    @property
+    def counts(self) -> Counts:
+        return self.run.counts
+
+    def denoised(self, _sigma: float, x: Tensor, model: Callable[[], Tensor], _state: object = None) -> Tensor:
         """`denoised` [B, ...] for the sampler's next call, at latents x; `model` gives the model's."""
         i, call = divmod(self._calls, self._calls_a_step)
         derivative = self.direction(x)

@@ -22,7 +22,8 @@ class SkipSettings:
     every, row: of each ``every`` steps between them the model is called in all but ``row``; 2 and 1 are every second.
     terms: outputs a forecast is made of, see :class:`.Forecast`. kind: what is forecast, noise or x0; automatic takes
     x0 where the sampler adds fresh noise. guard: a step runs although it might be skipped when the last call was this
-    far, relative to its size, from what was expected; 0 switches this off. ridge, memory: of the fit in the run.
+    many times as far from its forecast as the calls before it were; 0 switches this off. ridge, memory: of the fit in
+    the run.
     """
 
     first: float = 0.25
@@ -31,7 +32,7 @@ class SkipSettings:
     row: int = 1
     terms: int = 3
     kind: str = AUTOMATIC_KIND
-    guard: float = 0.3
+    guard: float = 2.0
     ridge: float = 1.0
     memory: float = 0.5
 
@@ -66,9 +67,9 @@ class SkipSettings:
 
 
 PRESETS = {
-    "fine": SkipSettings(first=0.4, last=3, guard=0.2),
+    "fine": SkipSettings(first=0.4, last=3, guard=1.5),
     "balanced": SkipSettings(),
-    "fast": SkipSettings(first=0.15, guard=0.4),
+    "fast": SkipSettings(first=0.15, guard=3.0),
 }
 BALANCED = "balanced"
 NAMES = (*PRESETS, PAPER)
@@ -88,3 +89,9 @@ def preset(name: str, **overrides: Any) -> SkipSettings:
 def gives(name: str) -> str:
     """What a preset gives: ``13 of 20`` calls, for some numbers of steps."""
     return ", ".join(f"{PRESETS[name].calls(steps)} of {steps}" for steps in SHOWN_STEPS)
+
+
+def tooltip() -> str:
+    """What all presets give, in a few lines."""
+    lines = [f"{name} calls the model in {gives(name)} steps." for name in PRESETS]
+    return " ".join([*lines, "paper: the published method, whose first run measures itself at full cost."])

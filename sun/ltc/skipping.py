@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 NODE = 0.25
 """A call this near to a noise level of the schedule, in steps, is the one of that step; others lie between two."""
+CALM = 0.02
+"""A turn in a step, relative to the output's size, that is no reason to run one; numbers that are none are."""
 FRESH = 0.01
 """Part of new latents that no step without fresh noise explains."""
 
@@ -55,6 +57,7 @@ class SkipRun:
         }
         self._fresh = _FreshNoise() if len(kinds) > 1 else None
         self._step, self._skips, self._state = -1, False, None  # type: tuple[int, bool, Hashable]
+        self._last_real, self._turned, self._turns = -1, False, list[Tensor]()
         if not self.skipped and not self.why:
             self.why = f"{len(self.levels)} steps are too few to skip one of"
 
@@ -109,12 +112,26 @@ class SkipRun:
             self._fresh.see(x, denoised)
         for forecast in self._forecasts.values():
             forecast.see(sigma, x, denoised)
+        self._watch(step)
 
     def forget(self) -> None:
         """Let go of what was seen, and run the step that is under way."""
         for forecast in self._forecasts.values():
             forecast.forget()
-        self._skips = False
+        self._skips = self._turned = False
+        self._turns = []
+
+    def _watch(self, step: int) -> None:
+        """Note how far the call of this step was from its forecast, and whether that is more than was usual so far."""
+        turned = next(iter(self._forecasts.values())).turned
+        gone, self._last_real = step - self._last_real, step
+        if turned is None or gone == 0:  # nothing was foretold, or the step is asked for a second time
+            return
+        turn = turned / gone
+        if self._turns and self._turns[-1].shape == turn.shape:
+            usual = torch.stack(self._turns).mean(0)
+            self._turned = bool((~(turn <= self.settings.guard * usual) & ~(turn <= CALM)).any())
+        self._turns.append(turn)
 
     def stop(self, why: str) -> None:
         """Skip nothing more, and say why, once."""
@@ -140,9 +157,8 @@ class SkipRun:
             self.forget()
         if self.why or step not in self.skipped or not self._forecast.ready:
             return False
-        turned = self._forecast.turned
-        if self.settings.guard and turned is not None and not bool((turned <= self.settings.guard).all()):
-            self.guarded += 1  # not a number is no calm run either
+        if self.settings.guard and self._turned:
+            self.guarded += 1
             return False
         return True
 

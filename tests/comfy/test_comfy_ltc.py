@@ -11,8 +11,14 @@ from comfy_helpers import relative
 
 @pytest.fixture
 def apply(host: SimpleNamespace, emoji: SimpleNamespace):
+    """By the paper, with steps chosen by position."""
+
     def make(model=None, tau: float = 0.0, every: int = 2, calibration: str = "automatic"):
-        return host.nodes["SUN_ApplyLtcAccel"].execute(model or emoji.model, tau, every, calibration).result[0]
+        return (
+            host.nodes["SUN_ApplyLtcAccel"]
+            .execute(model or emoji.model, "paper", -1, -1, tau, every, calibration)
+            .result[0]
+        )
 
     return make
 
@@ -32,8 +38,64 @@ def watched(model):
     return model, seen
 
 
+@pytest.mark.parametrize("name", ["dpmpp_2m", "uni_pc", "euler_ancestral", "heun"])
+def test_the_first_picture_takes_13_of_20_calls_with_any_sampler(
+    host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """KSampler's default number of steps, on a model that was trained."""
+    told: list[tuple[str, dict]] = []
+    monkeypatch.setattr(host.part("nodes.notices"), "tell", lambda node, text, **values: told.append((text, values)))
+    model = host.nodes["SUN_ApplyLtcAccel"].execute(emoji.model, "balanced").result[0]
+    with run.count(model) as counts:
+        fast = run.ksampler(model, steps=20, name=name, cfg=1.0)
+    calls, steps = (25, 39) if name == "heun" else (13, 20)
+    assert counts.unet == calls
+    assert told == [("ltc_saved", {"calls": calls, "steps": steps, "saved": 36 if name == "heun" else 35})]
+    assert bool(fast.isfinite().all())
+    assert not host.part("nodes.ltc_patch").tables_folder().exists()  # nothing is measured
+    if name == "dpmpp_2m":
+        plain = run.ksampler(emoji.model, steps=20, name=name, cfg=1.0)
+        assert 0 < (fast - plain).norm() < 0.1 * plain.norm()
+
+
+def test_samplers_that_no_forecast_suits_run_in_full_and_say_why(
+    host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = host.nodes["SUN_ApplyLtcAccel"].execute(emoji.model, "fast").result[0]
+    plain = run.ksampler(emoji.model, steps=8, name="euler_cfg_pp", cfg=1.0)
+    assert torch.equal(run.ksampler(model, steps=8, name="euler_cfg_pp", cfg=1.0), plain)
+    assert "asks for the negative prompt's answer besides" in caplog.text
+
+
+def test_a_prompt_that_ends_in_the_middle_is_a_real_step(
+    host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace
+) -> None:
+    """Prompt scheduling: no forecast carries the first prompt into the second's part."""
+    model = host.nodes["SUN_ApplyLtcAccel"].execute(emoji.model, "balanced").result[0]
+    set_range, combine = (host.nodes[name]() for name in ("ConditioningSetTimestepRange", "ConditioningCombine"))
+    (first,), (then,) = set_range.set_range(run.positive, 0.0, 0.5), set_range.set_range(run.negative, 0.5, 1.0)
+    (both,) = combine.combine(first, then)
+    with run.count(model) as counts:
+        run.ksampler(model, positive=both, steps=20, cfg=1.0)
+    assert 13 < counts.unet < 20
+
+
+def test_presets_and_a_workflow_from_before_there_were_any(host: SimpleNamespace, emoji: SimpleNamespace) -> None:
+    patch, node = host.part("nodes.ltc_patch"), host.nodes["SUN_ApplyLtcAccel"]
+
+    def settings(*args, **kwargs):
+        return node.execute(emoji.model, *args, **kwargs).result[0].get_attachment(patch.KEY).settings
+
+    ltc = host.part("sun.ltc")
+    assert settings(tau=0.1, every=2, calibration="automatic") == ltc.LtcSettings() == settings("paper")
+    assert settings("fast") == ltc.PRESETS["fast"]
+    assert (settings("fast", 0.5, 4).first, settings("fast", 0.5, 4).last) == (0.5, 4)
+    with pytest.raises(ValueError, match="no warm_up and no tail"):
+        settings("paper", 0.5)
+
+
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "heun", "dpm_2"])
-def test_the_first_run_is_plain_and_skips_go_where_they_should(
+def test_the_paper_s_first_run_is_plain_and_skips_go_where_they_should(
     host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace, apply, name: str
 ) -> None:
     plain = run.ksampler(emoji.model, steps=8, name=name, cfg=3.0)
@@ -71,7 +133,7 @@ def test_order_with_sun_does_not_matter_and_the_model_is_as_before(
 
 
 @pytest.mark.parametrize(("name", "words"), [("euler_ancestral", "fresh noise"), ("uni_pc", "does not know")])
-def test_other_samplers_get_a_sentence(run: SimpleNamespace, apply, name: str, words: str) -> None:
+def test_the_paper_gives_other_samplers_a_sentence(run: SimpleNamespace, apply, name: str, words: str) -> None:
     with pytest.raises(ValueError, match=f"{words}.*Use Euler, DDIM"):
         run.ksampler(apply(), name=name)
 

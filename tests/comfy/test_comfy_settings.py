@@ -278,7 +278,7 @@ def test_a_merge_and_a_saved_checkpoint_say_what_they_leave_behind(
 def test_accelerators_say_it_too(host: SimpleNamespace, emoji: SimpleNamespace, caplog) -> None:
     load_builtin_extras("nodes_model_merging")
     model = host.nodes["SUN_ApplyFeatureInheritance"].execute(emoji.model, "fine").result[0]
-    model = host.nodes["SUN_ApplyLtcAccel"].execute(model, 0.1, 2, "automatic").result[0]
+    model = host.nodes["SUN_ApplyLtcAccel"].execute(model, "balanced").result[0]
     host.nodes["ModelMergeSimple"]().merge(emoji.model, model, 0.5)
     assert "LTC-Accel and Feature inheritance: no part of a model's weights" in caplog.text
 

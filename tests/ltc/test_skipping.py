@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import torch
 
+from sun.ltc.counts import Counts
 from sun.ltc.errors import LtcError
 from sun.ltc.forecast import NOISE, X0, Forecast
 from sun.ltc.outputs import OutputStepper
@@ -199,10 +200,10 @@ def test_a_run_that_may_skip_and_never_does_is_the_plain_one(name: str) -> None:
     kind, config, _ = SOLVERS[name]
     make = getattr(diffusers, kind)
     plain, full, _ = sample(make(**config), None)
-    guarded, calls, run = sample(make(**config), SkipSettings(guard=1e-9))
-    assert torch.equal(plain, guarded)
+    same, calls, run = sample(make(**config), SkipSettings(first=1.0))
+    assert torch.equal(plain, same)
     assert calls == full
-    assert run.counts.guarded == len(ALWAYS.skipped(20))
+    assert "too few" in run.counts.sentence
 
 
 @pytest.mark.parametrize("kind", ["EDMEulerScheduler", "IPNDMScheduler", "DDIMInverseScheduler"])
@@ -262,17 +263,25 @@ def test_a_batch_of_another_size_runs() -> None:
     assert 10 in asked
 
 
-def test_the_guard_looks_at_every_picture_and_a_number_that_is_none_is_no_calm_run() -> None:
-    settings = SkipSettings(guard=0.2)
-    for spoilt in (math.nan, 3.0):
-        run = SkipRun(LEVELS, settings)
+def test_the_guard_runs_the_step_after_a_turn_of_any_picture_and_after_what_is_no_number() -> None:
+    """A turn is more than the calls before were off, in the steps between two calls."""
+
+    def run(spoilt: float | None, settings: SkipSettings) -> tuple[SkipRun, list[int]]:
+        made, asked = SkipRun(LEVELS, settings, noisy=False), list[int]()
         for i, sigma in enumerate(LEVELS[:-1]):
-            x = torch.zeros(2, 4)
-            out = torch.ones(2, 4)
-            out[1, 0] = spoilt * (-1) ** i
-            run.denoised(sigma, x, lambda out=out, sigma=sigma: -sigma * out)
-        assert run.counts.calls == 20
-        assert run.counts.guarded == len(settings.skipped(20))
+            out = torch.ones(2, 4) + 0.1 * sigma * torch.tensor([1.0, -1.0, 1.0, 1.0])
+            out[1, 0] = spoilt if i == 10 and spoilt is not None else out[1, 0]
+            made.denoised(sigma, torch.zeros(2, 4), lambda i=i, out=out, at=sigma: asked.append(i) or -at * out)
+        return made, asked
+
+    calm, _ = run(None, SkipSettings())
+    assert calm.counts == Counts(13, 20)
+    for spoilt in (9.0, math.nan):
+        turned, asked = run(spoilt, SkipSettings())
+        assert turned.counts.guarded >= 1
+        assert 11 in asked
+        assert {5, 7, 9}.isdisjoint(asked)
+        assert run(spoilt, SkipSettings(guard=0))[0].counts == Counts(13, 20)
 
 
 def test_a_sampler_that_goes_back_to_more_noise_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:

@@ -55,6 +55,82 @@ def assert_restored(family: Any, result: Any) -> None:
 # ---------------------------------------------------------------------------------------------------------- LTC-Accel
 
 
+@pytest.fixture
+def calm(family: Any) -> Iterator[None]:
+    """The random model, turned into one whose answers change as calmly as a trained one's."""
+    last = family.unet.out[-1]
+    before = {name: value.clone() for name, value in last.state_dict().items()}
+    with torch.no_grad():
+        last.weight.mul_(0.002)
+        last.bias.copy_(torch.tensor([1.0, -1.0, 0.5, 0.8]))
+    yield
+    last.load_state_dict(before)
+
+
+SAMPLERS = ("DPM++ 2M", "Euler", "Euler a", "Heun", "DPM2", "DDIM", "PLMS", "UniPC")
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_first_picture_takes_13_of_20_calls_with_any_sampler(
+    family: Any, tables: Path, calm: None, name: str
+) -> None:
+    fields = {"sampler_name": name, "steps": 20}
+    rows, plain = calls(family, **fields)
+    with UnetLog(family.unet) as log:
+        result = family.run({"ltc": True}, **{**PICTURE, **fields})
+    twice = 2 if name in ("Heun", "DPM2") else 1
+    steps = 19 if name in ("DDIM", "PLMS") else 20  # LDM's own samplers take one step less than they are asked for
+    assert (len(rows) + twice - 1, set(log.rows)) == (steps * twice, {2})  # positive and negative
+    assert len(rows) - len(log.rows) == twice * (7 if steps == 20 else 6)
+    saved = f"{len(log.rows)} of {len(rows)} calls, {round(100 - 100 * len(log.rows) / len(rows))} % saved"
+    assert f'LTC-Accel calls: "{saved}"' in result.infotexts[0]
+    assert "LTC-Accel: balanced, LTC-Accel warm-up: 0.25, LTC-Accel tail: 2" in result.infotexts[0]
+    assert result.comments == ""
+    assert 0 < relative(result.images, plain) < 0.2
+    assert not list(tables.glob("*"))  # nothing is measured
+    assert_restored(family, result)
+
+
+def test_presets_warm_up_and_tail(family: Any, calm: None) -> None:
+    fields = {"sampler_name": "DPM++ 2M", "steps": 20}
+    counts = [len(calls(family, {"ltc": True, "preset": name}, **fields)[0]) for name in ("fine", "balanced", "fast")]
+    assert counts == [15, 13, 12]
+    assert len(calls(family, {"ltc": True, "warm_up": 0.5, "tail": 4}, **fields)[0]) == 17
+    with pytest.raises(ValueError, match="no warm-up and no tail"):
+        family.run({"ltc": True, "preset": "paper", "tail": 4}, **{**PICTURE, **fields})
+
+
+def test_prompt_editing_is_a_real_step_and_what_was_said_before_it_is_forgotten(family: Any, calm: None) -> None:
+    fields = {"sampler_name": "Euler", "steps": 20}
+    with UnetLog(family.unet) as log:
+        family.run({"ltc": True}, **{**PICTURE, **fields, "prompt": "a [cat:dog:8]"})
+    assert len(log.rows) > 13
+    assert len(calls(family, {"ltc": True}, **fields)[0]) == 13
+
+
+def test_where_nothing_was_skipped_the_page_says_why(family: Any) -> None:
+    result = family.run({"ltc": True}, **{**PICTURE, "steps": 4})
+    assert "4 of 4 calls, 0 % saved (4 steps are too few to skip one of)" in result.comments
+
+
+def test_infotext_of_a_preset_pasted_back_gives_the_same_picture(family: Any, host: Any, calm: None) -> None:
+    chosen = {"ltc": True, "preset": "fast", "warm_up": 0.3, "tail": 3}
+    first = family.run(chosen, **{**PICTURE, "steps": 20})
+    values = pasted(host, first.infotexts[0])
+    assert {name: values[name] for name in chosen} == chosen
+    again = family.run(values, **{**PICTURE, "steps": 20})
+    assert torch.equal(first.images, again.images)
+    assert again.infotexts == first.infotexts
+
+
+def test_pictures_from_before_there_were_presets_are_the_paper_s(host: Any) -> None:
+    values = pasted(host, "a cat\nSteps: 20, Sampler: Euler, LTC-Accel tau: 0.1, LTC-Accel every: 2")
+    assert (values["ltc"], values["preset"], values["tau"]) == (True, "paper", 0.1)
+    read = host.part("choices").read_arguments
+    assert read(({"ltc": True, "tau": 0.1},))[2].preset == "paper"
+    assert read(({"ltc": True},))[2].preset == "balanced"
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_the_first_run_is_plain_and_the_next_skips_both_passes(
     family: Any, host: Any, tables: Path, seen: list[torch.Tensor], name: str
@@ -333,7 +409,7 @@ def test_pasting_a_picture_without_them_switches_them_off(host: Any) -> None:
 
 
 def test_axes_switch_them_on(family: Any, host: Any) -> None:
-    override = host.part("xyz")._apply(ltc=True)("tau")
+    override = host.part("xyz")._apply(ltc=True, preset="paper")("tau")
     calls(family, LTC)
     p = type("P", (), {})()
     override(p, 0.0, [])
