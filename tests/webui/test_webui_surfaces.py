@@ -136,7 +136,7 @@ def test_axes_change_the_run_and_are_added_once(family: Any, host: Any, plot: An
     xyz.register()
     xyz.register()
     axes = {axis.label: axis for axis in plot.axis_options}
-    assert len(axes) == len(plot.axis_options) == 13
+    assert len(axes) == len(plot.axis_options) == 16
     assert ADAPTER in axes["[SUN] adapter"].choices()
     p = SimpleNamespace()
     axes["[SUN] strength"].apply(p, 0.5, [])
