@@ -179,19 +179,34 @@ def _without_weights(module: Any, forget: tuple[str, ...]) -> Any:
 
 
 def _kept(block: Any, parts: list[int], weights: Mapping[str, Tensor], name: str) -> Any:
-    """A block with the parts that have weights (those without any, as activations, belong to none), and of
-    transformers as many blocks as there are weights for."""
-    modules = list(block)
-    if parts and parts[-1] >= len(modules):
-        raise _not_slimmer()
-    small = [modules[i] for i in parts]
+    """A block with the parts there are weights for, and of transformers as many blocks as there are weights for.
+
+    A part that is gone moves those behind it up, so each is known by what it holds.
+    """
+    there = {kind: [m for m in block if _kind(dict(m.named_parameters())) == kind] for kind in _KINDS.values()}
+    small = []
+    for i in parts:
+        prefix = f"{name}.{i}."
+        kind = _kind({key.removeprefix(prefix) for key in weights if key.startswith(prefix)})
+        if not there.get(kind):
+            raise _not_slimmer()
+        small.append(there[kind].pop(0))
     for i, module in enumerate(small):
         depth = getattr(module, "transformer_blocks", None)
         if depth is not None:
             pattern = re.compile(re.escape(f"{name}.{parts[i]}.transformer_blocks.") + r"(\d+)\.")
-            there = {int(match[1]) for key in weights if (match := pattern.match(key))}
-            module.transformer_blocks = type(depth)(list(depth)[: max(there, default=-1) + 1])
+            count = len({match[1] for key in weights if (match := pattern.match(key))})
+            module.transformer_blocks = type(depth)(list(depth)[:count])
     return type(block)(*small) if isinstance(block, nn.Sequential) else type(block)(small)
+
+
+_KINDS = {"in_layers.": "layer", "transformer_blocks.": "transformer", "op.": "down", "conv.": "up", "": "convolution"}
+
+
+def _kind(names: Iterable[str]) -> str:
+    """What a part of a block is, by the names of its weights."""
+    names = set(names)
+    return next(kind for begin, kind in _KINDS.items() if any(name.startswith(begin) for name in names) or not begin)
 
 
 def _fill(made: Any, large: Any, weights: Mapping[str, Tensor]) -> None:

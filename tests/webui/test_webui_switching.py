@@ -41,6 +41,22 @@ def small_weights(unet: Any, layers: tuple[int, ...] = LAYERS, seed: int = 1) ->
     return found
 
 
+def without_transformers(weights: dict[str, torch.Tensor], stage: int) -> dict[str, torch.Tensor]:
+    """Weights of a checkpoint without the transformers of a stage (of two layers), on both ways."""
+    first, found = 1 + 3 * stage, {}
+    ups = range(3 * (len(STAGES) - 1 - stage), 3 * (len(STAGES) - stage))
+    for name, weight in weights.items():
+        parts = name.split(".")
+        here = parts[2] == "input_blocks" and int(parts[3]) in (first, first + 1)
+        here = here or (parts[2] == "output_blocks" and int(parts[3]) in ups)
+        if here and parts[4] == "1" and parts[5] != "conv":
+            continue
+        if here and parts[2] == "output_blocks" and parts[4] == "2":
+            parts[4] = "1"  # the upsampler moves up
+        found[".".join(parts)] = weight
+    return found
+
+
 @pytest.fixture(scope="module")
 def small(host: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, torch.Tensor]]:
     """A listed checkpoint with the small U-Net: its weights."""
@@ -132,6 +148,20 @@ def test_control_residuals_are_those_of_the_layers_there_are(family: Any, small:
     family.model.forge_objects_after_applying_lora.unet.controlnet_linked_list = residuals
     steered, _, _ = draw(family, {"switch": TITLE, "share": 1.0})
     assert relative(steered, plain) > 1e-3
+
+
+def test_stages_may_lack_their_transformers_or_the_middle(host: SimpleNamespace, family: Any) -> None:
+    slim = host.stub("sd_webui_sun.sun.switching.slim")
+    every = small_weights(family.unet, (2, 2, 2, 2))
+    x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 7, 16)
+    whole = slim.slim(family.unet, slim.unet_weights(every)).unet(x, t, context=text)
+    less = without_transformers(every, 1)
+    made = slim.slim(family.unet, slim.unet_weights(less))
+    assert len(made.attentions()) == 16 - 5
+    assert not torch.equal(made.unet(x, t, context=text), whole)
+    no_middle = {name: weight for name, weight in less.items() if ".middle_block." not in name}
+    assert len(slim.slim(family.unet, slim.unet_weights(no_middle)).attentions()) == 16 - 6
+    assert made.replaced({("input", 4): "a", ("input", 7, 0): "b"}) == {("input", 4): "a", ("input", 7, 0): "b"}
 
 
 def test_a_forward_that_another_extension_replaced_is_said(family: Any, small: Any) -> None:
