@@ -28,7 +28,7 @@ _LEAST = {
     "edit_prompts": 1,
     "agreement_prompts": 1,
 }
-PEERS = ("lcm_lora", "guided_distill", "small_unet")
+PEERS = ("lcm_lora", "guided_distill")
 
 
 def check(config: EvaluateConfig) -> None:

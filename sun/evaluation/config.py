@@ -20,7 +20,7 @@ class ModelSpec:
     model: diffusers folder, single-file checkpoint, ``emoji`` for the shipped one, or ``random`` for Stable Diffusion
     1.5 with random weights (for time alone). unet: folder of a U-Net that replaces the model's. lora: LoRA as
     ``path`` or ``path:weight``, fused. adapter: SUN file, ``emoji``, or ``init`` for an untrained one. lcm_lora,
-    guided_distill: folders of those peers. small_unet: a compact U-Net of this model, for switching. guidance_scale:
+    guided_distill: folders of those peers. guidance_scale:
     w; 0 is the adapter's own. style: a word for tables. methods, measure: what this model is measured with and in.
     """
 
@@ -30,7 +30,6 @@ class ModelSpec:
     adapter: str = ""
     lcm_lora: str = ""
     guided_distill: str = ""
-    small_unet: str = ""
     guidance_scale: float = 0.0
     style: str = ""
     methods: tuple[str, ...] = ()
@@ -55,10 +54,10 @@ class EvaluateConfig:
     lora: str = ""
     lcm_lora: str = ""
     guided_distill: str = ""
-    small_unet: str = ""
     models: dict[str, Any] = field(default_factory=dict)
     adapters: dict[str, str] = field(default_factory=dict)
-    # Compact U-Nets for methods such as ``compact[NAME]-25``: a folder, or what to remove (a list or a plan's file).
+    # Compact U-Nets for methods such as ``compact[NAME]-25``, ``switch[NAME]-25``: a folder, or what to remove (a list
+    # or a plan's file).
     unets: dict[str, str] = field(default_factory=dict)
     methods: tuple[str, ...] = ("ddim-4", "dpmpp-4", "cond-25", "sun-4", "sun-8")
     steps: tuple[int, ...] = ()
@@ -100,7 +99,7 @@ class EvaluateConfig:
 
 def model_specs(config: EvaluateConfig) -> dict[str, ModelSpec]:
     """The models to measure by name, with the evaluation's own settings where a model has none. Raises ConfigError."""
-    shared = ("lora", "adapter", "lcm_lora", "guided_distill", "small_unet", "guidance_scale")
+    shared = ("lora", "adapter", "lcm_lora", "guided_distill", "guidance_scale")
     own: dict[str, Any] = {name: getattr(config, name) for name in shared}
     if not config.models:
         name = PurePath(config.model).stem or config.model

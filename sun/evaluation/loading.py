@@ -37,7 +37,6 @@ def load_sampler(config: EvaluateConfig, spec: ModelSpec | None = None) -> Sampl
         adapter=config.adapter,
         lcm_lora=config.lcm_lora,
         guided_distill=config.guided_distill,
-        small_unet=config.small_unet,
         guidance_scale=config.guidance_scale,
     )
     device = device_of(config)
@@ -62,7 +61,6 @@ def load_sampler(config: EvaluateConfig, spec: ModelSpec | None = None) -> Sampl
         adapters={n: a for n, a in more.items() if a is not None},
         lcm_lora=spec.lcm_lora,
         guided_distill=spec.guided_distill,
-        small_unet=spec.small_unet,
         unets=config.unets,
     )
 

@@ -49,7 +49,6 @@ class Assets:
     attached: bool = False
     lcm_lora: str = ""
     guided_distill: str = ""
-    small_unet: str = ""
     unets: Mapping[str, str] = field(default_factory=dict)
     loaded: dict[str, Any] = field(default_factory=dict)
 
@@ -228,11 +227,8 @@ def _deepcache(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
 
 @contextmanager
 def _switch(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
-    if "small_unet" not in assets.loaded:
-        path = _existing(assets.small_unet, "small_unet", "a compact U-Net of this model", call)
-        small = load_unet(path).to(assets.unet.device, assets.unet.dtype)
-        assets.loaded["small_unet"] = small.eval().requires_grad_(False)
-    unet = switched(assets.unet, assets.loaded["small_unet"], call)
+    """A compact U-Net makes a share of the steps, the original the rest."""
+    unet = switched(assets.unet, _compact_unet(assets, call), call)
     with _guided(replace(assets, unet=unet), call) as ready:
         yield replace(ready, begin=unet.begin)
 

@@ -68,8 +68,8 @@ class Sampler:
     """Runs any method of :mod:`.names` on one frozen model; takes its name, or the call that was made of it.
 
     ``adapter`` is what plain ``sun-4`` uses, ``adapters`` those of ``sun[NAME]-4``; ``lcm_lora`` and
-    ``guided_distill`` are the folders of those peers, ``small_unet`` the compact U-Net that switching takes turns
-    with, ``unets`` those of ``compact[NAME]-25``. ``w`` is the scale of classifier-free guidance.
+    ``guided_distill`` are the folders of those peers, ``unets`` those of ``compact[NAME]-25`` and
+    ``switch[NAME]-25``. ``w`` is the scale of classifier-free guidance.
     """
 
     def __init__(
@@ -87,13 +87,12 @@ class Sampler:
         adapters: Mapping[str, SunAdapter] | None = None,
         lcm_lora: str = "",
         guided_distill: str = "",
-        small_unet: str = "",
         unets: Mapping[str, str] | None = None,
     ):
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.scheduler_config, self.adapter = scheduler.config, adapter
         named = {**(adapters or {}), **({} if adapter is None else {"": adapter})}
-        self.assets = Assets(unet, w, named, attached, lcm_lora, guided_distill, small_unet, unets or {})
+        self.assets = Assets(unet, w, named, attached, lcm_lora, guided_distill, unets or {})
         self.calibration: list[tuple[str, str]] = []  # prompts and negatives for LTC-Accel's tables
         self.latent_size = resolution // 8 if resolution else unet.config.sample_size
         self.device = next(unet.parameters()).device

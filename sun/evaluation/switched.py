@@ -1,4 +1,4 @@
-"""Switching as a method: ``switch[share=0.4]-25``, two U-Nets that take turns by step."""
+"""Switching as a method: ``switch[NAME,share=0.4]-25``, two U-Nets that take turns by step."""
 
 from __future__ import annotations
 
@@ -46,6 +46,6 @@ def switched(large: Any, small: Any, call: MethodCall) -> SwitchedUNet:
 
 
 def switching_of(call: MethodCall) -> Switching:
-    """Share and order of a method's call. Raises SwitchingError."""
-    order = LARGE_FIRST if call.variant == "large-first" else SMALL_FIRST
+    """Share and order of a method's call; ``large_first=1`` is the other order. Raises SwitchingError."""
+    order = LARGE_FIRST if call.number("large_first", 0) else SMALL_FIRST
     return Switching(call.number("share", 0.4), order)

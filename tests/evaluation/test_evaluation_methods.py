@@ -132,19 +132,18 @@ def test_switching_lets_two_unets_take_turns(tiny_model: Path, tmp_path: Path) -
     config = dict(pipe.unet.config) | {"layers_per_block": (1, 1, 1, 1)}
     UNet2DConditionModel.from_config(config).save_pretrained(tmp_path)
     made = Sampler(
-        pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, w=4.0, small_unet=str(tmp_path)
+        pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, w=4.0, unets={"small": str(tmp_path)}
     )
     noise = made.noise(2, 7)
-    found = {
-        name: made(name, PROMPTS, NEGATIVES, noise)
-        for name in ("dpmpp-4", "switch[share=0]-4", "switch-4", "switch[large-first,share=0.5]-4", "switch[share=1]-4")
-    }
-    assert torch.equal(found["switch[share=0]-4"].latents, found["dpmpp-4"].latents)
+    late = "switch[small,large_first=1,share=0.5]-4"
+    switching = ("switch[small,share=0]-4", "switch[small]-4", late, "switch[small,share=1]-4")
+    found = {name: made(name, PROMPTS, NEGATIVES, noise) for name in ("dpmpp-4", *switching)}
+    assert torch.equal(found["switch[small,share=0]-4"].latents, found["dpmpp-4"].latents)
     assert {sample.unet_calls for sample in found.values()} == {8}
     pipe.scheduler = make_scheduler("dpmpp_2m", pipe.scheduler.config)
     for name, share, order in (
-        ("switch-4", 0.4, "small first"),
-        ("switch[large-first,share=0.5]-4", 0.5, "large first"),
+        ("switch[small]-4", 0.4, "small first"),
+        (late, 0.5, "large first"),
     ):
         sun.switching.attach(pipe, UNet2DConditionModel.from_pretrained(tmp_path), share, order)
         expected = pipe(
@@ -153,7 +152,7 @@ def test_switching_lets_two_unets_take_turns(tiny_model: Path, tmp_path: Path) -
         ).images  # fmt: skip
         assert torch.allclose(found[name].latents, expected, atol=1e-3, rtol=1e-3)
     with pytest.raises(ConfigError, match="from 0 to 1, not"):
-        made("switch[share=1.5]-4", PROMPTS, NEGATIVES, noise)
+        made("switch[small,share=1.5]-4", PROMPTS, NEGATIVES, noise)
 
 
 def test_guided_distillation_runs_its_own_unet(sampler: Sampler, peers: Path) -> None:
@@ -188,7 +187,6 @@ def test_a_peer_without_its_folder_says_which_setting(tiny_model: Path) -> None:
     bare = Sampler(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler)
     for method, setting in (
         ("lcm-lora-2", "lcm_lora"),
-        ("switch-2", "small_unet"),
         ("guided-distill-2", "guided_distill"),
         ("sun-2", "adapter"),
     ):
