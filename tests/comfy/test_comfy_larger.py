@@ -1,0 +1,82 @@
+"""LTC-Accel on larger models in a real ComfyUI, at their shape and with very few random weights."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+TEXT = 16  # width of the texts
+STEPS = 12
+
+SHAPES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], str]] = {
+    # ComfyUI's class, its network's settings, latents, the network's last part
+    "SDXL": ("SDXL", {
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1],
+        "channel_mult": (1, 2), "transformer_depth": [0, 1], "transformer_depth_output": [0, 0, 1, 1],
+        "transformer_depth_middle": 1, "context_dim": TEXT, "num_heads": -1, "num_head_channels": 16,
+        "use_spatial_transformer": True, "use_linear_in_transformer": True, "legacy": False,
+        "num_classes": "sequential", "adm_in_channels": TEXT + 6 * 256, "use_temporal_attention": False,
+    }, (1, 4, 8, 8), "out"),
+    "SD 3": ("SD3", {
+        "in_channels": 16, "patch_size": 2, "depth": 1, "input_size": None, "adm_in_channels": TEXT,
+        "pos_embed_max_size": 16, "pos_embed_scaling_factor": None,
+        "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": TEXT, "out_features": 64}},
+    }, (1, 16, 8, 8), "final_layer"),
+    "Flux": ("Flux", {
+        "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": TEXT,
+        "context_in_dim": TEXT, "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1,
+        "depth_single_blocks": 1, "axes_dim": [4, 4, 8], "theta": 10000, "qkv_bias": True, "guidance_embed": True,
+    }, (1, 16, 8, 8), "final_layer"),
+    "Wan": ("WAN21_T2V", {
+        "image_model": "wan2.1", "model_type": "t2v", "patch_size": (1, 2, 2), "dim": 24, "ffn_dim": 16,
+        "freq_dim": 32, "text_dim": TEXT, "in_dim": 16, "out_dim": 16, "num_heads": 2, "num_layers": 1,
+    }, (1, 16, 2, 8, 8), "head"),
+    "LTX": ("LTXV", {
+        "image_model": "ltxv", "in_channels": 128, "cross_attention_dim": 16, "attention_head_dim": 8,
+        "num_attention_heads": 2, "caption_channels": TEXT, "num_layers": 1,
+    }, (1, 128, 2, 4, 4), "proj_out"),
+}  # fmt: skip
+
+
+def make(name: str) -> tuple[Any, dict[str, torch.Tensor], torch.nn.Module]:
+    """MODEL, LATENT and the last part of a network with random weights."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    kind, settings, shape, last = SHAPES[name]
+    config = getattr(comfy.supported_models, kind)(settings)
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, "").eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.diffusion_model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+    return patcher, {"samples": torch.zeros(shape)}, getattr(model.diffusion_model, last)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_larger_models_skip_a_third_and_are_restored(host: SimpleNamespace, run: SimpleNamespace, name: str) -> None:
+    model, latent, last = make(name)
+    text = torch.randn(1, 5, TEXT, generator=torch.manual_seed(1))
+    mask = torch.ones(1, 5).long()  # LTX asks for one
+    texts = [[[sign * text, {"pooled_output": sign * text[:, 0], "attention_mask": mask}]] for sign in (1, -1)]
+    calls: list[int] = []
+    last.register_forward_hook(lambda *_: calls.append(1))
+
+    def sample(model: Any) -> torch.Tensor:
+        calls.clear()
+        sampler = "uni_pc" if name == "Wan" else "euler"
+        return run.ksampler(model, *texts, start=latent, steps=STEPS, cfg=3.0, name=sampler)
+
+    plain = sample(model)
+    passes = len(calls) // STEPS
+    fast = sample(host.nodes["SUN_ApplyLtcAccel"].execute(model, "balanced").result[0])
+    assert len(calls) == 8 * passes
+    assert fast.isfinite().all()
+    assert 0 < (fast - plain).norm() < 0.7 * plain.norm()
+    assert torch.equal(sample(model), plain)
+    assert len(calls) == STEPS * passes
