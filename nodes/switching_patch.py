@@ -239,6 +239,12 @@ def _outer_sample(
     steps = len(sigmas) - 1
     if choice is None or choice.switching.small_steps(steps) <= 0:
         return executor(*asked, **more)
+    if len(more.get("latent_shapes") or ()) > 1:
+        raise SwitchingError(
+            "Switching works on latents of one part, and these have several (video with sound). Take the plain model."
+        )
+    if denoise_mask is not None and denoise_mask.shape == noise.shape:
+        denoise_mask = denoise_mask[:, :1]  # newer ComfyUI has brought it to the latents' shape, and will do so again
     given = {"noise": noise, "latent_image": latent_image, "denoise_mask": denoise_mask, "seed": seed}
     # model_options is this run's own copy, dropped by ComfyUI when the run ends, whatever ends it.
     options = guider.model_options["transformer_options"]
