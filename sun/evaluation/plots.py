@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
 from ..common.atomic import write_atomically
 from ..common.settings import ConfigError
 from .agreement import PART_WORDS, PARTS
-from .names import parse_method
+from .names import MethodCall, parse_method
 
 PANELS = {"set_distance": "set distance to the reference", "paired_mse": "paired latent MSE"}
 COSTS = {"unet_calls": "U-Net calls a picture", "seconds": "seconds a picture (U-Net loop)"}
-EQUAL_TIME_PANELS = {"psnr": "PSNR, dB", "median_mse": "median latent MSE", "feature_distance": "feature distance"}
+EQUAL_TIME_PANELS = {
+    "psnr": "PSNR, dB",
+    "mse": "mean latent MSE",
+    "median_mse": "median latent MSE",
+    "feature_distance": "feature distance",
+}
 MARKERS = "osD^vP*"
 Points = list[tuple[float, float, tuple[float, float] | None]]
 
@@ -78,12 +84,12 @@ def save_equal_time(name: str, model: dict[str, Any], folder: Path) -> list[Path
     if not groups:
         return []
     figure_class, canvas_class = import_matplotlib()
-    families = dict.fromkeys(parse_method(m).family for g in groups.values() for m in g["rows"])
+    families = {_without_scheduler(parse_method(m)) for g in groups.values() for m in g["rows"]}
     colours = {family: number for number, family in enumerate(sorted(families))}
     paths = []
     for sampler in dict.fromkeys(parse_method(reference).family for reference in groups):
         chosen = {n: g["rows"] for n, g in groups.items() if parse_method(n).family == sampler}
-        figure = figure_class(figsize=(4.6 * len(EQUAL_TIME_PANELS) + 2.2, 3.6 * len(chosen)), layout="constrained")
+        figure = figure_class(figsize=(4.0 * len(EQUAL_TIME_PANELS) + 2.2, 3.6 * len(chosen)), layout="constrained")
         canvas_class(figure)
         grid = figure.subplots(len(chosen), len(EQUAL_TIME_PANELS), squeeze=False)
         for line, (reference, rows) in zip(grid, chosen.items(), strict=True):
@@ -96,6 +102,11 @@ def save_equal_time(name: str, model: dict[str, Any], folder: Path) -> list[Path
     return paths
 
 
+def _without_scheduler(call: MethodCall) -> str:
+    """A method's family, the same for all samplers."""
+    return re.sub(r"\[?,?scheduler=\w+\]?$", lambda m: "" if m[0].startswith("[") else "]", call.family)
+
+
 def _equal_time_panel(axes: Any, rows: dict[str, Any], key: str, colours: dict[str, int], sampler: str) -> None:
     """One figure of every row of a group against its speed-up; fewer steps are a black line."""
     points = {parse_method(n): (row["speedup"], row[key]) for n, row in rows.items() if key in row}
@@ -104,9 +115,10 @@ def _equal_time_panel(axes: Any, rows: dict[str, Any], key: str, colours: dict[s
         axes.plot(*zip(*plain, strict=True), color="black", marker=".", linewidth=1, label=f"{sampler}, fewer steps")
     for call, (x, y) in points.items():
         if call.family != sampler:
-            number = colours[call.family]
+            family = _without_scheduler(call)
+            number = colours[family]
             marker = MARKERS[number % len(MARKERS)]
-            axes.plot([x], [y], marker=marker, color=_color(number), linestyle="", label=call.family)
+            axes.plot([x], [y], marker=marker, color=_color(number), linestyle="", label=family)
     if key != "psnr":
         axes.set_yscale("log")
     sign = -1 if key == "psnr" else 1

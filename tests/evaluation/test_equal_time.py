@@ -10,6 +10,7 @@ import pytest
 
 from sun.evaluation import EvaluateConfig, parse_method, report
 from sun.evaluation.equal_time import beside_fewer_steps, groups_of
+from sun.evaluation.plots import _without_scheduler
 
 
 def test_every_full_run_serves_the_groups_of_its_sampler() -> None:
@@ -38,6 +39,15 @@ def test_the_gain_on_fewer_steps_is_at_the_same_time() -> None:
     assert beside_fewer_steps({**row, "speedup": 1.2}, fewer) == {}
     calls = [{**point, "unet_calls": 60 / point["speedup"]} for point in fewer]
     assert beside_fewer_steps({**row, "unet_calls": 35}, calls, "unet_calls")["psnr_gain"] == pytest.approx(1.0)
+
+
+def test_a_method_has_one_colour_with_every_sampler() -> None:
+    for name, label in (
+        ("ltc[balanced,scheduler=euler]-20", "ltc[balanced]"),
+        ("sada[scheduler=unipc]-20", "sada"),
+        ("ltc[terms=2]-20", "ltc[terms=2]"),
+    ):
+        assert _without_scheduler(parse_method(name)) == label
 
 
 def test_a_report_at_equal_time(tiny_model: Path, tmp_path: Path) -> None:
