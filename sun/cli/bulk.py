@@ -57,16 +57,18 @@ def generate_many(
         )
         settings = _as_begun(folder, settings, together is None, seeded)
         there, new = run.open_run(folder, settings, begin=False)
-        base = replace(base, seed=settings.recipe["seed"])
         if new:
             _check(prompts, base)
         for name, value in there["made_with"].items():
             if settings.made_with.get(name, value) != value:
-                note(f"{name} was {value} and is {settings.made_with[name]}: pictures may differ in their last bits.")
+                same = f" OMP_NUM_THREADS={value} keeps them." if name == "threads" else ""
+                now = settings.made_with[name]
+                note(f"{name} was {value} and is {now}: pictures may differ in their last bits.{same}")
         with spinner("loading"):
             loaded = engine.load(base)
             engine.complete(base, loaded)
-        run.open_run(folder, settings)
+        settings = _begin(folder, settings, together is None, seeded)
+        base = replace(base, seed=settings.recipe["seed"])
         if not known:
             prompts.keep(folder / run.STATE / "rows.npz")
         _draw(engine, loaded, run.RunFolder(folder, settings, prompts, base), retry_failed, figures)
@@ -134,8 +136,10 @@ def _summary(process: run.Process, first: run.Totals | None, seconds: float, end
         )
     else:
         rate = f", {process.made / seconds:.3g} pictures a second" if process.made else ""
+        count = now.done - failed
         out.print(
-            f"{now.done - failed:,} pictures; {process.made:,} drawn here in {seconds:.0f} s{rate}", soft_wrap=True
+            f"{count:,} picture{'s' * (count != 1)}; {process.made:,} drawn here in {seconds:.0f} s{rate}",
+            soft_wrap=True,
         )
         out.print(str(folder), soft_wrap=True)
     if failed:
@@ -172,13 +176,23 @@ def _as_begun(folder: Path, settings: run.Settings, together: bool, seeded: bool
     return replace(settings, together=there["together"]) if together else settings
 
 
+def _begin(folder: Path, settings: run.Settings, together: bool, seeded: bool) -> run.Settings:
+    """Begin the run or go on with it. Processes that begin at once have each drawn a seed, and one's holds for all."""
+    try:
+        run.open_run(folder, settings := _as_begun(folder, settings, together, seeded))
+    except run.BulkError:
+        run.open_run(folder, settings := _as_begun(folder, settings, together, seeded))
+    return settings
+
+
 def _check(prompts: prompts_file.PromptsFile, base: Recipe) -> None:
     """Say what is odd about the file; raise BulkError if nothing of its beginning can be drawn."""
     contents, bad, others = prompts.contents, [], dict[str, None]()
     checked = min(CHECKED, len(prompts))
     err.print(f"{contents.rows:,} rows in {escape(printable(prompts.path.name))}", soft_wrap=True)
     if contents.blank:
-        err.print(f"{contents.blank:,} blank lines are left out", soft_wrap=True)
+        lines = "line is" if contents.blank == 1 else "lines are"
+        err.print(f"{contents.blank:,} blank {lines} left out", soft_wrap=True)
     for row in run.parsed(prompts, base, 0, checked):
         if isinstance(row, Failure):
             bad.append(row)

@@ -27,6 +27,7 @@ a bird,,,,,,
 "bad, bad",,x,,,,
 a fish,,9,64x32,1,,
 a cat,,,,,photo.png,1
+a dog,,,,,gone.png,1
 """
 
 
@@ -63,7 +64,7 @@ def test_every_row_is_the_picture_of_a_single_command_bit_for_bit(tiny: Run, row
         "f.json",
         code=3,
     )
-    assert "1 of 5 rows cannot be drawn and will be left out. line 4: seed" in said(result)
+    assert "1 of 6 rows cannot be drawn and will be left out. line 4: seed" in said(result)
     assert "4 pictures; 4 drawn here" in said(result)
     made = pngs(out)
     assert list(made) == [f"{i:09d}.png" for i in (0, 1, 3, 4)]
@@ -77,15 +78,18 @@ def test_every_row_is_the_picture_of_a_single_command_bit_for_bit(tiny: Run, row
     recipe = read_recipe(out / "000" / "000" / "000000003.png")[0]
     assert (recipe.width, recipe.height, recipe.seed, recipe.batch, recipe.index) == (64, 32, 9, 1, 0)
     failed = [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
-    assert [(row["index"], row["line"], row["kind"], row["prompt"]) for row in failed] == [(2, 4, "row", "bad, bad")]
+    assert [(row["index"], row["line"], row["kind"], row["prompt"]) for row in failed] == [
+        (2, 4, "row", "bad, bad"),
+        (5, 7, "picture", "a dog"),
+    ]
     figures = json.loads(Path("f.json").read_text())
     assert {key: figures[key] for key in ("rows", "done", "failed", "drawn_here")} == {
-        "rows": 5, "done": 5, "failed": 1, "drawn_here": 4,
+        "rows": 6, "done": 6, "failed": 2, "drawn_here": 4,
     }  # fmt: skip
     again = tiny(
         "generate", "--prompts", rows, "--steps", 1, "--negative", "x", "--out", out, "--retry-failed", code=3
     )  # its seed
-    assert "0 failed pictures are tried again" in said(again)
+    assert "1 failed pictures are tried again" in said(again)
     assert "4 pictures; 0 drawn here" in said(again)
     refused = tiny("generate", "--prompts", rows, "--steps", 1, "--negative", "y", "--seed", 7, "--out", out, code=2)
     assert "holds another run: negative was x and is y; seed was 100 and is 7." in said(refused)
@@ -252,6 +256,24 @@ def test_processes_of_a_launcher_speak_once(tiny: Run, tmp_path: Path, monkeypat
     assert "sun-x" not in said(tiny("generate", "--prompts", "x.txt", "--steps", 1))
     Path("x.txt").write_text("another cat\n")
     assert "another content" in said(tiny("generate", "--prompts", "x.txt", code=2))
+
+
+def test_of_processes_that_begin_at_once_without_a_seed_one_s_holds(
+    tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.txt").write_text("a cat\nb\n")
+    usual = os.link
+
+    def late(source: Path, target: Path) -> None:
+        content = json.loads(Path(source).read_text())
+        content["recipe"]["seed"] = 77
+        target.write_text(json.dumps(content))  # the other process
+        usual(source, target)
+
+    monkeypatch.setattr(os, "link", late)
+    tiny("generate", "--prompts", "x.txt", "--steps", 1)
+    assert [read_recipe(path)[0].seed for path in sorted(Path("sun-x").rglob("*.png"))] == [77, 78]
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ class Drawing:
                 self._length(recipe)
                 good.append(replace(row, recipe=recipe))
             except ValueError as error:  # RecipeError, and of texts that are too long
-                failed.append(failure(row, "picture" if row.recipe.init else "row", error))
+                failed.append(failure(row, error))
         return good, failed
 
     def batches(self, rows: Sequence[Row]) -> list[list[Row]]:
@@ -124,7 +124,7 @@ class Drawing:
                 pictures += made
                 failed += lost
             except (RecipeError, PictureError, ReadError) as error:
-                failed.append(failure(row, "row", error))
+                failed.append(failure(row, error))
             except (RuntimeError, MemoryError) as error:
                 _unless_memory(error)
                 failed.append(Failure(row.index, row.line, "memory", "the memory is not enough", row.recipe.prompt))
@@ -143,7 +143,7 @@ class Drawing:
                 pictures.append(Picture(row, image, self._png_text(row.recipe, len(batch))))
             else:
                 reason = f"the picture holds NaN or infinity. {draw.why_not_whole(self.loaded)}"
-                failed.append(failure(row, "numbers", NonFiniteError(reason)))
+                failed.append(failure(row, NonFiniteError(reason), "numbers"))
         return pictures, failed
 
     def _length(self, recipe: Recipe) -> int:
@@ -158,7 +158,10 @@ class Drawing:
         return png_text(recipe, 0, made_with, {field: prints[field] for field in draw.named_files(recipe)})
 
 
-def failure(row: Row, kind: str, error: Exception) -> Failure:
+def failure(row: Row, error: Exception, kind: str = "") -> Failure:
+    """Why there is no picture of a row. A picture it starts from may be there another time; the row stays as it is."""
+    named = isinstance(error, PictureError) or isinstance(error.__cause__, PictureError)
+    kind = kind or ("picture" if named else "row")
     return Failure(row.index, row.line, kind, printable(str(error)), row.recipe.prompt)
 
 

@@ -121,7 +121,7 @@ def form_of(path: Path) -> Form:
     with open_regular(path) as handle:
         head = handle.read(MAX_RECORD + 1)
     if head.startswith(_MARKS) or b"\0" in head[:1000]:
-        raise ReadError(f"{_name(path)} is not text in UTF-8 (it looks like UTF-16). Save it as UTF-8.")
+        raise ReadError(f"{_name(path)} is not text in UTF-8; it may be UTF-16, or no text. Save it as UTF-8.")
     first = head.removeprefix(codecs.BOM_UTF8).split(b"\n", 1)[0]
     if b"\r" in first.rstrip(b"\r"):
         raise ReadError(f"{_name(path)} has line ends of old Macs (carriage returns alone). Save it with others.")
