@@ -200,6 +200,7 @@ def _kept(block: Any, parts: list[int], weights: Mapping[str, Tensor], name: str
     return type(block)(*small) if isinstance(block, nn.Sequential) else type(block)(small)
 
 
+_SEAM = ("output_blocks.0.0.in_layers.", "output_blocks.0.0.skip_connection.")
 _KINDS = {"in_layers.": "layer", "transformer_blocks.": "transformer", "op.": "down", "conv.": "up", "": "convolution"}
 
 
@@ -213,7 +214,17 @@ def _fill(made: Any, large: Any, weights: Mapping[str, Tensor]) -> None:
     """Put the weights in. Raises SwitchingError for any that is missing, left over, or of another shape."""
     like = next(large.parameters())
     wanted = {**dict(made.named_parameters()), **dict(made.named_buffers())}
-    wrong = [name for name in wanted if name not in weights or weights[name].shape != wanted[name].shape]
+    fewer_stages = len(made.output_blocks) < len(large.output_blocks) and len(_stages(made.input_blocks)) < len(
+        _stages(large.input_blocks)
+    )
+
+    def fits(name: str) -> bool:
+        ours, theirs = weights[name].shape, wanted[name].shape
+        # Where the innermost stage is gone the first layer on the way up gets another stage's width.
+        seam = fewer_stages and name.startswith(_SEAM) and len(ours) == len(theirs)
+        return ours == theirs or (seam and (len(ours) == 1 or ours[0] == theirs[0]))
+
+    wrong = [name for name in wanted if name not in weights or not fits(name)]
     wrong += [name for name in weights if name not in wanted]
     if wrong:
         raise _not_slimmer(wrong)

@@ -291,3 +291,29 @@ def test_models_that_cannot_take_turns_are_refused(host, run, pair, switch, rand
     assert "are the same one, so nothing becomes faster" in caplog.text
     assert math.isfinite(float(run.ksampler(switch(large=pair.small, small=pair.large)).sum()))
     assert "exchange them" in caplog.text
+
+
+def test_a_small_unet_built_of_the_hosts_own_layers_is_the_assembled_one(host, pair, emoji_folder) -> None:
+    """As the web UIs build it, here of ComfyUI's modules: every list, by the names of a single file."""
+    from diffusers import UNet2DConditionModel
+
+    from sun.compact import LISTS, assemble
+    from sun.compact import plan as make_plan
+    from sun.compact.ldm import unet_tensors
+    from sun.layers import kept_positions, layers_of_unet
+    from sun.switching.slim import slim
+
+    original = UNet2DConditionModel.from_pretrained(emoji_folder / "unet").float()
+    large, names = pair.large.model.diffusion_model, [layer.ldm for layer in layers_of_unet(original)]
+    x, t, text = (
+        torch.randn(1, 4, 16, 16),
+        torch.tensor([500.0]),
+        torch.randn(1, 7, original.config.cross_attention_dim),
+    )
+    for name in LISTS:
+        small = assemble(original, make_plan(original, named=name))
+        made = slim(large, unet_tensors(small.state_dict(), small.config, prefix=""))
+        with torch.no_grad():
+            assert relative(made.unet.float()(x, t, context=text), small(x, t, text).sample) < 1e-4, name
+        origins = sorted(names.index(like) for like in made.attentions().values())
+        assert origins == sorted(kept_positions([layer.name for layer in layers_of_unet(original)], small)), name
