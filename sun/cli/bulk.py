@@ -45,7 +45,7 @@ def generate_many(
     folder = folder or Path(f"sun-{file.stem}")
     with _shown_here():
         _own_gpu()
-        base = engine.complete(replace(recipe, prompt="", batch=1, index=None))
+        base = _base(engine, recipe)
         prompts, known = _read(file, folder, shards)
         settings = run.Settings(
             asdict(base),
@@ -65,13 +65,25 @@ def generate_many(
                 now = settings.made_with[name]
                 note(f"{name} was {value} and is {now}: pictures may differ in their last bits.{same}")
         with spinner("loading"):
-            loaded = engine.load(base)
-            engine.complete(base, loaded)
+            # an exported model brings its ControlNet only where there is a picture for it
+            loaded = engine.load(replace(base, control=base.control or ("each row's" if base.controlnet else "")))
+            engine.complete(_without_pictures(base), loaded)
         settings = _begin(folder, settings, together is None, seeded)
         base = replace(base, seed=settings.recipe["seed"])
         if not known:
             prompts.keep(folder / run.STATE / "rows.npz")
         _draw(engine, loaded, run.RunFolder(folder, settings, prompts, base), retry_failed, figures)
+
+
+def _base(engine: Any, recipe: Recipe) -> Recipe:
+    """What all rows have in common, checked but for the pictures it starts from, which may come with each row."""
+    base = replace(recipe, prompt="", batch=1, index=None)
+    checked = engine.complete(_without_pictures(base))
+    return replace(base, device=checked.device, dtype=checked.dtype, adapter=checked.adapter)
+
+
+def _without_pictures(base: Recipe) -> Recipe:
+    return replace(base, init="", mask="", control="", controlnet="")
 
 
 def _draw(engine: Any, loaded: Any, folder: run.RunFolder, retry_failed: bool, figures: Path | None) -> None:
@@ -187,7 +199,9 @@ def _begin(folder: Path, settings: run.Settings, together: bool, seeded: bool) -
 
 def _check(prompts: prompts_file.PromptsFile, base: Recipe) -> None:
     """Say what is odd about the file; raise BulkError if nothing of its beginning can be drawn."""
-    contents, bad, others = prompts.contents, [], dict[str, None]()
+    from ..pipelines.text import read_as_words
+
+    contents, bad, others, words = prompts.contents, [], dict[str, None](), list[str]()
     checked = min(CHECKED, len(prompts))
     err.print(f"{contents.rows:,} rows in {escape(printable(prompts.path.name))}", soft_wrap=True)
     if contents.blank:
@@ -196,6 +210,10 @@ def _check(prompts: prompts_file.PromptsFile, base: Recipe) -> None:
     for row in run.parsed(prompts, base, 0, checked):
         if isinstance(row, Failure):
             bad.append(row)
+        elif found := read_as_words(f"{row.recipe.prompt}\n{row.recipe.negative}"):
+            words.append(f"line {row.line}: {found[0]}")
+    if words:
+        note(f"{words[0]}{f' {len(words) - 1:,} more rows are like it.' if len(words) > 1 else ''}")
     for _, _, raw in islice(prompts.rows(0, checked), 100) if prompts.form.kind != "txt" else ():
         try:
             others |= dict.fromkeys(unknown(tuple(prompts.form.values(raw)))[1])

@@ -151,6 +151,29 @@ def test_repeated_texts_are_encoded_once_and_shards_written(
     assert [f.name for f in sorted(Path("sun-x").glob("*.tar"))] == ["000000.tar", "000001.tar"]
 
 
+def test_pictures_to_start_from_and_to_steer_by_come_with_each_row(
+    tiny: Run, tmp_path: Path, photo: Path, controlnet_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (64, 64), 255).save("mask.png")
+    rows = [
+        {"prompt": "a (cat:1.3)", "control": "photo.png"},
+        {"prompt": "a", "control": "photo.png", "control_scale": 0.5, "init": "photo.png", "strength": 1},
+        {"prompt": "a", "control": "photo.png", "init": "photo.png", "mask": "mask.png"},
+        {"prompt": "a"},
+    ]
+    Path("x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    common = ("--steps", 1, "--controlnet", controlnet_folder)
+    result = tiny("generate", "--prompts", "x.jsonl", "--seed", 5, *common, "--out", "out", code=3)
+    assert "line 1: '(cat:1.3)' in the prompt is read as words" in said(result)
+    assert json.loads(Path("out/failures.jsonl").read_text())["line"] == 4
+    made = pngs(Path("out"))
+    tiny("generate", "a", "--seed", 7, *common, "--control", "photo.png", "--init", "photo.png", "--mask", "mask.png",
+         "--out", "x.png")  # fmt: skip
+    assert Path("x.png").read_bytes() == made["000000002.png"]
+    assert len(made) == 3
+
+
 def test_the_cache_of_texts_is_bounded(make_pipeline: Callable[..., Any]) -> None:
     one = 77 * 16 * 4
     cache = batches.TextCache(make_pipeline(), most=3 * one)

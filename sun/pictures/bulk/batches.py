@@ -152,10 +152,11 @@ class Drawing:
         return math.lcm(*(len(token_blocks(tokenizer, text)) for text in (recipe.prompt, recipe.negative)))
 
     def _png_text(self, recipe: Recipe, together: int) -> dict[str, str]:
-        named = {field: path for field, path in recipe.files().items() if field in ("init", "mask", "control")}
+        named = draw.named_files(recipe)
         made_with = {**self._made_with, **({draw.TOGETHER: str(together)} if together > 1 else {})}
-        prints = {**self._prints, **fingerprints(named)}
-        return png_text(recipe, 0, made_with, {field: prints[field] for field in draw.named_files(recipe)})
+        own = fingerprints({field: path for field, path in named.items() if field not in self._prints})
+        prints = {**self._prints, **own}
+        return png_text(recipe, 0, made_with, {field: prints[field] for field in named})
 
 
 def failure(row: Row, error: Exception, kind: str = "") -> Failure:
