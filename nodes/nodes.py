@@ -19,7 +19,17 @@ from ..sun.ltc.presets import tooltip as presets_tooltip
 from ..sun.schedule import DenoiseMode
 from ..sun.shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_INPAINTING
 from ..sun.switching import ORDERS, SMALL_FIRST, Switching
-from . import emoji_model, folders, inheritance_patch, loading, ltc_patch, sampling, sun_patch, switching_patch
+from . import (
+    controlnet_prompt,
+    emoji_model,
+    folders,
+    inheritance_patch,
+    loading,
+    ltc_patch,
+    sampling,
+    sun_patch,
+    switching_patch,
+)
 
 SunAdapterIO = io.Custom("SUN_ADAPTER")
 CATEGORY = "SUN"
@@ -360,6 +370,34 @@ class SunGuider(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, positive: Any, negative: Any) -> io.NodeOutput:
         return io.NodeOutput(sampling.Guider(model, positive, negative))
+
+
+class ControlNetReadsBoth(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SUN_ControlNetReadsBoth",
+            **known(io.Schema, search_aliases=[*NEGATIVE, "ControlNet prompt", "authors' ControlNet"]),
+            display_name="ControlNet Reads Both Prompts",
+            category=CATEGORY,
+            description=(
+                "Gives the ControlNets of a positive prompt the negative one's words to read as well, as the authors "
+                "of SUN did. Without it they read the positive prompt alone, which is the default everywhere."
+            ),
+            inputs=[
+                io.Conditioning.Input("positive", tooltip="What the picture should show, before or after ControlNet."),
+                io.Conditioning.Input("negative", tooltip="What it should not show."),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    "controlled", display_name="positive", tooltip="For the positive input of the sampler."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, positive: Any, negative: Any) -> io.NodeOutput:
+        return io.NodeOutput(controlnet_prompt.read_both(positive, negative))
 
 
 class SunAdapterInfo(io.ComfyNode):

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+_TEXT_ATTENTION = re.compile(r"(?:^|\.)attentions\.\d+\.transformer_blocks\.\d+\.attn[12]$")
+
 
 @dataclass(frozen=True)
 class AttentionLayer:
@@ -71,28 +73,39 @@ def layers_from_structure(
 def layers_of_unet(unet: Any) -> list[AttentionLayer]:
     """Return the cross-attention layers of a diffusers ``UNet2DConditionModel``, in order of ``index``.
 
-    Raises ValueError if the U-Net's attention layers are not where the SD family has them.
+    Of a ``UNetMotionModel`` they are those of the U-Net it was made of: attention over time has no text, and what is
+    beside the text's attention is not counted. Raises ValueError if the U-Net's attention layers are not where the SD
+    family has them.
     """
 
     def stage(block: Any) -> Stage:
         transformers = getattr(block, "attentions", None) or [None] * len(block.resnets)
+        transformers = [getattr(t, "module", t) for t in transformers]  # FreeNoise's split inference wraps them
         blocks = [[] if t is None else list(getattr(t, "transformer_blocks", ())) for t in transformers]
         widths = [b.attn2.inner_dim for group in blocks for b in group if getattr(b, "attn2", None) is not None]
         return Stage(widths[0] if widths else 0, tuple(len(group) for group in blocks))
 
     mid = stage(unet.mid_block) if getattr(unet, "mid_block", None) is not None else Stage(0, ())
     layers = _enumerate([stage(b) for b in unet.down_blocks], mid, [stage(b) for b in unet.up_blocks])
-    found = [
-        (index, name.removesuffix(".processor"))
-        for index, name in enumerate(unet.attn_processors)
-        if name.endswith(".attn2.processor")
-    ]
+    found = [(i, name) for i, name in enumerate(text_transformer_attentions(unet)) if name.endswith(".attn2")]
     if found != [(layer.index, layer.diffusers) for layer in layers]:
         raise ValueError(
             f"This {type(unet).__name__} does not have its cross-attention layers where Stable Diffusion 1.x has them "
             f"({len(found)} found, {len(layers)} expected). SUN supports U-Nets of the SD 1.x family."
         )
     return layers
+
+
+def text_transformer_attentions(unet: Any) -> dict[str, nn.Module]:
+    """The attention modules of a diffusers U-Net that belong to its transformers over text, by the names they have in a
+    plain ``UNet2DConditionModel``, in the order of ``unet.attn_processors``."""
+    found: dict[str, nn.Module] = {}
+    for name in unet.attn_processors:
+        own = name.removesuffix(".processor")
+        plain = own.replace(".module.", ".")
+        if _TEXT_ATTENTION.search(plain):
+            found[plain] = unet.get_submodule(own)
+    return found
 
 
 def layers_of_ldm(unet: nn.Module | Mapping[str, Any]) -> list[AttentionLayer]:

@@ -7,37 +7,24 @@ that way and never runs classifier-free guidance.
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
-from diffusers import (
-    DiffusionPipeline,
-    StableDiffusionControlNetImg2ImgPipeline,
-    StableDiffusionControlNetInpaintPipeline,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DiffusionPipeline, UNet2DConditionModel, UNetMotionModel
 
 from ..adapter import SunAdapter
 from ..common.notes import note
-from ..layers import layers_of_unet
+from ..layers import layers_of_unet, text_transformer_attentions
 from ..prediction import check_prediction
-from .layered import put_on, take_off
+from .layered import original_call, put_on, take_off
 from .pipeline import PipelineAttachment, WithSun
+from .processors import check_attention
 from .schedulers import make_scheduler, prediction_of
-from .unet import Steering, UNetAttachment, attachment_of, check_attention
+from .unet import Steering, UNetAttachment, attachment_of
 
-SUPPORTED_PIPELINES: tuple[Any, ...] = (
-    StableDiffusionPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionControlNetImg2ImgPipeline,
-    StableDiffusionControlNetInpaintPipeline,
-)
+UNETS: tuple[Any, ...] = (UNet2DConditionModel, UNetMotionModel)
+CONTROLNET_PROMPTS = ("positive", "both")
 
 
 def attach(
@@ -47,16 +34,19 @@ def attach(
     *,
     final_sigma_zero: bool = True,
     guidance_scale: float | None = None,
+    controlnet_prompt: str = "positive",
 ) -> None:
-    """Put a SUN adapter on a diffusers pipeline or a bare ``UNet2DConditionModel``, replacing one put there before.
+    """Put a SUN adapter on a diffusers pipeline or a bare U-Net, replacing one put there before.
 
-    A pipeline then takes ``prompt`` and ``negative_prompt`` as always and calls its U-Net once a step, whatever its
-    ``guidance_scale``. Its scheduler becomes DDIM on SUN's trailing timesteps; assign another to ``pipe.scheduler``
-    afterwards if you like. A bare U-Net takes the negative text embeddings [B or 1, L, text_width] through
-    ``cross_attention_kwargs={"sun_negative": embeds}`` and without them behaves as before; fewer rows than the batch
-    are repeated, each for as many neighbouring images. Who calls a bare U-Net many times with the same texts may hand
-    over ``"sun_run": sun.pipelines.new_run(unet)`` with them, as pipelines do for each run: the adapter's K and V are
-    then not computed at every call.
+    Any pipeline will do that has a Stable Diffusion 1.x ``UNet2DConditionModel`` or ``UNetMotionModel`` (AnimateDiff),
+    encodes its prompts with ``encode_prompt`` (older ones: ``_encode_prompt``), and calls its U-Net with the positive
+    prompt alone where there is no guidance. It then takes ``prompt`` and ``negative_prompt`` as always and calls its
+    U-Net once a step, whatever its ``guidance_scale``. Its scheduler becomes DDIM on SUN's trailing timesteps; assign
+    another to ``pipe.scheduler`` afterwards if you like. A bare U-Net takes the negative text embeddings
+    [B or 1, L, text_width] through ``cross_attention_kwargs={"sun_negative": embeds}`` and without them behaves as
+    before; fewer rows than the batch are repeated, each for as many neighbouring images. Who calls a bare U-Net many
+    times with the same texts may hand over ``"sun_run": sun.pipelines.new_run(unet)`` with them, as pipelines do for
+    each run: the adapter's K and V are then not computed at every call.
 
     adapter: a ``SunAdapter`` or a file. It is moved to the U-Net's device and, unless it is in training mode, dtype.
     strength: 1 is the trained adapter, 0 the plain conditional U-Net bit for bit.
@@ -65,26 +55,33 @@ def attach(
     (a number, or a tensor [B]).
     final_sigma_zero: end at sigma 0, as other hosts do; False keeps the pipeline's own setting of ``set_alpha_to_one``
     (Stable Diffusion 1.5 ends at sigma 0.029).
+    controlnet_prompt: what ControlNets of the pipeline read: the "positive" prompt, as everywhere, or "both", the
+    negative's tokens after the positive's, as the authors' code did.
 
     Pipelines may share a U-Net; each is attached by itself and keeps its adapter and strength. Pipelines made of the
     parts of an attached one (``from_pipe``, ``components``) have to be attached too. Calls from several threads wait
-    for each other. LoRAs may be loaded before or after; a U-Net is best compiled before. ``save_pretrained`` writes
-    the pipeline without SUN. IP-Adapter and other custom attention processors are not supported and refused.
+    for each other. LoRAs and IP-Adapters may be loaded before or after; an IP-Adapter's attention over pictures is
+    added to SUN's result. A U-Net is best compiled before. ``save_pretrained`` writes the pipeline without SUN. Other
+    custom attention processors are refused.
 
     A model that predicts v is told of by a warning: adapters are trained on models that predict the noise.
 
     Raises SunFileError if the file is unusable or made for another base model, TypeError or ValueError if the target
     is not a Stable Diffusion 1.x pipeline or U-Net, or predicts what cannot be sampled.
     """
+    if controlnet_prompt not in CONTROLNET_PROMPTS:
+        raise ValueError(
+            f"controlnet_prompt is {' or '.join(map(repr, CONTROLNET_PROMPTS))}, not {controlnet_prompt!r}."
+        )
     pipe, unet = pipeline_and_unet(target)
     if not isinstance(adapter, SunAdapter):
         adapter = SunAdapter.load(adapter)
     layers = layers_of_unet(unet)
     adapter.guidance(guidance_scale)  # says so now if the adapter cannot
     adapter.check_base([la.channels for la in layers], unet.config.cross_attention_dim, _describe(unet))
-    modules = {layer.diffusers: unet.get_submodule(layer.diffusers) for layer in layers}
-    for name, attention in modules.items():
-        check_attention(name, attention)
+    modules, chosen = text_transformer_attentions(unet), tuple(layer.diffusers for layer in layers)
+    for name in chosen:
+        check_attention(name, modules[name])
     scheduler = None if pipe is None else _trailing_ddim(pipe, final_sigma_zero)
     if scheduler is not None and (said := check_prediction(*prediction_of(scheduler.config))):
         note(said)
@@ -92,13 +89,13 @@ def attach(
     # nothing can fail from here on: what was attached before makes way
     if pipe is not None:
         detach(pipe)
-    attachment = attachment_of(unet) or UNetAttachment.install(unet, list(modules.values()))
+    attachment = attachment_of(unet) or UNetAttachment.install(unet, modules, chosen)
     attachment.renew()
     steering = Steering(adapter, strength, guidance_scale, by_pipeline=pipe is not None)
     attachment.add(steering)
     attachment.watch(target if pipe is None else pipe.unet)
     if pipe is not None:
-        pipe._sun = PipelineAttachment(pipe.scheduler, attachment, steering)
+        pipe._sun = PipelineAttachment(pipe.scheduler, attachment, steering, controlnet_prompt)
         put_on(pipe, WithSun)
         pipe.scheduler = scheduler
 
@@ -130,18 +127,39 @@ def _describe(unet: Any) -> str:
 def pipeline_and_unet(target: Any) -> tuple[Any, Any]:
     """Return (pipeline or None, U-Net), looking through torch.compile's wrapper."""
     pipe: Any = target if isinstance(target, DiffusionPipeline) else None
-    if pipe is not None and not isinstance(pipe, SUPPORTED_PIPELINES):
-        names = ", ".join(cls.__name__ for cls in SUPPORTED_PIPELINES)
-        raise TypeError(
-            f"SUN does not support {type(pipe).__name__}. Supported: {names}, and a bare UNet2DConditionModel."
-        )
-    unet = target if pipe is None else pipe.unet
+    unet = target if pipe is None else getattr(pipe, "unet", None)
     unet = getattr(unet, "_orig_mod", unet)
-    if not isinstance(unet, UNet2DConditionModel):
+    if pipe is not None and (reason := why_not(pipe, unet)):
         raise TypeError(
-            f"SUN attaches to a Stable Diffusion 1.x pipeline or UNet2DConditionModel, not {type(unet).__name__}."
+            f"SUN does not support {type(pipe).__name__}: {reason}. It works in pipelines of Stable Diffusion 1.x that "
+            "take a prompt and a negative prompt, and on a bare UNet2DConditionModel or UNetMotionModel."
+        )
+    if not isinstance(unet, UNETS):
+        raise TypeError(
+            "SUN attaches to a Stable Diffusion 1.x pipeline, UNet2DConditionModel or UNetMotionModel, not "
+            f"{type(unet).__name__}."
         )
     return pipe, unet
+
+
+def why_not(pipe: Any, unet: Any) -> str:
+    """Why SUN cannot work in a pipeline with this U-Net (or None), in words; empty if it can."""
+    if not isinstance(unet, UNETS):
+        other = next(
+            (part for name in ("transformer", "prior") if (part := getattr(pipe, name, None)) is not None), unet
+        )
+        return f"its denoiser is a {type(other).__name__}" if other is not None else "it has no U-Net"
+    if "text_encoder_2" in pipe.config or unet.config.get("addition_embed_type"):
+        return "it is of the SDXL family, whose U-Net takes more than one text"
+    arguments = inspect.signature(original_call(pipe)).parameters
+    if "image_guidance_scale" in arguments:
+        return "it guides by its input picture too, with three rows a step, and SUN takes the place of guidance by text"
+    if "tokenizer" not in pipe.config or not (hasattr(pipe, "encode_prompt") or hasattr(pipe, "_encode_prompt")):
+        return "it does not encode prompts (encode_prompt), of which SUN needs the positive and the negative one"
+    own = original_call(pipe).__module__.startswith("diffusers.")
+    if own and not {"negative_prompt", "negative_prompt_embeds"} & set(arguments):
+        return "it takes no negative prompt"
+    return ""
 
 
 def _trailing_ddim(pipe: Any, final_sigma_zero: bool) -> Any:

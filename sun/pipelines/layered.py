@@ -23,8 +23,11 @@ class Layer(Protocol):
     """What a method adds to a pipeline's class."""
 
     @staticmethod
-    def around(pipe: Any, given: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """Entered around a call of the pipeline. given: the arguments of the call by name, however they were passed."""
+    def around(pipe: Any, given: Mapping[str, Any]) -> AbstractContextManager[Mapping[str, Any] | None]:
+        """Entered around a call of the pipeline. given: the arguments of the call by name, however they were passed.
+
+        What it yields, if anything, are arguments to call with instead; those that the call does not take are left out.
+        """
 
 
 def put_on(pipe: Any, layer: Any) -> None:
@@ -52,6 +55,23 @@ def given_arguments(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             bound.update(bound.pop(name, {}))
     return dict(bound)
+
+
+def with_arguments(
+    call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], changes: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call of the method ``call`` with ``changes`` by name, as far as it takes them. Those that were
+    passed by position stay there; wrong ones are left to the call."""
+    names = list(inspect.signature(call).parameters.values())[1:]
+    named = dict(kwargs)
+    positional = list(args)
+    places = [parameter.name for parameter in names if parameter.kind is not inspect.Parameter.KEYWORD_ONLY]
+    for name, value in changes.items():
+        if name in places and places.index(name) < len(args):
+            positional[places.index(name)] = value
+        elif name in kwargs or any(parameter.name == name for parameter in names):
+            named[name] = value
+    return tuple(positional), named
 
 
 def default_of(call: Callable[..., Any], name: str, otherwise: Any = None) -> Any:
@@ -112,7 +132,10 @@ def _layered(base: Any, layer: Any) -> Any:
     @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = given_arguments(base.__call__, args, kwargs)
-        with one_at_a_time(denoiser_of(self)), layer.around(self, given):
+        with one_at_a_time(denoiser_of(self)), layer.around(self, given) as changes:
+            if changes:
+                changed, named = with_arguments(base.__call__, args, kwargs, changes)
+                return base.__call__(self, *changed, **named)
             return base.__call__(self, *args, **kwargs)
 
     own = {

@@ -1,30 +1,26 @@
-"""SUN on a diffusers U-Net: the attention processors, and the hook that makes K and V of the texts for each call."""
+"""SUN on a diffusers U-Net: what is installed there, and the hook that makes K and V of the texts for each call."""
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import (
-    AttnProcessor,
-    AttnProcessor2_0,
-    SlicedAttnProcessor,
-    XFormersAttnProcessor,
-)
 from einops import rearrange
 from torch import Tensor, nn
 
 from ..adapter import SunAdapter
-from ..attention import attend, sun_attention
 from ..common.notes import note
 from ..conditioning import AdapterTexts, repeated_side_by_side
 from ..files import DTYPES
-from ..kept import SunRun, autocast_dtype
+from ..kept import Negative, SunRun, autocast_dtype
+from .processors import is_image_processor, put_into, take_out
+from .rows import OwnGuidance, layouts, which_rows
 
 NEGATIVE = "sun_negative"
 """In cross_attention_kwargs: the negative text's states [B or 1, L, text_width]; inside the U-Net, what the adapter
@@ -32,17 +28,23 @@ made of both texts."""
 GUIDANCE = "sun_guidance"
 RUN = "sun_run"
 UNET_ARGUMENTS = tuple(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]
-# All compute the same attention, by different kernels; ours replaces any of them.
-PLAIN_PROCESSORS = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
 REPLACED = (
-    "The attention processors of this U-Net were replaced after sun.attach (attention slicing, xformers, fused "
-    "projections and IP-Adapters do that), so SUN would do nothing. Make that change first, then call sun.attach "
-    "again; IP-Adapter and SUN cannot be combined."
+    "The attention processors of this U-Net were replaced after sun.attach (attention slicing, xformers and fused "
+    "projections do that), so SUN would do nothing. Make that change first, then call sun.attach again."
 )
 LEFT_OUT = (
     "SUN did nothing in this call of the U-Net: sun.attach put an adapter on a pipeline of it, and something else "
     "calls it, without a negative for SUN. For another pipeline made of the same parts (from_pipe, components) call "
     "sun.attach on that one too; to use the plain U-Net, call sun.detach first."
+)
+OWN_GUIDANCE = (
+    "This pipeline calls the U-Net with the negative prompt as rows of the batch, to run classifier-free guidance, "
+    "which SUN takes the place of. SUN works in pipelines that call the U-Net with the positive prompt alone where "
+    "guidance_scale is 1 or self.do_classifier_free_guidance is False. Use such a one, or call sun.detach(pipe)."
+)
+NO_IMAGE = (
+    "An IP-Adapter is loaded and this call has no picture for it. Pass ip_adapter_image or ip_adapter_image_embeds, or "
+    "call pipe.unload_ip_adapter()."
 )
 
 
@@ -63,10 +65,59 @@ class Steering:
 
 @dataclass(eq=False)
 class DiffusersRun(SunRun):
-    """A run that knows what acts in it. ``plain_calls``: calls of the U-Net that gave SUN no negative."""
+    """A run that knows what acts in it and, in a pipeline, the prompts that were encoded for it.
+
+    plain_calls: calls of the U-Net that gave SUN no negative. positive: the positive prompts [P, L, D] as they were
+    encoded, a row for each in ``negatives``. options: what the pipeline hands to its U-Net as cross_attention_kwargs.
+    """
 
     steering: Steering | None = None
     plain_calls: int = 0
+    positive: Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    _fitted: tuple[Tensor, int, Tensor] | None = None
+    _layouts: dict[int, list[int]] = field(default_factory=dict)
+
+    def encoded(self, positive: Tensor, negative: Tensor) -> None:
+        """The pipeline has encoded its prompts: from here on its U-Net gets the negative."""
+        self.positive, self.negatives = positive, (Negative(text=negative),)
+        self.options[NEGATIVE] = negative
+        self._fitted = None
+
+    def is_own(self, negative: Any) -> bool:
+        """Whether this is the negative of the run's prompts, and none that somebody handed over instead."""
+        return self.positive is not None and negative is self.negatives[0].text
+
+    def negative_for(self, text: Tensor, frames: int, *, known: bool = False) -> Tensor | None:
+        """The negative of each row of a call's positive text [N, L, D], as the pipeline laid out its prompts.
+
+        Texts that were changed on the way keep the layout of those before. known: None for such texts. Raises
+        OwnGuidance for the rows of classifier-free guidance.
+        """
+        negative, positive = self.negatives[0].text, self.positive
+        assert negative is not None
+        assert positive is not None
+        version = 0 if text.is_inference() else text._version
+        if self._fitted is not None and self._fitted[0] is text and self._fitted[1] == version:
+            return self._fitted[2]
+        layout = which_rows(text, positive, negative, frames)
+        if layout is None and known:
+            return None
+        rows = len(text)
+        likely = layouts(rows, len(positive), frames)
+        layout = layout or self._layouts.get(rows) or (likely[0] if likely else None)
+        if layout is None:  # which says so
+            return repeated_side_by_side(negative, rows, NEGATIVE)
+        self._layouts[rows] = layout
+        fitted = negative if layout == list(range(len(negative))) else negative[layout]
+        self._fitted = text, version, fitted
+        return fitted
+
+    def end(self) -> None:
+        super().end()
+        self.positive, self._fitted = None, None
+        for name in (NEGATIVE, RUN):
+            self.options.pop(name, None)
 
 
 CURRENT: ContextVar[DiffusersRun | None] = ContextVar("sun_run", default=None)
@@ -91,63 +142,6 @@ def attachment_of(unet: Any) -> UNetAttachment | None:
     return found
 
 
-class SunAttnProcessor:
-    """Cross-attention with SUN: Z = Zp - g(Zn) [+ g'(Ze)], then the layer's own ``to_out`` (Eq. 6)."""
-
-    def __init__(self, position: int, prior: Any) -> None:
-        self.position, self.prior = position, prior
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        sun_negative: AdapterTexts | None = None,
-    ) -> Tensor:
-        if sun_negative is None or encoder_hidden_states is None:
-            return self.prior(attn, hidden_states, encoder_hidden_states, attention_mask)
-        query, z_p = frozen_attention(attn, hidden_states, encoder_hidden_states, attention_mask)
-        z = sun_attention(query, z_p, sun_negative.layers[self.position], attn.heads)
-        return attn.to_out[1](attn.to_out[0](z))
-
-
-def frozen_attention(
-    attn: Any, hidden_states: Tensor, text: Tensor, attention_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(query, Zp) [B, T, C] of a layer's own attention over ``text`` [B, L, D], before ``to_out``."""
-    mask = None
-    if attention_mask is not None:
-        rows, tokens = text.shape[:2]
-        mask = attn.prepare_attention_mask(attention_mask, tokens, rows)
-        mask = rearrange(mask, "(b h) t l -> b h t l", h=attn.heads)
-    query = attn.to_q(hidden_states)
-    return query, attend(query, attn.to_k(text), attn.to_v(text), attn.heads, mask)
-
-
-def check_attention(name: str, attention: Any) -> None:
-    """Raise ValueError, naming the layer and what to do, unless it is a plain cross-attention of SD 1.x."""
-    processor = attention.processor
-    prior = processor.prior if isinstance(processor, SunAttnProcessor) else processor
-    if type(prior) not in PLAIN_PROCESSORS:
-        raise ValueError(
-            f"{name} uses {type(prior).__name__}, which SUN cannot be combined with. Unload the IP-Adapter or other "
-            "feature that set it (pipe.unload_ip_adapter(), pipe.unfuse_qkv_projections()), then call sun.attach again."
-        )
-    extras = (
-        "spatial_norm",
-        "group_norm",
-        "norm_q",
-        "norm_k",
-        "norm_cross",
-        "added_kv_proj_dim",
-        "residual_connection",
-    )
-    found = [extra for extra in extras if getattr(attention, extra, None)]
-    if found or attention.rescale_output_factor != 1.0:
-        raise ValueError(f"{name} is not Stable Diffusion 1.x's cross-attention ({', '.join(found)}). SUN needs that.")
-
-
 @dataclass(eq=False)
 class UNetAttachment:
     """What is installed on a U-Net. Each of its users, pipelines or bare callers, has an adapter of its own."""
@@ -155,28 +149,25 @@ class UNetAttachment:
     unet: Any
     attentions: tuple[Any, ...]
     """The modules attn2, in the adapter's order."""
-    processors: tuple[SunAttnProcessor, ...]
+    processors: list[Any] = field(default_factory=list)
+    """Ours in them: what was there is inside, or the image attention it is."""
     users: list[Steering] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
     wrappers: list[Any] = field(default_factory=list)
 
     @classmethod
-    def install(cls, unet: Any, attentions: Sequence[Any]) -> UNetAttachment:
-        processors = tuple(SunAttnProcessor(i, attention.processor) for i, attention in enumerate(attentions))
-        attachment = cls(unet, tuple(attentions), processors)
+    def install(cls, unet: Any, attentions: Mapping[str, Any], chosen: tuple[str, ...]) -> UNetAttachment:
+        """attentions: all modules by name that the U-Net hands its cross_attention_kwargs to; chosen: SUN's of them."""
+        attachment = cls(unet, tuple(attentions[name] for name in chosen))
         attachment.renew()
         attachment.hooks.append(unet.register_forward_pre_hook(before_call, with_kwargs=True))
-        attachment.hooks += keep_from_self_attention(unet, NEGATIVE)
+        attachment.hooks += keep_from([module for name, module in attentions.items() if name not in chosen], NEGATIVE)
         unet._sun = attachment
         return attachment
 
     def renew(self) -> None:
         """Put the processors in, on top of what someone may have put there since."""
-        for attention, own in zip(self.attentions, self.processors, strict=True):
-            if attention.processor is not own:
-                there = attention.processor
-                own.prior = there.prior if isinstance(there, SunAttnProcessor) else there
-                attention.processor = own
+        self.processors = [put_into(attention, i) for i, attention in enumerate(self.attentions)]
 
     @property
     def bare(self) -> Steering:
@@ -207,7 +198,7 @@ class UNetAttachment:
     def remove(self) -> None:
         for attention, processor in zip(self.attentions, self.processors, strict=True):
             if attention.processor is processor:  # else someone replaced it since; theirs stays
-                attention.processor = processor.prior
+                take_out(attention)
         for hook in self.hooks:
             hook.remove()
         self.users = []
@@ -215,7 +206,14 @@ class UNetAttachment:
             del self.unet._sun
 
     def in_place(self) -> bool:
-        return all(a.processor is own for a, own in zip(self.attentions, self.processors, strict=True))
+        """Whether SUN acts in every layer. An IP-Adapter that was loaded or unloaded since takes it along."""
+        changed = [
+            pair for pair in zip(self.attentions, self.processors, strict=True) if pair[0].processor is not pair[1]
+        ]
+        if changed and all(is_image_processor(own) or is_image_processor(a.processor) for a, own in changed):
+            self.renew()
+            return True
+        return not changed
 
 
 def before_call(
@@ -225,24 +223,78 @@ def before_call(
 
     Every other argument stays as it was passed, by position or by name.
     """
-    given = dict(zip(UNET_ARGUMENTS, args, strict=False)) | kwargs
-    options = given.get("cross_attention_kwargs") or {}
-    negative, attachment = options.get(NEGATIVE), attachment_of(unet)
-    if attachment is None or isinstance(negative, AdapterTexts):
+    attachment = attachment_of(unet)
+    if attachment is None:
         return None
+    unet_class: Any = type(attachment.unet)
+    names = _arguments(unet_class)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    options = given.get("cross_attention_kwargs") or {}
+    if isinstance(options.get(NEGATIVE), AdapterTexts):
+        return None
+    run, negative = _run_and_negative(attachment, given, options)
     if negative is None:
         _note_plain_call(attachment)
         if RUN not in options:
             return None
         made = None
     else:
-        made = _texts(attachment, given, options)
+        made = _texts(attachment, given, {**options, NEGATIVE: negative, RUN: run})
     options = {key: value for key, value in options.items() if key not in (NEGATIVE, GUIDANCE, RUN)}
     options[NEGATIVE] = made
-    position = UNET_ARGUMENTS.index("cross_attention_kwargs")
+    text = given["encoder_hidden_states"]
+    if text.storage_offset() and _frames(given["sample"]) > 1:  # ``for_rows`` counts from the storage's begin
+        args, kwargs = _replaced(names, args, kwargs, "encoder_hidden_states", text.clone())
+    return _replaced(names, args, kwargs, "cross_attention_kwargs", options)
+
+
+def _replaced(
+    names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with another value for one of them, by position or by name as it was."""
+    position = names.index(name)
     if len(args) > position:
-        return (*args[:position], options, *args[position + 1 :]), kwargs
-    return args, {**kwargs, "cross_attention_kwargs": options}
+        return (*args[:position], value, *args[position + 1 :]), kwargs
+    return args, {**kwargs, name: value}
+
+
+@functools.cache
+def _arguments(unet_class: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(unet_class.forward).parameters)[1:]
+
+
+def _run_and_negative(
+    attachment: UNetAttachment, given: dict[str, Any], options: dict[str, Any]
+) -> tuple[DiffusersRun | None, Tensor | None]:
+    """The run of a call and the negative of its rows, None if it has none.
+
+    Both are in the options, but for pipelines that hand none to their U-Net: theirs is the run that is under way, if
+    the texts of the call are the run's.
+    """
+    run: DiffusersRun | None = options.get(RUN)
+    negative: Tensor | None = options.get(NEGATIVE)
+    text, frames = given["encoder_hidden_states"], _frames(given["sample"])
+    if torch.compiler.is_compiling():  # the hook is in the graph: nothing is compared there
+        return run, negative
+    if NEGATIVE in options or run is not None:
+        if run is not None and negative is not None and run.is_own(negative):
+            try:
+                negative = run.negative_for(text, frames)
+            except OwnGuidance:
+                raise RuntimeError(OWN_GUIDANCE) from None
+        return run, negative
+    run = CURRENT.get()
+    if run is None or run.positive is None or run.steering not in attachment.users or not isinstance(text, Tensor):
+        return None, None
+    try:
+        return run, run.negative_for(text, frames, known=True)
+    except OwnGuidance:
+        return None, None
+
+
+def _frames(sample: Tensor) -> int:
+    """1 for pictures [B, C, H, W]; of videos [B, C, frames, H, W] how many."""
+    return sample.shape[2] if sample.ndim == 5 else 1
 
 
 def _texts(attachment: UNetAttachment, given: dict[str, Any], options: dict[str, Any]) -> AdapterTexts | None:
@@ -250,6 +302,7 @@ def _texts(attachment: UNetAttachment, given: dict[str, Any], options: dict[str,
     if not attachment.in_place():
         raise RuntimeError(REPLACED)
     positive: Tensor = given["encoder_hidden_states"]
+    _check_call(attachment.unet, given)
     run: DiffusersRun = options.get(RUN) or attachment.bare.run()
     steering = run.steering or attachment.bare
     adapter = steering.adapter
@@ -269,6 +322,25 @@ def _texts(attachment: UNetAttachment, given: dict[str, Any], options: dict[str,
     if compiling:  # the hook is in the graph, where nothing can be kept
         return adapter.texts(texts, positive, strength=run.strength, positive_mask=mask, guidance=guidance)
     return run.texts(adapter, texts, positive, mask=mask, guidance=guidance)
+
+
+def _check_call(unet: Any, given: dict[str, Any]) -> None:
+    """Raise ValueError where texts and latents of a call do not belong together, or an IP-Adapter lacks its picture.
+
+    torch would repeat a single text for all images.
+    """
+    sample, text = given["sample"], given["encoder_hidden_states"]
+    rows = sample.shape[0] * _frames(sample)
+    if len(text) != rows:
+        raise ValueError(
+            f"encoder_hidden_states has {len(text)} rows for {rows} of the sample. With SUN the U-Net gets the "
+            "positive prompt alone, a row for each picture or frame: a callback that changes prompt_embeds returns as "
+            "many rows as it was given, and another negative prompt as negative_prompt_embeds."
+        )
+    # diffusers sets it as an attribute of the config, beside the entry
+    asks = getattr(unet.config, "encoder_hid_dim_type", None) == "ip_image_proj" and unet.encoder_hid_proj is not None
+    if asks and "image_embeds" not in (given.get("added_cond_kwargs") or {}):
+        raise ValueError(NO_IMAGE)
 
 
 def _follow(adapter: SunAdapter, text: Tensor) -> torch.dtype:
@@ -335,5 +407,9 @@ def keep_from_self_attention(unet: Any, *names: str) -> list[Any]:
 
     Returns the hooks' handles.
     """
-    layers = [module for name, module in unet.named_modules() if name.endswith(".attn1")]
+    return keep_from([module for name, module in unet.named_modules() if name.endswith(".attn1")], *names)
+
+
+def keep_from(layers: list[nn.Module], *names: str) -> list[Any]:
+    """The same for any attention layers."""
     return [module.register_forward_pre_hook(_Without(names), with_kwargs=True) for module in layers]

@@ -280,6 +280,59 @@ def test_two_controlnets_in_a_row(host: SimpleNamespace, run: SimpleNamespace, r
     assert relative(picture, run.sun(model, *once)) > 1e-4
 
 
+def test_a_controlnet_reads_both_prompts_as_the_authors_code_did(
+    host: SimpleNamespace, run: SimpleNamespace, random_extras
+) -> None:
+    """The negative's tokens after the positive's. Attention over a text twice is attention over it once: with the
+    same words on both sides nothing changes."""
+    model, node = run.apply(), host.nodes["SUN_ControlNetReadsBoth"]
+    positive, negative = steered(host, run)
+    alone = run.sun(model, positive, negative)
+    both = node.execute(positive, run.negative).result[0]
+    text = both[0][1]["cross_attn_controlnet"]
+    assert torch.equal(text, torch.cat([run.positive[0][0], run.negative[0][0]], dim=1))
+    assert relative(run.sun(model, both, negative), alone) > 1e-4
+    same = node.execute(positive, run.positive).result[0]
+    assert relative(run.sun(model, same, negative), alone) < 1e-4
+    before = node.execute(run.positive, run.negative).result[0]  # or ahead of the ControlNet
+    ahead = steered(host, SimpleNamespace(positive=before, negative=run.negative))[0]
+    assert torch.equal(run.sun(model, ahead, negative), run.sun(model, both, negative))
+    with pytest.raises(ValueError, match="Encode both with the CLIP"):
+        node.execute(positive, [[torch.zeros(1, 77, 5), {}]])
+
+
+@torch.no_grad()
+def test_an_image_prompt_beside_sun_is_the_same_in_diffusers(host: SimpleNamespace) -> None:
+    """One layer, the same weights: our patch around an image attention in the slot, and diffusers' IP-Adapter."""
+    from comfy.ldm.modules.attention import optimized_attention
+    from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
+
+    from sun.adapter import SunAdapter
+    from sun.pipelines.processors import put_into
+
+    torch.manual_seed(0)
+    attn = Attention(16, cross_attention_dim=12, heads=2, dim_head=8, processor=IPAdapterAttnProcessor2_0(16, 12))
+    attn.processor.scale[0] = 0.7
+    adapter = SunAdapter([16], 12).eval()
+    for parameter in adapter.parameters():
+        parameter.copy_(0.3 * torch.randn_like(parameter))
+    x, text, negative, image = (torch.randn(2, n, w) for n, w in ((20, 16), (7, 12), (9, 12), (4, 12)))
+    texts = adapter.texts([(1.0, negative)], text)
+    put_into(attn, 0)
+    ours = attn(x, encoder_hidden_states=(text, [image]), sun_negative=texts)
+
+    patch = host.pack.nodes.sun_patch
+
+    def images(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
+        to_k, to_v = attn.processor.to_k_ip[0], attn.processor.to_v_ip[0]
+        return optimized_attention(q, k, v, 2) + 0.7 * optimized_attention(q, to_k(image), to_v(image), 2)
+
+    forward = patch.SunForward(adapter, (), 1.0, None, [(1.0, negative)], text, texts, prior={0: images})
+    extra = {patch.KEY: forward, "n_heads": 2}
+    z = patch.attn2_of(0)(attn.to_q(x), attn.to_k(text), attn.to_v(text), extra)
+    torch.testing.assert_close(attn.to_out[0](z), ours, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["pag", "sag"])
 def test_guidance_nodes_leave_the_model_as_it_was(
     name: str, run: SimpleNamespace, emoji: SimpleNamespace, features: dict[str, Feature]

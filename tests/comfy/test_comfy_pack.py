@@ -19,6 +19,7 @@ TITLES = {
     "SUN_Sampler": "SUN 4-step Sampler",
     "SUN_Scheduler": "SUN Scheduler",
     "SUN_Guider": "SUN Guider",
+    "SUN_ControlNetReadsBoth": "ControlNet Reads Both Prompts",
     "SUN_AdapterInfo": "SUN Adapter Info",
     "SUN_LoadEmojiDiffusion": "Load Emoji Diffusion",
     "SUN_LoadEmojiControlNet": "Load Emoji ControlNet",

@@ -418,11 +418,6 @@ def test_replaced_processors_are_noticed(sun_pipe):
         sample(sun_pipe)
 
 
-def test_ip_adapter_inputs_are_refused(sun_pipe):
-    with pytest.raises(ValueError, match="IP-Adapter"):
-        sample(sun_pipe, ip_adapter_image=picture())
-
-
 def test_inpainting_models_with_nine_channels(make_pipeline, count_calls):
     pipe = make_pipeline(diffusers.StableDiffusionInpaintPipeline, unet=make_unet(in_channels=9))
     sun.attach(pipe, make_adapter(pipe.unet))
@@ -461,8 +456,3 @@ def test_half_precision_pipelines(make_pipeline, dtype):
     assert out.dtype == dtype
     assert out.isfinite().all()
     assert {p.dtype for p in adapter.parameters()} == {dtype}
-
-
-def test_other_pipelines_are_refused(make_pipeline, pipe):
-    with pytest.raises(TypeError, match=r"StableDiffusionPAGPipeline\. Supported: StableDiffusionPipeline"):
-        sun.attach(make_pipeline(diffusers.StableDiffusionPAGPipeline), make_adapter(pipe.unet))

@@ -14,7 +14,7 @@ from diffusers.models import attention_processor
 from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
-    IPAdapterAttnProcessor2_0,
+    CustomDiffusionAttnProcessor2_0,
     SlicedAttnProcessor,
 )
 from einops import einsum, rearrange
@@ -313,26 +313,26 @@ def test_other_things_are_no_target(adapter):
         sun.attach(torch.nn.Linear(2, 2), adapter)
 
 
-def ip_adapter_processors(unet: Any) -> dict[str, Any]:
+def other_processors(unet: Any) -> dict[str, Any]:
     widths = {layer.diffusers: layer.channels for layer in layers_of_unet(unet)}
     return {
-        name: IPAdapterAttnProcessor2_0(widths[name.removesuffix(".processor")], TEXT_WIDTH, num_tokens=(4,))
+        name: CustomDiffusionAttnProcessor2_0(True, True, widths[name.removesuffix(".processor")], TEXT_WIDTH)
         if ".attn2." in name
         else AttnProcessor2_0()
         for name in unet.attn_processors
     }
 
 
-def test_ip_adapter_is_refused_before_and_noticed_after(unet, adapter):
+def test_other_attention_is_refused_before_and_noticed_after(unet, adapter):
     plain = unet.attn_processors
     sun.attach(unet, adapter)
-    unet.set_attn_processor(ip_adapter_processors(unet))
-    with pytest.raises(RuntimeError, match="IP-Adapter"):
+    unet.set_attn_processor(other_processors(unet))
+    with pytest.raises(RuntimeError, match=r"replaced after sun\.attach"):
         run(unet, inputs(), negatives())
-    with pytest.raises(ValueError, match=r"IPAdapterAttnProcessor2_0.*unload"):
+    with pytest.raises(ValueError, match=r"CustomDiffusionAttnProcessor2_0.*Take away"):
         sun.attach(unet, adapter)
     sun.detach(unet)  # leaves the newer processors
-    with pytest.raises(ValueError, match="IPAdapterAttnProcessor2_0"):
+    with pytest.raises(ValueError, match="CustomDiffusionAttnProcessor2_0"):
         sun.attach(unet, adapter)
     unet.set_attn_processor(plain)
     sun.attach(unet, adapter)

@@ -15,13 +15,8 @@ import torch
 from ...attention import attend
 from ...layers import layers_of_unet
 from ...pipelines.attach import pipeline_and_unet
-from ...pipelines.unet import (
-    PLAIN_PROCESSORS,
-    check_attention,
-    fit_negative,
-    frozen_attention,
-    keep_from_self_attention,
-)
+from ...pipelines.processors import PLAIN_PROCESSORS, check_attention, frozen_attention
+from ...pipelines.unet import fit_negative, keep_from_self_attention
 
 ARGUMENT = "negative"
 """Name under which the negative text states [B, L, D] travel in ``cross_attention_kwargs``."""
