@@ -72,6 +72,11 @@ class DenoiseMode(StrEnum):
     respaced = "respaced"
 
 
+class PromptWeights(StrEnum):
+    none = "none"
+    compel = "compel"
+
+
 class SwitchOrder(StrEnum):
     """Same names as sun.switching.ORDERS, which needs torch."""
 

@@ -25,6 +25,7 @@ from .options import (
     Lora,
     Model,
     Precision,
+    PromptWeights,
     Scheduler,
     Seed,
     Size,
@@ -59,6 +60,10 @@ def generate(
     ctx: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What to draw; - is standard input.", show_default=False)] = "",
     negative: Annotated[str, typer.Option(help="What to keep out of the picture.")] = "",
+    prompt_weights: Annotated[
+        PromptWeights,
+        typer.Option(help="Who reads weights in both prompts: compel (pip install compel), as (red)1.3 or blurry++."),
+    ] = PromptWeights.none,
     target: Annotated[
         Path | None,
         typer.Option(

@@ -42,6 +42,7 @@ from ..pipelines.loading import (
 from ..pipelines.lora import apply_lora
 from ..pipelines.schedulers import make_scheduler
 from ..pipelines.text import encode_prompts, read_as_words
+from ..pipelines.weighted import encode_weighted
 from ..runtimes.contents import is_exported
 from ..schedule import denoise_timesteps, trailing_timesteps
 from ..shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_SUN, SHIPPED
@@ -360,10 +361,15 @@ def _encode(loaded: Loaded, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]
         note(sentence)
     groups = [recipe.prompt] * recipe.batch, [recipe.negative] * recipe.batch
     try:
-        positive, negative = encode_prompts(loaded.pipe.tokenizer, loaded.pipe.text_encoder, *groups)
+        positive, negative = encoder_of(recipe)(loaded.pipe.tokenizer, loaded.pipe.text_encoder, *groups)
     except ValueError as error:
         raise RecipeError(str(error)) from error
     return positive, negative
+
+
+def encoder_of(recipe: Recipe) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """What encodes its prompts: (tokenizer, text encoder, groups of texts) to states of one length."""
+    return encode_weighted if recipe.prompt_weights == "compel" else encode_prompts
 
 
 def _rows(recipe: Recipe) -> list[Recipe]:

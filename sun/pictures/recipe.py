@@ -48,6 +48,7 @@ _WORDS = {
     "denoise_mode": ("trained", "respaced"),
     "dtype": ("auto", "float32", "float16", "bfloat16"),
     "switch_order": ORDERS,
+    "prompt_weights": ("none", "compel"),
 }
 _PATHS = ("model", "config", "adapter", "controlnet", "init", "mask", "control", "switch")
 _LONGEST_TEXT, _LONGEST_PATH, _MOST_LORAS = 100_000, 4096, 64
@@ -67,6 +68,8 @@ class Recipe:
     prompt: str = ""
     negative: str = ""
     steps: int = 4
+    prompt_weights: str = "none"
+    """Who reads weights in both prompts: ``compel``, as (red)1.3, or nobody: then they are words."""
     seed: int = 0
     batch: int = 1
     index: int | None = None

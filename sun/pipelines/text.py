@@ -15,7 +15,10 @@ MAX_BLOCKS = 32
 # What web UIs and ComfyUI read as more than words, and what to do instead.
 _SYNTAX = (
     (re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>"), "LoRAs are given as files (--lora PATH:WEIGHT)"),
-    (re.compile(r"\((?:[^()]|\\[()])*:\s*-?\d*\.?\d+\s*\)|\(\([^()]*\)\)"), "words have no weights here"),
+    (
+        re.compile(r"\((?:[^()]|\\[()])*:\s*-?\d*\.?\d+\s*\)|\(\([^()]*\)\)"),
+        "weights are read with --prompt-weights compel, as (red)1.3",
+    ),
     (re.compile(r"\[[^\[\]]*:[^\[\]]*:?\s*\d*\.?\d+\s*\]"), "a prompt does not change during a run here"),
     (re.compile(r"\bembedding:[\w./-]+"), "textual inversions are not read here"),
     (re.compile(r"\bBREAK\b|\bAND\b(?=\s)"), "it is a word here"),
@@ -39,18 +42,20 @@ def encode_prompts(tokenizer: Any, text_encoder: Any, *groups: Sequence[str]) ->
     Raises ValueError for a prompt longer than ``MAX_BLOCKS``.
     """
     blocks = [[token_blocks(tokenizer, text) for text in texts] for texts in groups]
-    counts = [len(rows) for group in blocks for rows in group]
-    length = math.lcm(*counts) if counts else 1
     device = next(text_encoder.parameters()).device
     found = []
     for group in blocks:
         rows = [ids for text in group for ids in text]
         encoded = iter(text_encoder(torch.tensor(rows, device=device))[0])
-        states = [torch.cat([next(encoded) for _ in text]) for text in group]
-        found.append(
-            torch.stack([state.repeat(length // len(text), 1) for text, state in zip(group, states, strict=True)])
-        )
-    return tuple(found)
+        found.append([torch.cat([next(encoded) for _ in text]) for text in group])
+    return of_one_length(found)
+
+
+def of_one_length(groups: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    """States [n L, D] of texts as one tensor [B, m L, D] a group, all repeated to one length."""
+    counts = [len(states) for group in groups for states in group]
+    length = math.lcm(*counts)
+    return tuple(torch.stack([states.repeat(length // len(states), 1) for states in group]) for group in groups)
 
 
 def token_blocks(tokenizer: Any, text: str) -> list[list[int]]:

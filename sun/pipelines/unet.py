@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNetMotionModel
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ made of both texts."""
 GUIDANCE = "sun_guidance"
 RUN = "sun_run"
 UNET_ARGUMENTS = tuple(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]
+MOTION_ARGUMENTS = tuple(inspect.signature(UNetMotionModel.forward).parameters)[1:]
 REPLACED = (
     "The attention processors of this U-Net were replaced after sun.attach (attention slicing, xformers and fused "
     "projections do that), so SUN would do nothing. Make that change first, then call sun.attach again."
@@ -80,8 +80,10 @@ class DiffusersRun(SunRun):
 
     def encoded(self, positive: Tensor, negative: Tensor) -> None:
         """The pipeline has encoded its prompts: from here on its U-Net gets the negative."""
+        before = self.negatives[0].text if self.negatives else None
+        if NEGATIVE not in self.options or (before is not None and self.options[NEGATIVE] is before):
+            self.options[NEGATIVE] = negative  # else the caller handed over another
         self.positive, self.negatives = positive, (Negative(text=negative),)
-        self.options[NEGATIVE] = negative
         self._fitted = None
 
     def is_own(self, negative: Any) -> bool:
@@ -149,6 +151,8 @@ class UNetAttachment:
     unet: Any
     attentions: tuple[Any, ...]
     """The modules attn2, in the adapter's order."""
+    arguments: tuple[str, ...] = UNET_ARGUMENTS
+    """Of the U-Net's forward, by position."""
     processors: list[Any] = field(default_factory=list)
     """Ours in them: what was there is inside, or the image attention it is."""
     users: list[Steering] = field(default_factory=list)
@@ -158,7 +162,8 @@ class UNetAttachment:
     @classmethod
     def install(cls, unet: Any, attentions: Mapping[str, Any], chosen: tuple[str, ...]) -> UNetAttachment:
         """attentions: all modules by name that the U-Net hands its cross_attention_kwargs to; chosen: SUN's of them."""
-        attachment = cls(unet, tuple(attentions[name] for name in chosen))
+        arguments = MOTION_ARGUMENTS if isinstance(unet, UNetMotionModel) else UNET_ARGUMENTS
+        attachment = cls(unet, tuple(attentions[name] for name in chosen), arguments)
         attachment.renew()
         attachment.hooks.append(unet.register_forward_pre_hook(before_call, with_kwargs=True))
         attachment.hooks += keep_from([module for name, module in attentions.items() if name not in chosen], NEGATIVE)
@@ -226,8 +231,7 @@ def before_call(
     attachment = attachment_of(unet)
     if attachment is None:
         return None
-    unet_class: Any = type(attachment.unet)
-    names = _arguments(unet_class)
+    names = attachment.arguments
     given = dict(zip(names, args, strict=False)) | kwargs
     options = given.get("cross_attention_kwargs") or {}
     if isinstance(options.get(NEGATIVE), AdapterTexts):
@@ -256,11 +260,6 @@ def _replaced(
     if len(args) > position:
         return (*args[:position], value, *args[position + 1 :]), kwargs
     return args, {**kwargs, name: value}
-
-
-@functools.cache
-def _arguments(unet_class: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(unet_class.forward).parameters)[1:]
 
 
 def _run_and_negative(

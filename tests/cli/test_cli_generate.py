@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -353,3 +354,26 @@ def test_a_second_unet_makes_a_share_of_the_steps(
     assert "--adapter none" in result.output
     result = tiny("generate", "a cat", "--switch", tmp_path / "nowhere", "--out", tmp_path / "s.png", code=2)
     assert "nowhere" in result.output
+
+
+def test_weights_in_prompts_are_read_by_a_library_and_kept_in_the_png(
+    tiny: Run, sun: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("compel")
+    words, weighted, again = (tmp_path / f"{name}.png" for name in ("words", "weighted", "again"))
+    given = ("generate", "a (red)1.5 cat", "--negative", "blue++", "--seed", 3, "--steps", 1)
+    tiny(*given, "--out", words)
+    tiny(*given, "--prompt-weights", "compel", "--out", weighted)
+    assert (pixels(weighted) != pixels(words)).any()
+    sun("generate", "--from", weighted, "--out", again)
+    assert (pixels(again) == pixels(weighted)).all()
+
+    (tmp_path / "many.csv").write_text("prompt,negative,seed\na (red)1.5 cat,blue++,3\n")
+    tiny("generate", "--prompts", tmp_path / "many.csv", "--steps", 1, "--prompt-weights", "compel",
+         "--out", tmp_path / "many")  # fmt: skip
+    (made,) = (tmp_path / "many").rglob("*.png")
+    assert (pixels(made) == pixels(weighted)).all()
+
+    monkeypatch.setitem(sys.modules, "compel", None)
+    result = sun("generate", "--from", weighted, "--out", again, code=2)
+    assert "pip install compel" in " ".join(result.output.split())

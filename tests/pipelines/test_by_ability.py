@@ -276,6 +276,7 @@ def test_guidance_of_a_pipelines_own_is_refused_at_the_first_step(make_pipeline:
         ("StableDiffusion3Pipeline", "its denoiser is a SD3Transformer2DModel"),
         ("StableDiffusionImageVariationPipeline", "does not encode prompts"),
         ("LatentConsistencyModelPipeline", "takes no negative prompt"),
+        ("StableDiffusionControlNetXSPipeline", "its denoiser is a UNetControlNetXSModel"),
         ("DDPMPipeline", "does not encode prompts|its denoiser is"),
     ],
 )
@@ -289,6 +290,8 @@ def test_what_cannot_work_is_refused_in_a_sentence(make_pipeline: Any, kind: str
         }
         chosen = {name: parts.get(name) for name in asked if name in parts}
         chosen |= {name: make() for name, make in other.items() if name in asked}
+    if kind == "StableDiffusionControlNetXSPipeline":
+        chosen["controlnet"] = diffusers.ControlNetXSAdapter.from_unet(make_unet(), size_ratio=1.0)
     if kind == "DDPMPipeline":
         chosen["unet"] = diffusers.UNet2DModel(block_out_channels=(8, 8), norm_num_groups=4,
                                                down_block_types=("DownBlock2D",) * 2,

@@ -42,17 +42,17 @@ class Picture:
 class TextCache:
     """Text states of the texts used last, by text."""
 
-    def __init__(self, pipe: Any, most: int = CACHE_BYTES):
-        self.pipe, self.most, self.encoded, self._bytes = pipe, most, 0, 0
+    def __init__(self, pipe: Any, most: int = CACHE_BYTES, encode: Any = encode_prompts):
+        self.pipe, self.most, self.encode, self.encoded, self._bytes = pipe, most, encode, 0, 0
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
 
     def states(self, text: str) -> Tensor:
-        """[L, D] of one text, as `sun.pipelines.text.encode_prompts` makes them of it alone. Raises ValueError."""
+        """[L, D] of one text, as `encode` makes them of it alone. Raises ValueError."""
         if text in self._kept:
             self._kept.move_to_end(text)
             return self._kept[text]
         with torch.no_grad():
-            (states,) = encode_prompts(self.pipe.tokenizer, self.pipe.text_encoder, [text])
+            (states,) = self.encode(self.pipe.tokenizer, self.pipe.text_encoder, [text])
         self.encoded += 1
         self._kept[text] = kept = states[0]
         self._bytes += kept.nbytes
@@ -72,7 +72,7 @@ class Drawing:
     """A loaded model that draws rows; ``together`` at most at a time."""
 
     def __init__(self, loaded: draw.Loaded, base: Recipe, together: int):
-        self.loaded, self.together, self.texts = loaded, together, TextCache(loaded.pipe)
+        self.loaded, self.together, self.texts = loaded, together, TextCache(loaded.pipe, encode=draw.encoder_of(base))
         own = {"init": "", "mask": "", "control": ""}
         self._prints = draw.prints_of(replace(base, **own))  # type: ignore[arg-type]
         self._made_with = draw.environment(base.device)
@@ -149,6 +149,8 @@ class Drawing:
     def _length(self, recipe: Recipe) -> int:
         """Blocks of tokens that the texts of a row are made as long as. Raises ValueError for one that is too long."""
         tokenizer = self.loaded.pipe.tokenizer
+        if recipe.prompt_weights != "none":  # how long they become shows once they are encoded
+            return len(self.texts.pair(recipe.prompt, recipe.negative)[0]) // tokenizer.model_max_length
         return math.lcm(*(len(token_blocks(tokenizer, text)) for text in (recipe.prompt, recipe.negative)))
 
     def _png_text(self, recipe: Recipe, together: int) -> dict[str, str]:
