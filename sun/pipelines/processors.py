@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
@@ -71,6 +72,8 @@ def for_rows(texts: LayerTexts, text: Tensor) -> LayerTexts:
 
     FreeNoise's split inference hands a video's frames to a layer a few at a time, as views of the whole text.
     """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a comparison would fix the number of rows
+        return texts
     given, rows = (len(texts.branches[0].key) if texts.branches else 1), len(text)
     if given in (1, rows):
         return texts

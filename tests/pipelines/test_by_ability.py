@@ -323,8 +323,8 @@ def test_callbacks_may_change_both_prompts(make_pipeline: Any) -> None:
         first = draw(pipe)
         assert (change("prompt_embeds", positive.repeat(rows, 1, 1)) - first).abs().max() > 1e-3
         assert (change("negative_prompt_embeds", negative) - first).abs().max() > 1e-3
-        with pytest.raises(ValueError, match=rf"2 rows for {rows} of the sample.*negative_prompt_embeds"):
-            change("prompt_embeds", torch.cat([negative, positive]))  # as for guidance
+        with pytest.raises(ValueError, match=rf"{2 * rows} rows for {rows} of the sample.*negative_prompt_embeds"):
+            change("prompt_embeds", torch.cat([negative, positive]).repeat(rows, 1, 1))  # as for guidance
 
 
 def test_negatives_beside_embeddings_of_a_long_prompt(pipe: Any) -> None:
