@@ -17,7 +17,7 @@ from ..adapter import SunAdapter
 from ..common.notes import note
 from ..layers import layers_of_unet, text_transformer_attentions
 from ..prediction import check_prediction
-from .layered import original_call, put_on, take_off
+from .layered import original_call, put_on, spelled_out, take_off
 from .pipeline import PipelineAttachment, WithSun
 from .processors import check_attention
 from .schedulers import make_scheduler, prediction_of
@@ -154,7 +154,9 @@ def why_not(pipe: Any, unet: Any) -> str:
     arguments = inspect.signature(original_call(pipe)).parameters
     if "image_guidance_scale" in arguments:
         return "it guides by its input picture too, with three rows a step, and SUN takes the place of guidance by text"
-    if "tokenizer" not in pipe.config or not (hasattr(pipe, "encode_prompt") or hasattr(pipe, "_encode_prompt")):
+    encoders = [spelled_out(type(pipe), name) for name in ("encode_prompt", "_encode_prompt")]
+    asked = {"prompt", "negative_prompt", "do_classifier_free_guidance"}
+    if "tokenizer" not in pipe.config or not any(e is not None and asked <= set(e.parameters) for e in encoders):
         return "it does not encode prompts (encode_prompt), of which SUN needs the positive and the negative one"
     own = original_call(pipe).__module__.startswith("diffusers.")
     if own and not {"negative_prompt", "negative_prompt_embeds"} & set(arguments):

@@ -58,20 +58,45 @@ def given_arguments(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
 
 
 def with_arguments(
-    call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], changes: Mapping[str, Any]
+    cls: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call of the method ``call`` with ``changes`` by name, as far as it takes them. Those that were
-    passed by position stay there; wrong ones are left to the call."""
-    names = list(inspect.signature(call).parameters.values())[1:]
-    named = dict(kwargs)
-    positional = list(args)
-    places = [parameter.name for parameter in names if parameter.kind is not inspect.Parameter.KEYWORD_ONLY]
+    """The arguments of a call of a pipeline of class ``cls`` with ``changes`` by name, as far as it takes them, or the
+    class behind it to which it hands others on. Those that were passed by position stay there; wrong ones are left to
+    the call."""
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    own = list(inspect.signature(cls.__call__).parameters.values())[1:]
+    places = [parameter.name for parameter in own if parameter.kind in by_position]
+    taken, named, positional = _taken(cls, "__call__"), dict(kwargs), list(args)
     for name, value in changes.items():
         if name in places and places.index(name) < len(args):
             positional[places.index(name)] = value
-        elif name in kwargs or any(parameter.name == name for parameter in names):
+        elif name in kwargs or name in taken:
             named[name] = value
     return tuple(positional), named
+
+
+def _taken(cls: Any, method: str) -> set[str]:
+    """Names of the arguments of a method, and of those behind it as long as they take any by name."""
+    names: set[str] = set()
+    for owner in cls.__mro__:
+        if method in owner.__dict__:
+            parameters = inspect.signature(owner.__dict__[method]).parameters
+            names |= set(parameters)
+            if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+                break
+    return names
+
+
+def spelled_out(cls: Any, method: str) -> inspect.Signature | None:
+    """The signature, without self, of the first such method behind a class that names every argument that it takes by
+    position: overriding ones may take ``*args``."""
+    for owner in cls.__mro__:
+        if method in owner.__dict__:
+            signature = inspect.signature(owner.__dict__[method])
+            own = list(signature.parameters.values())[1:]
+            if all(parameter.kind is not inspect.Parameter.VAR_POSITIONAL for parameter in own):
+                return signature.replace(parameters=own)
+    return None
 
 
 def default_of(call: Callable[..., Any], name: str, otherwise: Any = None) -> Any:
@@ -134,7 +159,7 @@ def _layered(base: Any, layer: Any) -> Any:
         given = given_arguments(base.__call__, args, kwargs)
         with one_at_a_time(denoiser_of(self)), layer.around(self, given) as changes:
             if changes:
-                changed, named = with_arguments(base.__call__, args, kwargs, changes)
+                changed, named = with_arguments(base, args, kwargs, changes)
                 return base.__call__(self, *changed, **named)
             return base.__call__(self, *args, **kwargs)
 

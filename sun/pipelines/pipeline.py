@@ -14,7 +14,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from ..common.notes import note
-from .layered import original_call
+from .layered import original_call, spelled_out
 from .text import answer_to_text_model, cut_by_encoder
 from .unet import CURRENT, REPLACED, RUN, DiffusersRun, Steering, UNetAttachment, attachment_of
 
@@ -152,9 +152,10 @@ def _run_of(pipe: Any) -> DiffusersRun | None:
     return run if run is not None and run.steering is pipe._sun.steering else None
 
 
-def _bound(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _bound(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a bound method by name, without defaults."""
-    bound = inspect.signature(call).bind(*args, **kwargs)
+    signature = spelled_out(type(call.__self__), call.__name__) or inspect.signature(call)
+    bound = signature.bind(*args, **kwargs)
     given = dict(bound.arguments)
     for name, parameter in bound.signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
