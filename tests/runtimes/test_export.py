@@ -295,6 +295,18 @@ def test_export_and_generate_on_the_command_line(files: Path, tmp_path: Path) ->
         assert "exported model" in said, option
 
 
+def test_an_exported_model_draws_the_rows_of_a_file_as_single_commands_do(
+    exported: Callable[..., tuple[Path, Contents]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = exported("onnx", weights="fp16")[0]
+    Path("x.csv").write_text("prompt,negative,seed\na cat,a dog,3\na fish,,4\n")
+    command("generate", "--prompts", "x.csv", "--model", model, "--steps", 2, "--out", "out")
+    command("generate", "a cat", "--negative", "a dog", "--seed", 3, "--model", model, "--steps", 2, "--out", "x.png")
+    assert Path("out/000/000/000000000.png").read_bytes() == Path("x.png").read_bytes()
+    assert Path("out/000/000/000000001.png").exists()
+
+
 @pytest.mark.slow  # Emoji Diffusion itself: its U-Net has sixteen layers to write
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_the_shipped_model_draws_what_it_draws_in_torch(runtime: str, tmp_path: Path) -> None:
