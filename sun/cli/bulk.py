@@ -100,7 +100,7 @@ def _draw(engine: Any, loaded: Any, folder: run.RunFolder, retry_failed: bool, f
             err.print(f"{again:,} failed pictures are tried again", soft_wrap=True)
         first = run.totals(process)
         with counted_pictures(first.rows, first.done) as show:
-            process.work(_looking(show))
+            process.work(_looking(show) if rank == 0 else lambda _: None)
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     except OSError as error:
@@ -120,14 +120,16 @@ def _draw(engine: Any, loaded: Any, folder: run.RunFolder, retry_failed: bool, f
 
 def _looking(show: Callable[[int, int], None]) -> Callable[[run.Process], None]:
     """Shows what all processes did, looking into the folder now and then."""
-    last = 0.0
+    next_look = 0.0
 
     def progress(process: run.Process) -> None:
-        nonlocal last
-        if time.monotonic() - last > _LOOK:
+        nonlocal next_look
+        began = time.monotonic()
+        if began >= next_look:
             now = run.totals(process)
             show(now.done, now.failed)
-            last = time.monotonic()
+            ended = time.monotonic()  # of millions of blocks on a slow file system a look takes long
+            next_look = ended + max(_LOOK, 50 * (ended - began))
 
     return progress
 
@@ -257,23 +259,23 @@ def _made_with(engine: Any, base: Recipe) -> dict[str, str]:
 
 
 def _rank() -> tuple[int, int]:
-    """Number of this process and of all that `accelerate launch` or `torchrun` started: it says so in the environment.
+    """Number of this process and of all that `accelerate launch`, `torchrun` or `srun` started, from the environment.
 
     Nothing else is asked of them. The processes share a folder and no connection, so that none waits for another.
     """
-    try:
-        rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    except ValueError:
-        return 0, 1
-    return (rank, processes) if 0 <= rank < processes else (0, 1)
+    for rank, processes in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        numbers = os.environ.get(rank, ""), os.environ.get(processes, "")
+        if all(text.isdecimal() for text in numbers) and int(numbers[0]) < int(numbers[1]):
+            return int(numbers[0]), int(numbers[1])
+    return 0, 1
 
 
 def _own_gpu() -> None:
     """Let ``cuda`` be the GPU of this process among those of its machine."""
     import torch
 
-    local = os.environ.get("LOCAL_RANK", "")
-    if local.isdigit() and torch.cuda.is_available():
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", ""))
+    if local.isdecimal() and torch.cuda.is_available():
         torch.cuda.set_device(int(local) % torch.cuda.device_count())
 
 

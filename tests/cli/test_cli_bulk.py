@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from typer.testing import Result
 
+from sun.cli.bulk import _rank
 from sun.cli.show import pace
 from sun.pictures import draw
 from sun.pictures.bulk import batches
@@ -279,6 +280,26 @@ def test_processes_of_a_launcher_speak_once(tiny: Run, tmp_path: Path, monkeypat
     assert "sun-x" not in said(tiny("generate", "--prompts", "x.txt", "--steps", 1))
     Path("x.txt").write_text("another cat\n")
     assert "another content" in said(tiny("generate", "--prompts", "x.txt", code=2))
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "8", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (3, 8)),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (1, 2)),
+        ({"RANK": "8", "WORLD_SIZE": "8"}, (0, 1)),
+        ({"RANK": "x", "WORLD_SIZE": ""}, (0, 1)),
+    ],
+)
+def test_a_launcher_says_which_process_this_is(
+    environment: dict[str, str], rank: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert _rank() == rank
 
 
 def test_of_processes_that_begin_at_once_without_a_seed_one_s_holds(
