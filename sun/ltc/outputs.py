@@ -108,6 +108,13 @@ class OutputStepper:
         self._original = scheduler.step
         self._signature = inspect.signature(scheduler.step)
         self._next: float | None = None
+        self._times: list[float] = []
+        self._at = 0
+
+    @property
+    def done(self) -> int:
+        """Steps of the scheduler that were made."""
+        return self._at
 
     @property
     def skips_next(self) -> bool:
@@ -151,7 +158,6 @@ class OutputStepper:
             first = float(found["timestep"])
             begin = times.index(first) if first in times else 0
         self._times = [float(t) for t in self.scheduler.timesteps[begin:]]
-        self._at = 0
         levels = self.outputs.levels(self.scheduler, begin)
         self.run = self._open_run(levels, adds_noise(self.scheduler, found), self.outputs.refused)
 

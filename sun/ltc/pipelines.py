@@ -344,26 +344,37 @@ def _asks_the_same(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
 
 
 def _skipping(forward: Callable[..., Any], stepper: Stepper | OutputStepper) -> Callable[..., Any]:
-    """``forward`` that in a skipped step gives the last output again; the scheduler does not look at it.
+    """``forward`` that in a skipped step gives the last outputs again; the scheduler does not look at them.
 
-    A call of another form (other sizes, another kind of answer) is not the pipeline's own and runs. One that asks for
-    something else than the last (another text, a ControlNet that begins to act) is the pipeline's, and a real step.
+    Pipelines may call it several times a step, as for the passes of guidance. A call of a form (sizes, kind of answer)
+    that no call of the last real step had is not the pipeline's own and runs. One of a known form that asks for
+    something else (another text, a ControlNet that begins to act) is the pipeline's, and makes the step a real one.
     """
-    kept: list[Any] = []
+    kept: list[tuple[Any, Mapping[str, Any], Any]] = []
+    kept_in = -1  # the step they are of
 
     @functools.wraps(forward)
     def skipping(*args: Any, **kwargs: Any) -> Any:
+        nonlocal kept_in
         if _stepper.get() is not stepper:
             return forward(*args, **kwargs)
         form, asked = _form(args, kwargs), _asked(kwargs)
         if stepper.skips_next and kept:
-            if form != kept[1]:
+            known = [(before, output) for shape, before, output in kept if shape == form]
+            if not known:
                 return forward(*args, **kwargs)
-            if isinstance(stepper, Stepper) or _asks_the_same(asked, kept[2]):
-                return kept[0]
+            if isinstance(stepper, Stepper):
+                return known[0][1]
+            for before, output in known:
+                if _asks_the_same(asked, before):
+                    return output
             stepper.must_run()
-        kept[:] = [forward(*args, **kwargs), form, asked]
-        return kept[0]
+        if kept_in != stepper.done:
+            kept_in = stepper.done
+            kept.clear()
+        output = forward(*args, **kwargs)
+        kept.append((form, asked, output))
+        return output
 
     return skipping
 

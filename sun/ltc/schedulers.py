@@ -87,6 +87,11 @@ class Stepper:
         self._target: Tensor | None = None
 
     @property
+    def done(self) -> int:
+        """Steps of the scheduler that were made."""
+        return self._calls
+
+    @property
     def skips_next(self) -> bool:
         """Whether the model need not be called before the next step."""
         step, _ = divmod(self._calls, self.calls_a_step)

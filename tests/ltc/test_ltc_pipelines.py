@@ -102,6 +102,34 @@ def test_another_text_in_the_middle_is_a_real_step(pipe: Any, count_calls: Calla
     assert len_of(calls) == 8 + 9  # step 5 was to be skipped
 
 
+def test_guidance_in_two_calls_a_step_skips_both(pipe: Any) -> None:
+    """As pipelines of video models ask: for the prompt, then for the negative one, each as it asked before."""
+    rows: list[int] = []
+
+    class InTurns(torch.nn.Module):
+        config, dtype = pipe.unet.config, pipe.unet.dtype
+
+        def forward(self, sample: Any, t: Any, encoder_hidden_states: Any, **_: Any) -> Any:
+            rows.append(len(sample))
+            return pipe_unet(sample, t, encoder_hidden_states, return_dict=False)
+
+    pipe_unet, asked = pipe.unet, InTurns()
+    pipe.unet = asked
+    sun.ltc.attach(pipe, guard=0)
+    texts = [torch.randn(1, 7, TEXT_WIDTH, generator=torch.manual_seed(i)) for i in range(2)]
+    original = type(asked).__call__
+
+    def both(module: Any, sample: Any, t: Any, encoder_hidden_states: Any = None, **_: Any) -> Any:
+        halves = zip(sample.chunk(2), texts, strict=True)
+        parts = [original(module, x, t, encoder_hidden_states=text)[0] for x, text in halves]
+        return (torch.cat(parts),)
+
+    type(asked).__call__ = both  # type: ignore[method-assign]
+    draw(pipe, 20)
+    assert rows == [1] * 2 * 13
+    assert sun.ltc.last_run(pipe) == sun.ltc.Counts(13, 20)
+
+
 def test_too_few_steps_say_so(pipe: Any, caplog: Any) -> None:
     sun.ltc.attach(pipe)
     draw(pipe, 4)
