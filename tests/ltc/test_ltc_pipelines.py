@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from tiny import TEXT_WIDTH, make_adapter
 import sun
 import sun.ltc
 from sun.common.notes import SunWarning
+from sun.ltc.pipelines import _skipping, _stepper
 
 FIXED = sun.ltc.LtcSettings(tau=0)
 
@@ -102,32 +104,30 @@ def test_another_text_in_the_middle_is_a_real_step(pipe: Any, count_calls: Calla
     assert len_of(calls) == 8 + 9  # step 5 was to be skipped
 
 
-def test_guidance_in_two_calls_a_step_skips_both(pipe: Any) -> None:
+def test_guidance_in_two_calls_a_step_skips_both() -> None:
     """As pipelines of video models ask: for the prompt, then for the negative one, each as it asked before."""
-    rows: list[int] = []
+    stepper: Any = SimpleNamespace(skips_next=False, done=0, must_run=lambda: setattr(stepper, "skips_next", False))
+    ran: list[float] = []
+    x, texts = torch.zeros(1, 4), [torch.full((1, 3), float(i)) for i in range(3)]
 
-    class InTurns(torch.nn.Module):
-        config, dtype = pipe.unet.config, pipe.unet.dtype
+    def forward(x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        ran.append(float(text[0, 0]))
+        return text
 
-        def forward(self, sample: Any, t: Any, encoder_hidden_states: Any, **_: Any) -> Any:
-            rows.append(len(sample))
-            return pipe_unet(sample, t, encoder_hidden_states, return_dict=False)
-
-    pipe_unet, asked = pipe.unet, InTurns()
-    pipe.unet = asked
-    sun.ltc.attach(pipe, guard=0)
-    texts = [torch.randn(1, 7, TEXT_WIDTH, generator=torch.manual_seed(i)) for i in range(2)]
-    original = type(asked).__call__
-
-    def both(module: Any, sample: Any, t: Any, encoder_hidden_states: Any = None, **_: Any) -> Any:
-        halves = zip(sample.chunk(2), texts, strict=True)
-        parts = [original(module, x, t, encoder_hidden_states=text)[0] for x, text in halves]
-        return (torch.cat(parts),)
-
-    type(asked).__call__ = both  # type: ignore[method-assign]
-    draw(pipe, 20)
-    assert rows == [1] * 2 * 13
-    assert sun.ltc.last_run(pipe) == sun.ltc.Counts(13, 20)
+    skipping = _skipping(forward, stepper)
+    before = _stepper.set(stepper)
+    try:
+        for skips in (False, True, False, True):
+            stepper.skips_next = skips
+            assert [skipping(x, text=text) is text for text in texts[:2]] == [True, True]
+            stepper.done += 1
+        assert ran == [0, 1, 0, 1]
+        stepper.skips_next = True
+        skipping(x, text=texts[2])  # another prompt makes it a real step, for all of its calls
+        skipping(x, text=texts[1])
+        assert ran[4:] == [2, 1]
+    finally:
+        _stepper.reset(before)
 
 
 def test_too_few_steps_say_so(pipe: Any, caplog: Any) -> None:
