@@ -139,13 +139,13 @@ def _pixels(path: Path) -> np.ndarray:
 
 
 def test_repeated_texts_are_encoded_once_and_shards_written(
-    tiny: Run, tmp_path: Path, count_calls: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+    tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("x.txt").write_text("a\nb\na\nb\na\n")
     encoded: list[int] = []
-    usual = batches.encode_prompts
-    monkeypatch.setattr(batches, "encode_prompts", lambda *a: encoded.append(1) or usual(*a))
+    usual = draw.encode_prompts
+    monkeypatch.setattr(draw, "encode_prompts", lambda *a: encoded.append(1) or usual(*a))
     result = tiny("generate", "--prompts", "x.txt", "--steps", 1, "--shards", 3, "--negative", "b", "--seed", 0)
     assert len(encoded) == 2
     assert "3 rows repeat an earlier one (line 3, 4, 5)" in said(result)
