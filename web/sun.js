@@ -436,8 +436,25 @@ function guarded(callback) {
   };
 }
 
+// Values of Apply LTC-Accel in workflows saved before it had presets: tau, every, calibration. They mean "paper".
+const OLD_LTC_VALUES = 3;
+
+function readOldWorkflows(nodeType) {
+  const configure = nodeType.prototype.configure;
+  nodeType.prototype.configure = function (saved) {
+    const values = saved?.widgets_values;
+    const old = Array.isArray(values) && values.length === OLD_LTC_VALUES && typeof values[0] === "number";
+    return configure.call(this, old ? { ...saved, widgets_values: ["paper", -1, -1, ...values] } : saved);
+  };
+}
+
 app.registerExtension({
   name: "SUN.nodes",
+  beforeRegisterNodeDef(nodeType, nodeData) {
+    if (nodeData.name === "SUN_ApplyLtcAccel") {
+      readOldWorkflows(nodeType);
+    }
+  },
   async setup() {
     try {
       await loadWords();
