@@ -201,18 +201,20 @@ def test_sun_on_both_with_an_adapter_each(host, run, pair, switch, tmp_path, cap
 def test_ltc_accel_never_repeats_the_other_model(host, run, pair, switch, watched, caplog) -> None:
     """Of 12 steps 5, 7 and 9 are skipped; 5 is the first of the large model's and runs, wherever the nodes stand."""
     apply = host.nodes["SUN_ApplyLtcAccel"]
-    behind = apply.execute(switch(5 / 12), 0.0, 2, "automatic").result[0]
-    before = switch(5 / 12, large=apply.execute(pair.large, 0.0, 2, "automatic").result[0])
+    behind = apply.execute(switch(5 / 12), tau=0.0, every=2, calibration="automatic").result[0]
+    before = switch(5 / 12, large=apply.execute(pair.large, tau=0.0, every=2, calibration="automatic").result[0])
     for model, counts in ((behind, [(5, 7), (5, 5)]), (before, [(5, 5)])):
         for expected in counts:
             watched["small"].clear(), watched["large"].clear()
             run.ksampler(model, steps=12)
             assert (len(watched["small"]), len(watched["large"])) == expected
     watched["small"].clear(), watched["large"].clear()
-    run.ksampler(apply.execute(switch(0.25), 0.0, 2, "automatic").result[0], steps=12)  # another mixture measures
+    run.ksampler(
+        apply.execute(switch(0.25), tau=0.0, every=2, calibration="automatic").result[0], steps=12
+    )  # another mixture measures
     assert (len(watched["small"]), len(watched["large"])) == (3, 9)
     with pytest.raises(ValueError, match="Put Apply LTC-Accel on the model that comes out"):
-        switch(0.5, small=apply.execute(pair.small, 0.0, 2, "automatic").result[0])
+        switch(0.5, small=apply.execute(pair.small, tau=0.0, every=2, calibration="automatic").result[0])
 
 
 def test_inherited_features_are_each_model_s_own(host, run, pair, switch, caplog) -> None:
