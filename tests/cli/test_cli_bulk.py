@@ -272,6 +272,17 @@ def test_an_adapter_that_does_not_fit_stops_the_run_and_records_nothing(
     assert not Path("sun-x/failures.jsonl").exists()
 
 
+def test_weights_without_their_library_stop_the_run_and_record_nothing(
+    tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "compel", None)
+    Path("x.txt").write_text("a cat\nb\n")
+    result = tiny("generate", "--prompts", "x.txt", "--prompt-weights", "compel", code=2)
+    assert "pip install compel" in said(result)
+    assert not Path("sun-x/failures.jsonl").exists()
+
+
 def test_processes_of_a_launcher_speak_once(tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("x.txt").write_text("a cat\n")

@@ -69,10 +69,17 @@ class TextCache:
 
 
 class Drawing:
-    """A loaded model that draws rows; ``together`` at most at a time."""
+    """A loaded model that draws rows; ``together`` at most at a time.
+
+    Raises RecipeError where not even the command's own negative prompt can be encoded: that is no fault of the rows.
+    """
 
     def __init__(self, loaded: draw.Loaded, base: Recipe, together: int):
         self.loaded, self.together, self.texts = loaded, together, TextCache(loaded.pipe, encode=draw.encoder_of(base))
+        try:
+            self.texts.states(base.negative)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
         own = {"init": "", "mask": "", "control": ""}
         self._prints = draw.prints_of(replace(base, **own))  # type: ignore[arg-type]
         self._made_with = draw.environment(base.device)
