@@ -19,6 +19,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from ..conditioning import repeated_side_by_side
 from ..pipelines import GUIDANCE, NEGATIVE
@@ -133,11 +134,12 @@ class TextEncoderStandIn(_StandIn):
         super().__init__(config)
         self.run = run
 
-    def forward(self, input_ids: Tensor, attention_mask: Any = None, **options: Any) -> tuple[Tensor, ...]:
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, **options: Any) -> Any:
         if options.get("output_hidden_states"):
             raise ValueError("an exported text encoder gives its last layer alone: clip_skip needs the model itself.")
         ids = np.ascontiguousarray(input_ids.cpu().numpy().astype(np.int64))
-        return tuple(_tensors(self.run({"input_ids": ids})))
+        found = tuple(_tensors(self.run({"input_ids": ids})))
+        return BaseModelOutput(last_hidden_state=found[0]) if options.get("return_dict") else found
 
 
 class AutoencoderStandIn(_StandIn):

@@ -13,6 +13,7 @@ from tiny import make_adapter
 import sun
 from sun.pipelines.text import encode_prompts
 from sun.pipelines.weighted import encode_weighted
+from sun.runtimes.stand_ins import TextEncoderStandIn
 
 LONG = " ".join("a" * 100)
 
@@ -62,3 +63,17 @@ def test_a_prompt_that_cannot_be_read_is_quoted(pipe: Any, monkeypatch: pytest.M
         encode_weighted(*both(pipe), ["a (cat"])
     with pytest.raises(ValueError, match="tokens; at most"):
         encode_weighted(*both(pipe), [" ".join("a" * 2500)])
+
+
+@torch.no_grad()
+def test_the_text_encoder_of_an_exported_model_will_do(pipe: Any) -> None:
+    pytest.importorskip("compel")
+
+    def run(given: Any) -> list[Any]:
+        return [pipe.text_encoder(torch.from_numpy(given["input_ids"]))[0].numpy()]
+
+    exported = TextEncoderStandIn(pipe.text_encoder.config, run)
+    (found,), (expected,) = (
+        encode_weighted(pipe.tokenizer, te, ["a (cat)1.5"]) for te in (exported, pipe.text_encoder)
+    )
+    torch.testing.assert_close(found, expected)
