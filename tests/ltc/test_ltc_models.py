@@ -8,11 +8,8 @@ from larger_models import LARGER
 
 import sun.ltc
 
-# taken for another text in the middle of a run, so no step is skipped; the picture is the plain one
-TWO_CALLS = pytest.mark.xfail(reason="guidance in two calls a step, the prompt's and the negative's")
 
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=TWO_CALLS) if n == "Wan" else n for n in LARGER])
+@pytest.mark.parametrize("name", LARGER)
 def test_larger_models_skip_a_third_and_are_restored(name: str) -> None:
     pipe, arguments = LARGER[name]()
     pipe.set_progress_bar_config(disable=True)
