@@ -26,6 +26,8 @@ import folder_paths
 import torch
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
 
+from ..sun.compact import CompactError
+from ..sun.compact.ldm import unet_tensors
 from ..sun.shipped.edges import find_edges as edges_of
 from ..sun.shipped.lowrank import merge
 
@@ -37,11 +39,12 @@ class EmojiDiffusionError(ValueError):
 
 
 def load(
-    folder: Path, changes: Path | None = None
+    folder: Path, changes: Path | None = None, compact: Path | None = None
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     """MODEL, CLIP and VAE of a diffusers folder. Raises EmojiDiffusionError.
 
-    `changes` is a file that makes a 9-channel inpainting model of the folder's U-Net.
+    `changes` is a file that makes a 9-channel inpainting model of the folder's U-Net, `compact` the folder of a compact
+    U-Net that takes its place.
     """
     missing = [part for part in PARTS if not (folder / part).is_dir()]
     if missing:
@@ -49,8 +52,9 @@ def load(
             f"Emoji Diffusion is incomplete: {folder} has no {', '.join(missing)}. Install the SUN node pack again."
         )
     _check_trained(changes, "inpainting model", "train-emoji inpainting")
+    _check_trained(compact and compact / "config.json", "compact U-Net", "train-compact")
     vae = load_vae(folder / "vae")
-    model = load_unet(folder, preview_format(vae), changes)
+    model = load_unet(folder, preview_format(vae), changes, compact)
     if changes is not None:
         model.model.blank_inpaint_image_like = grey_like(vae, model.model.latent_format)
     return model, load_clip(folder), vae
@@ -132,10 +136,12 @@ def unet_config(config: dict[str, Any]) -> dict[str, Any]:
     """ComfyUI's UNetModel arguments for a diffusers UNet2DConditionModel config of the SD 1.x kind."""
     widths = config["block_out_channels"]
     layers = config["layers_per_block"]
+    layers = [layers] * len(widths) if isinstance(layers, int) else list(layers)
     down = [int("CrossAttn" in kind) for kind in config["down_block_types"]]
     up = [int("CrossAttn" in kind) for kind in config["up_block_types"]]
     multiples = all(width % widths[0] == 0 for width in widths)  # all that ComfyUI's U-Net has words for
-    if down != up[::-1] or config.get("norm_num_groups", 32) != 32 or not isinstance(layers, int) or not multiples:
+    fits = len(layers) == len(down) and config.get("transformer_layers_per_block", 1) == 1
+    if down != up[::-1] or config.get("norm_num_groups", 32) != 32 or not fits or not multiples:
         raise EmojiDiffusionError("The U-Net of Emoji Diffusion is not of the SD 1.x kind; ComfyUI cannot express it.")
     return {
         "image_size": 32,
@@ -143,10 +149,13 @@ def unet_config(config: dict[str, Any]) -> dict[str, Any]:
         "out_channels": config["out_channels"],
         "model_channels": widths[0],
         "channel_mult": [width // widths[0] for width in widths],
-        "num_res_blocks": [layers] * len(widths),
-        "transformer_depth": [depth for depth in down for _ in range(layers)],
-        "transformer_depth_middle": 1,
-        "transformer_depth_output": [depth for depth in down for _ in range(layers + 1)],  # popped from the end
+        "num_res_blocks": layers,
+        "transformer_depth": [depth for depth, count in zip(down, layers, strict=True) for _ in range(count)],
+        "transformer_depth_middle": 1 if config.get("mid_block_type", True) else -2,  # -2: there is no middle
+        # popped from the end
+        "transformer_depth_output": [
+            depth for depth, count in zip(down, layers, strict=True) for _ in range(count + 1)
+        ],
         "context_dim": config["cross_attention_dim"],
         "use_spatial_transformer": True,
         "use_linear_in_transformer": bool(config.get("use_linear_projection", False)),
@@ -158,10 +167,13 @@ def unet_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_unet(
-    folder: Path, latent_format: comfy.latent_formats.LatentFormat | None = None, changes: Path | None = None
+    folder: Path,
+    latent_format: comfy.latent_formats.LatentFormat | None = None,
+    changes: Path | None = None,
+    compact: Path | None = None,
 ) -> comfy.model_patcher.ModelPatcher:
     """MODEL of a diffusers folder. `latent_format` differs from SD 1.5's only in the colours of previews."""
-    config = _config(folder / "unet") | ({"in_channels": 9} if changes else {})
+    config = _config(compact or folder / "unet") | ({"in_channels": 9} if changes else {})
     # diffusers' attention_head_dim is, for this model, the number of heads (a naming accident kept for old files).
     heads = config.get("num_attention_heads") or config["attention_head_dim"]
 
@@ -169,19 +181,16 @@ def load_unet(
     model_config.unet_config["num_heads"] = heads  # SD15 sets its own 8
     model_config.sampling_settings = _sampling_settings(_config(folder / "scheduler", "scheduler_config.json"))
     model_config.latent_format = latent_format or model_config.latent_format
-    weights = _weights(folder / "unet")
+    weights = _weights(compact or folder / "unet")
     if changes is not None:
         try:
             weights = merge(weights, comfy.utils.load_torch_file(str(changes), safe_load=True), changes.name)
         except ValueError as error:
             raise EmojiDiffusionError(f"{error} Install the SUN node pack again.") from error
-    names = comfy.utils.unet_to_diffusers(model_config.unet_config)
-    unknown = [name for name in weights if name not in names]
-    if unknown:
-        raise EmojiDiffusionError(
-            f"The U-Net of Emoji Diffusion has {len(unknown)} unknown tensors, such as {unknown[0]}."
-        )
-    weights = {names[name]: weight for name, weight in weights.items()}
+    try:  # not by ComfyUI's own table, which takes every stage to have as many layers
+        weights = unet_tensors(weights, config, prefix="")
+    except CompactError as error:
+        raise EmojiDiffusionError(f"The U-Net of Emoji Diffusion has unknown tensors. {error}") from error
 
     device = comfy.model_management.get_torch_device()
     dtype = comfy.model_management.unet_dtype(

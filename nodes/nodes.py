@@ -17,7 +17,7 @@ from ..sun.ltc.presets import PRESETS as LTC_PRESETS
 from ..sun.ltc.presets import preset as ltc_preset
 from ..sun.ltc.presets import tooltip as presets_tooltip
 from ..sun.schedule import DenoiseMode
-from ..sun.shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_INPAINTING
+from ..sun.shipped import EMOJI_COMPACT, EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_INPAINTING
 from ..sun.switching import ORDERS, SMALL_FIRST, Switching
 from . import (
     controlnet_prompt,
@@ -33,7 +33,7 @@ from . import (
 
 SunAdapterIO = io.Custom("SUN_ADAPTER")
 CATEGORY = "SUN"
-VARIANTS = {"base": None, "inpainting": EMOJI_INPAINTING}
+VARIANTS = {"base": None, "inpainting": EMOJI_INPAINTING, "compact": EMOJI_COMPACT}
 # What people type who look for a node of this kind without knowing its name.
 SPEED = ["SpeedUpNet", "speedup", "speed up", "accelerate", "faster", "few step", "4 steps", "LCM", "turbo", "加速"]
 SKIPPING = ["cache", "caching", "speedup", "speed up", "accelerate", "faster", "skip steps", "加速", "缓存"]
@@ -653,7 +653,8 @@ class LoadEmojiDiffusion(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "base draws from a prompt; it also does image to image and masks. inpainting is its 9-channel "
-                        "model, which looks at the picture around the mask: use it with InpaintModelConditioning."
+                        "model, which looks at the picture around the mask: use it with InpaintModelConditioning. "
+                        "compact has a smaller, faster U-Net, assembled from the base's layers."
                     ),
                 )
             ],
@@ -669,11 +670,14 @@ class LoadEmojiDiffusion(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, variant: str = "base") -> str:
         changes = VARIANTS[variant]
-        prints = [emoji_model.fingerprint(folder) for folder in (EMOJI_DIFFUSION, changes and changes.parent) if folder]
-        return ";".join(prints)
+        # a file's neighbours, or the folder itself
+        other = changes.parent if changes is not None and changes.suffix else changes
+        return ";".join(emoji_model.fingerprint(folder) for folder in (EMOJI_DIFFUSION, other) if folder)
 
     @classmethod
     def execute(cls, variant: str = "base") -> io.NodeOutput:
+        if variant == "compact":
+            return io.NodeOutput(*emoji_model.load(EMOJI_DIFFUSION, compact=VARIANTS[variant]))
         return io.NodeOutput(*emoji_model.load(EMOJI_DIFFUSION, VARIANTS[variant]))
 
 

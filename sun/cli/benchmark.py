@@ -155,10 +155,16 @@ def train_benchmark(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Compute memory and arithmetic without running (any machine).")
     ] = False,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="The configuration is one of `sun train-compact`; with --estimate.")
+    ] = False,
     settings: Settings = None,
     figures: Json = None,
 ) -> None:
     """Measure memory and pictures a second of SUN training, for a configuration of `sun train`."""
+    if compact:
+        _estimate_compact(config, settings, figures, estimate)
+        return
     from ..training.config import SunTrainConfig, check_settings
     from ..training.cost.benchmark import measure
     from ..training.cost.estimate import estimate as compute
@@ -168,6 +174,20 @@ def train_benchmark(
     if estimate and model != "sd15":
         raise typer.BadParameter("the estimate is of SD 1.5's size; leave --model out", param_hint="--model")
     result = compute(chosen) if estimate else measure(chosen, model, updates)
+    for name, value in result.items():
+        out.print(f"{name:>22}  {value}", soft_wrap=True)
+    write_json(figures, result)
+
+
+def _estimate_compact(config: Any, settings: Any, figures: Any, estimate: bool) -> None:
+    from ..training.compact.settings import CompactTrainConfig, check_compact
+    from ..training.cost.distilling import estimate_compact
+
+    if not estimate:
+        raise typer.BadParameter("what compact U-Nets cost is computed alone: add --estimate", param_hint="--compact")
+    chosen = configured(CompactTrainConfig(), config, {}, {}, settings)
+    check_compact(chosen)
+    result = estimate_compact(chosen)
     for name, value in result.items():
         out.print(f"{name:>22}  {value}", soft_wrap=True)
     write_json(figures, result)

@@ -331,6 +331,25 @@ def together(g: EmojiGraph) -> None:
         g.picture(g.sampler(model, positive, negative, latent, steps=8), loader["vae"])
 
 
+def compact(g: EmojiGraph) -> None:
+    with g.group("Compact model"):
+        loader = g.add("SUN_LoadEmojiDiffusion", variant="compact")
+        g.note(
+            "# A compact U-Net\n\nThe variant *compact* has a U-Net assembled from the base's layers: most of its "
+            "transformers are left out, the rest was trained to draw as before. It takes everything a model takes here: "
+            "samplers, **Apply LTC-Accel**, **Apply SUN to Model** (the adapter drops the layers that are gone).\n\n"
+            "Compare: set the variant to *base*, same seed.\n\nA compact U-Net of your own model: `sun assemble` and "
+            "`sun train-compact`; its single file goes into the stock **Load Checkpoint**."
+        )
+    with g.group("Sample"):
+        positive, negative, latent = g.inputs(loader["clip"], "large polar bear, yellow background")
+        samples = g.add(
+            "KSampler", model=loader["model"], positive=positive, negative=negative, latent_image=latent, seed=7,
+            steps=25, cfg=4.0, sampler_name="dpmpp_2m", scheduler="simple",
+        )[0]  # fmt: skip
+        g.picture(samples, loader["vae"])
+
+
 # Names are the titles that ComfyUI shows under Templates.
 GRAPHS: dict[str, Callable[[EmojiGraph], None]] = {
     "SUN text to image": text_to_image,
@@ -346,6 +365,7 @@ GRAPHS: dict[str, Callable[[EmojiGraph], None]] = {
     "LTC-Accel skips steps": ltc_accel,
     "Feature inheritance": inheritance,
     "SUN with both accelerators": together,
+    "Compact U-Net": compact,
     "SUN with Stable Diffusion 1.5": sd15,
 }
 

@@ -132,7 +132,7 @@ def test_the_base_is_the_default_variant(host: SimpleNamespace, emoji: SimpleNam
     load = host.nodes["SUN_LoadEmojiDiffusion"]
     (variant,) = load.GET_SCHEMA().inputs
     assert (variant.id, variant.options, variant.default, variant.optional) == (
-        "variant", ["base", "inpainting"], "base", True,
+        "variant", ["base", "inpainting", "compact"], "base", True,
     )  # fmt: skip
     assert emoji.model.model.diffusion_model.in_channels == 4
     assert load.fingerprint_inputs() == load.fingerprint_inputs("base")

@@ -40,6 +40,7 @@ EXPECTED = {
     "LTC-Accel skips steps": (18, 0, (128, 128)),  # of 25; both passes of guidance in a call, and one turn
     "Feature inheritance": (25, 0, (128, 128)),
     "SUN with both accelerators": (6, 1, (128, 128)),  # of 8
+    "Compact U-Net": (25, 0, (128, 128)),
 }
 
 

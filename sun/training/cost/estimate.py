@@ -72,7 +72,7 @@ def estimate(config: SunTrainConfig, make: Callable[[], Models] = random_sd15) -
         adapter = from_unet(parts.unet, positive=config.positive_branch, dtype=torch.float32)
         adapter.to = lambda *_, **__: adapter  # type: ignore[method-assign]  # torch cannot "move" such tensors either
         attach(parts.unet, adapter.train())
-        memory, flops = LiveMemory(), FlopCounterMode(display=False, custom_mapping=_cpu_attention())
+        memory, flops = LiveMemory(), FlopCounterMode(display=False, custom_mapping=cpu_attention())
         for module in (parts.unet, parts.text_encoder, adapter, *([] if config.cache else [parts.vae])):
             memory.add_module(module)
         precision = "bf16" if config.run.precision == AUTO else config.run.precision
@@ -115,7 +115,7 @@ def _loss_of_first_stage(config: SunTrainConfig, parts: Models, student: nn.Modu
     return nn.functional.mse_loss(predicted, e_cfg) + nn.functional.mse_loss(predicted, e_step)
 
 
-def _cpu_attention() -> dict[Any, Any]:
+def cpu_attention() -> dict[Any, Any]:
     """FLOP counts of the CPU's attention kernel, which torch's counter does not know: two matrix products."""
 
     def forward(query: Any, key: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:

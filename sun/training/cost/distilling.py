@@ -1,0 +1,86 @@
+"""Memory and arithmetic of ``sun train-compact`` computed on any machine, as :mod:`.estimate` does for SUN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ...compact.structure import kept, named_list, new_config, shape_of
+from ..compact.settings import CompactTrainConfig, is_list
+from ..compact.stages import Watcher, feature_loss
+from ..config import DTYPES
+from .benchmark import GIB, Models, random_sd15
+from .estimate import LiveMemory, cpu_attention
+
+
+def estimate_compact(config: CompactTrainConfig, make: Callable[[], Models] = random_sd15) -> dict[str, Any]:
+    """Peak memory and arithmetic of one process distilling, the dearest part: the whole compact U-Net trains.
+
+    ``memory_gib`` counts every tensor alive at the worst moment; the device's runtime and the allocator need about
+    1 GiB more. ``tflop_per_picture`` is the arithmetic of one picture: a device's sustained TFLOP/s divided by it gives
+    pictures a second. What the teacher draws where there are no pictures comes on top (``teacher_steps`` calls of two
+    rows, over ``target_reuse``). Raises CompactError for a list SD 1.5 has not.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        torch.set_default_dtype(DTYPES[config.run.frozen])
+        try:
+            parts = make()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        parts.unet.requires_grad_(False).eval()
+        shape = shape_of(parts.unet.config)
+        names = named_list(config.plan, shape) if is_list(config.plan) else ()
+        settings = {**new_config(dict(parts.unet.config), kept(shape, names)), "_use_default_values": []}
+        small = type(parts.unet).from_config(settings).train()
+        if config.gradient_checkpointing:
+            small.enable_gradient_checkpointing()
+        memory, flops = LiveMemory(), FlopCounterMode(display=False, custom_mapping=cpu_attention())
+        for module in (parts.unet, parts.text_encoder, small, *([] if config.cache else [parts.vae])):
+            memory.add_module(module)
+        precision = "bf16" if config.run.precision == "auto" else config.run.precision
+        cast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
+        with memory, flops:
+            moment = torch.uint8 if config.run.optimizer == "8bit" else torch.float32
+            kinds = [moment, moment] + [torch.float32] * bool(config.run.ema_decay)
+            held: list[Tensor] = [torch.zeros_like(p, dtype=kind) for p in small.parameters() for kind in kinds]
+            with cast:
+                loss = _loss(config, parts, small)
+            loss.backward()
+            del held
+    return {
+        "measured": False,
+        "memory_gib": round(memory.peak / GIB, 3),
+        "trained_parameters": sum(p.numel() for p in small.parameters()),
+        "tflop_per_picture": round(flops.get_total_flops() / config.run.batch_size / 1e12, 6),
+        "plan": config.plan,
+        "batch_size": config.run.batch_size,
+        "accumulate": config.run.accumulate,
+        "precision": precision,
+        "frozen": config.run.frozen,
+        "optimizer": config.run.optimizer,
+        "resolution": config.resolution,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "torch": torch.__version__,
+    }
+
+
+def _loss(config: CompactTrainConfig, parts: Models, small: nn.Module) -> Tensor:
+    """The three losses of one batch; text and pictures are random, and really encoded where they are not cached."""
+    count, side = config.run.batch_size, (config.resolution or 512) // 8
+    teacher, student = Watcher(parts.unet), Watcher(small)
+    with torch.no_grad():
+        x = torch.randn(count, 4, side, side)
+        if not config.cache:
+            parts.vae.encode(torch.randn(count, 3, side * 8, side * 8))
+        text = parts.text_encoder(torch.zeros(count, 77, dtype=torch.long))[0]
+        t = torch.full((count,), 500)
+        target = parts.unet(x, t, text).sample.float()
+    predicted = small(x, t, text).sample.float()
+    errors = nn.functional.mse_loss(predicted, target) + nn.functional.mse_loss(predicted, torch.randn_like(x))
+    return errors + feature_loss(student.take(), teacher.take())

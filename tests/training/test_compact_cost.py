@@ -1,0 +1,41 @@
+"""What distilling a compact U-Net costs, computed on tensors without content."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sun.common.settings import apply, read_config
+from sun.training.compact.settings import CompactTrainConfig, check_compact
+from sun.training.cost.benchmark import Models
+from sun.training.cost.distilling import estimate_compact
+
+
+def tiny() -> Models:
+    from diffusers import AutoencoderTiny, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    unet = UNet2DConditionModel(block_out_channels=(32, 32, 32, 32), cross_attention_dim=32, attention_head_dim=2)
+    text = CLIPTextConfig(
+        vocab_size=10, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    return Models(unet, CLIPTextModel(text), AutoencoderTiny(), torch.linspace(1, 0.01, 1000))
+
+
+def test_a_smaller_student_and_fewer_pictures_cost_less() -> None:
+    def cost(**values: object) -> dict:
+        settings = {"resolution": 64, "cache": "latents+text", "plan": "shallow", **values}
+        return estimate_compact(apply(CompactTrainConfig(), {**settings, "run": {"batch_size": 2}}), tiny)
+
+    shallow, base = cost(), cost(plan="bk-base")
+    assert base["trained_parameters"] < shallow["trained_parameters"]
+    assert base["tflop_per_picture"] < shallow["tflop_per_picture"]
+    assert 0 < base["memory_gib"] < shallow["memory_gib"]
+
+
+@pytest.mark.parametrize("name", ["compact-sd15-24gb", "compact-sd15-4xa100", "compact-emoji"])
+def test_presets_are_settings_that_can_work(name: str) -> None:
+    from pathlib import Path
+
+    file = Path(__file__).resolve().parents[2] / "configs" / f"{name}.toml"
+    check_compact(apply(CompactTrainConfig(), read_config(file)))
