@@ -35,7 +35,6 @@ _HOME_OF = {
     "record_states": "pipelines",
     "save_folder": "pipelines",
     "save_single_file": "pipelines",
-    "experts": "",
 }
 
 __all__ = [

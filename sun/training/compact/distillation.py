@@ -42,8 +42,6 @@ def train_compact(config: CompactTrainConfig) -> Path:
     pipe = load_frozen(config.model)
     plan = plan_of(config, pipe.unet)
     small = assemble(pipe.unet, plan).float().requires_grad_(True).train()
-    if config.experts:
-        add_experts(config, pipe.unet, small, plan)
     if config.gradient_checkpointing:
         small.enable_gradient_checkpointing()
     run = start_run(config, {"student": CompactStudent(pipe.unet, small, plan)}, unused=config.incubation > 0)
@@ -60,7 +58,6 @@ def train_compact(config: CompactTrainConfig) -> Path:
     sampled = run.progress.seconds
     for step in run.steps():
         stage = stage_of(config, run, loss.student.stages)
-        set_temperature(config, small, run.fraction)
         with only(run.modules["student"], None if stage is None else loss.student.of_stage(stage)):
             with run.accelerator.autocast():
                 losses = loss(inputs(step), stage)
@@ -207,25 +204,6 @@ def make_inputs(config: CompactTrainConfig, run: TrainingRun, pipe: Any) -> Nois
     return run.track("bank", bank)
 
 
-# --- experts ---------------------------------------------------------------------------------------------------------
-
-
-def add_experts(config: CompactTrainConfig, unet: Any, small: Any, plan: Plan) -> None:
-    """Put experts on the compact U-Net's convolutions, ``config.experts`` each."""
-    from ...compact.experts import add_experts as add
-
-    add(small, unet, plan, config.experts)
-
-
-def set_temperature(config: CompactTrainConfig, small: Any, fraction: float) -> None:
-    """The routers' temperature, from ``temperature`` to 1 over the first share of the run."""
-    if config.experts:
-        from ...compact.experts import set_temperature as to
-
-        done = min(1.0, fraction / config.temperature_share) if config.temperature_share else 1.0
-        to(small, config.temperature + (1 - config.temperature) * done)
-
-
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
@@ -237,12 +215,7 @@ def save_student(config: CompactTrainConfig, run: TrainingRun, plan: Plan, small
     tensors = {name.removeprefix("small."): weight.half() for name, weight in state.items()}
     with run.writing("unet"):
         write_plan(plan, run.folder / "plan.json")
-        if config.experts:
-            from ...compact.experts import save_experts
-
-            save_experts(small, tensors, run.folder / "unet")
-        else:
-            save_unet(small, tensors, run.folder / "unet")
+        save_unet(small, tensors, run.folder / "unet")
         write_card(config, run, plan, sum(weight.numel() for weight in tensors.values()))
 
 

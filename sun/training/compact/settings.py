@@ -59,10 +59,6 @@ class CompactTrainConfig:
     semantic_model: str = ""  # folder of a CLIP, as transformers saves it
     semantic_until: float = 0.3  # only at timesteps below this share: earlier predictions show nothing yet
     semantic_rows: int = 4  # rows of a batch that are decoded for it
-    # ME-CondConv (experimental): experts of each 3 x 3 convolution beside what was removed; 0: none.
-    experts: int = 0
-    temperature: float = 10.0  # of the router at the beginning, 1 at the end
-    temperature_share: float = 0.2  # of the run until it has become 1
     gradient_checkpointing: bool = False
 
 
@@ -79,7 +75,7 @@ def check_compact(config: CompactTrainConfig) -> None:
         raise ConfigError("noise_weight needs the noise that was added, which trajectories have not: set it to 0.")
     if config.resolution < 0 or config.resolution % 8:
         raise ConfigError(f"resolution is a multiple of 8 pixels, or 0 for the model's own, not {config.resolution}.")
-    for name in ("empty_captions", "semantic_until", "temperature_share", "incubation"):
+    for name in ("empty_captions", "semantic_until", "incubation"):
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"{name} is a share, from 0 to 1, not {getattr(config, name):g}.")
     weights = ("noise_weight", "output_weight", "feature_weight", "stage_weight", "final_weight", "semantic_weight")
@@ -95,10 +91,8 @@ def check_compact(config: CompactTrainConfig) -> None:
     for name in ("teacher_steps", "bank_size", "target_reuse", "semantic_rows"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} is a number of at least 1, not {getattr(config, name)}.")
-    if config.guidance_scale <= 0 or config.temperature < 1 or config.experts < 0 or config.max_negative_phrases < 0:
-        raise ConfigError(
-            "guidance_scale is above 0, temperature at least 1, experts and max_negative_phrases 0 or more."
-        )
+    if config.guidance_scale <= 0 or config.max_negative_phrases < 0:
+        raise ConfigError("guidance_scale is above 0, max_negative_phrases 0 or more.")
 
 
 def is_list(plan: str) -> bool:
