@@ -335,8 +335,8 @@ def compact(g: EmojiGraph) -> None:
     with g.group("Compact model"):
         loader = g.add("SUN_LoadEmojiDiffusion", variant="compact")
         g.note(
-            "# A compact U-Net\n\nThe variant *compact* has a U-Net assembled from the base's layers: most of its "
-            "transformers are left out, the rest was trained to draw as before. It takes everything a model takes here: "
+            "# A compact U-Net\n\nThe variant *compact* has a U-Net assembled from the base's layers: what changes its "
+            "pictures least is left out. It takes everything a model takes here: "
             "samplers, **Apply LTC-Accel**, **Apply SUN to Model** (the adapter drops the layers that are gone).\n\n"
             "Compare: set the variant to *base*, same seed.\n\nA compact U-Net of your own model: `sun assemble` and "
             "`sun train-compact`; its single file goes into the stock **Load Checkpoint**."
