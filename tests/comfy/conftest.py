@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfy_helpers import Counts, make_controlnet, make_inpainting
-from comfyui_host import obtain_comfyui, start_comfyui
+from comfyui_host import REPOSITORY, obtain_comfyui, start_comfyui
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -79,6 +79,19 @@ def control_file(emoji_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 def inpainting_file(emoji_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What makes an inpainting model of the shipped model, with random weights."""
     return make_inpainting(emoji_folder, tmp_path_factory.mktemp("inpaint") / "emoji-inpainting.safetensors")
+
+
+@pytest.fixture(scope="session")
+def compact_folder(emoji_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compact U-Net of the shipped model as it is before training."""
+    from diffusers import UNet2DConditionModel
+
+    from sun.compact import assemble, read_plan
+
+    folder = tmp_path_factory.mktemp("compact")
+    original = UNet2DConditionModel.from_pretrained(emoji_folder / "unet")
+    assemble(original, read_plan(REPOSITORY / "configs" / "compact-emoji-plan.json")).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -314,6 +314,28 @@ def inheritance(g: EmojiGraph) -> None:
     )
 
 
+def switching(g: EmojiGraph) -> None:
+    with g.group("Two models in one"):
+        loader = g.add("SUN_LoadEmojiDiffusion")
+        small = g.add("SUN_LoadEmojiDiffusion", variant="compact")
+        model = g.add(
+            "SUN_SwitchUNets", model=loader["model"], small_model=small["model"], share=0.4, order="small first"
+        )[0]  # fmt: skip
+        g.note(
+            "# Two U-Nets take turns\n\nThe compact model makes the first 40 % of the steps, the base model the rest, in "
+            "one run of the sampler. The node says how many calls each made.\n\nSet *share* to 0 or 1 for each of the two "
+            "alone. With other models: SSD-1B and SDXL, BK-SDM and Stable Diffusion 1.x, or a U-Net of `sun assemble`.\n\n"
+            "Compare it with fewer steps of the base model alone, which cost nothing to try."
+        )
+    with g.group("25 steps with CFG"):
+        positive, negative, latent = g.inputs(loader["clip"], "owl, pink background")
+        samples = g.add(
+            "KSampler", model=model, positive=positive, negative=negative, latent_image=latent, seed=7, steps=25,
+            cfg=4.0, sampler_name="dpmpp_2m", scheduler="simple", denoise=1.0,
+        )[0]  # fmt: skip
+        g.picture(samples, loader["vae"])
+
+
 def together(g: EmojiGraph) -> None:
     with g.group("Model with SUN and both accelerators"):
         loader = g.add("SUN_LoadEmojiDiffusion")
@@ -364,6 +386,7 @@ GRAPHS: dict[str, Callable[[EmojiGraph], None]] = {
     "SUN upscaling": upscale,
     "LTC-Accel skips steps": ltc_accel,
     "Feature inheritance": inheritance,
+    "Switch U-Nets by step": switching,
     "SUN with both accelerators": together,
     "Compact U-Net": compact,
     "SUN with Stable Diffusion 1.5": sd15,

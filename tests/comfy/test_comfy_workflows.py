@@ -39,6 +39,7 @@ EXPECTED = {
     "SUN upscaling": (4 + 1, 2, (160, 160)),
     "LTC-Accel skips steps": (18, 0, (128, 128)),  # of 25; both passes of guidance in a call, and one turn
     "Feature inheritance": (25, 0, (128, 128)),
+    "Switch U-Nets by step": (25, 0, (128, 128)),
     "SUN with both accelerators": (6, 1, (128, 128)),  # of 8
     "Compact U-Net": (25, 0, (128, 128)),
 }
@@ -74,14 +75,20 @@ def lora_in_place(host: SimpleNamespace, emoji_folder: Path) -> Iterator[None]:
 
 @pytest.fixture
 def extras_in_place(
-    host: SimpleNamespace, control_file: Path, inpainting_file: Path, monkeypatch: pytest.MonkeyPatch
+    host: SimpleNamespace,
+    control_file: Path,
+    inpainting_file: Path,
+    compact_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """ControlNet and inpainting model: the shipped ones, or, in a checkout without them, ones of random weights."""
+    """ControlNet, inpainting model and compact U-Net: the shipped ones, or, in a checkout without them, stand-ins."""
     module = host.part("nodes.nodes")
     if not module.EMOJI_CONTROLNET.is_file():
         monkeypatch.setattr(module, "EMOJI_CONTROLNET", control_file)
     if not module.VARIANTS["inpainting"].is_file():
         monkeypatch.setitem(module.VARIANTS, "inpainting", inpainting_file)
+    if not (module.VARIANTS["compact"] / "config.json").is_file():
+        monkeypatch.setitem(module.VARIANTS, "compact", compact_folder)
 
 
 def saved(name: str) -> dict[str, Any]:

@@ -21,7 +21,13 @@ WIDTHS = {
 }  # fmt: skip
 PICTURE_NODES = ("SaveImage", "PreviewImage")
 # Heights for what the page shows below the inputs of some nodes: the run's line, facts of an adapter.
-LINES = {"SUN_Sampler": 30, "SUN_LoadAdapter": 60, "SUN_ApplyLtcAccel": 30, "SUN_ApplyFeatureInheritance": 30}
+LINES = {
+    "SUN_Sampler": 30,
+    "SUN_LoadAdapter": 60,
+    "SUN_ApplyLtcAccel": 30,
+    "SUN_ApplyFeatureInheritance": 30,
+    "SUN_SwitchUNets": 30,
+}
 SLOT, WIDGET, TEXT, PICTURE = 20, 26, 100, 300
 HTML_SLOT, HTML_WIDGET, HTML_FOOT = 22, 32, 36  # of the page's other way to draw nodes, which needs more room
 STEEP = 0.27  # of a wire's height is what its curve takes in width
