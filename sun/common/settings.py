@@ -14,6 +14,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
+from .errors import ConfigError
 from .reading import MAX_DEPTH, ReadError, checked, finite, printable, read_json, read_text
 
 T = TypeVar("T")
@@ -21,10 +22,6 @@ MAX_SETTINGS = 2**20
 MAX_LINES = 2**30
 """Bytes of a list: of captions, prompts or phrases."""
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key and what it takes."""
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

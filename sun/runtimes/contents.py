@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..common.atomic import write_json
+from ..common.errors import ConfigError
 from ..common.identity import sha256_of
 from ..common.reading import ReadError, printable, read_json
-from ..common.settings import ConfigError
 
 FORMAT = "sun-export-1"
 CONTENTS = "sun_export.json"
