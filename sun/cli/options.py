@@ -84,6 +84,25 @@ class SwitchOrder(StrEnum):
     large = "large first"
 
 
+class Ltc(StrEnum):
+    """Same names as sun.ltc.presets.NAMES, which needs torch."""
+
+    none = "none"
+    fine = "fine"
+    balanced = "balanced"
+    fast = "fast"
+    paper = "paper"
+
+
+class Inherit(StrEnum):
+    """Same names as sun.inheritance.PRESETS, which needs torch."""
+
+    none = "none"
+    fine = "fine"
+    balanced = "balanced"
+    fast = "fast"
+
+
 class Dtype(StrEnum):
     auto = "auto"
     float32 = "float32"

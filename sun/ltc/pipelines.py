@@ -53,6 +53,7 @@ class _Attachment:
     given: LtcTable | None = None
     last_key: LtcKey | None = None
     last_run: Counts | None = None
+    measures: bool = True
 
 
 _opener: ContextVar[Opener | None] = ContextVar("sun_ltc_opener", default=None)
@@ -68,6 +69,7 @@ def attach(
     settings: SkipSettings | LtcSettings | None = None,
     table: LtcTable | None = None,
     folder: str | os.PathLike[str] | None = None,
+    measure: bool = True,
     **overrides: Any,
 ) -> None:
     """Let a diffusers pipeline skip steps from its first picture on, whatever its model and its scheduler.
@@ -78,7 +80,8 @@ def attach(
 
     preset "paper", or settings of :class:`.LtcSettings`: the published method for Euler, DDIM, DPM-Solver++ 2M, Heun,
     DPM2 and flow-matching Euler. Its first run with new steps, sampler or guidance scale measures itself at full cost;
-    ``folder`` keeps what was measured; ``table`` brings one, from ``calibrate`` for instance.
+    ``folder`` keeps what was measured; ``table`` brings one, from ``calibrate`` for instance. measure=False: a run that
+    has no table of its own does not measure itself, but raises LtcError.
 
     May be called before or after ``sun.attach`` and ``sun.inheritance.attach``; calling it again replaces the settings.
     Raises LtcError for presets and settings there are not, and for the paper's with a scheduler that adds noise or is
@@ -94,7 +97,7 @@ def attach(
     store = TableStore(folder)
     if table is not None:
         store.put(table)
-    pipe._ltc = _Attachment(chosen, store, table)
+    pipe._ltc = _Attachment(chosen, store, table, measures=measure)
     put_on(pipe, WithLtc)
 
 
@@ -246,8 +249,11 @@ def _run(
         run.real |= real
         yield run
         return
-    if state.given is not None and state.given.key.parts() != key.parts():
-        note(_of_another_run(state.given.key, key))
+    if state.given is not None and state.given.key.parts() != key.parts() and state.measures:
+        note(f"{_of_another_run(state.given.key, key)}, or leave the table out: then a run measures itself.")
+    if not state.measures and state.store.find(key, state.settings) is None:
+        none = "LTC-Accel has no table for this run. Calibrate for these settings"
+        raise LtcError(f"{none if state.given is None else _of_another_run(state.given.key, key)}.")
     with running(key, state.settings, state.store) as run:
         run.real |= real
         yield run
@@ -290,7 +296,7 @@ def _of_another_run(given: LtcKey, found: LtcKey) -> str:
     different = [words for name, words in names if getattr(given, name) != getattr(found, name)]
     return (
         f"LTC-Accel's table was measured with another {' and another '.join(different)}, so it does not serve this "
-        "run. Calibrate for these settings, or leave the table out: then a run measures itself."
+        "run. Calibrate for these settings"
     )
 
 

@@ -30,6 +30,14 @@ from ..common.notes import note
 from ..common.reading import printable
 from ..common.settings import ConfigError
 from ..files import SunFileError
+from ..inheritance import InheritanceError
+from ..inheritance.pipelines import attach as attach_inheritance
+from ..inheritance.pipelines import detach as detach_inheritance
+from ..ltc import Counts, LtcError, load_table
+from ..ltc.pipelines import attach as attach_ltc
+from ..ltc.pipelines import detach as detach_ltc
+from ..ltc.pipelines import last_run
+from ..ltc.presets import PAPER, preset
 from ..pipelines.attach import attach, detach
 from ..pipelines.loading import (
     ModelError,
@@ -87,6 +95,8 @@ class Drawn:
     unet_calls: float
     seconds: float
     small_calls: float = 0.0
+    skipping: Counts | None = None
+    """Of LTC-Accel, if it was there."""
     whole: tuple[bool, ...] = ()
     """Of :func:`draw_rows`: which pictures are of finite numbers; the others show nothing."""
 
@@ -138,6 +148,12 @@ def _completed_for_export(recipe: Recipe) -> Recipe:
         "--dtype": "" if recipe.dtype in ("auto", "float32") else recipe.dtype,
         "--device": "" if recipe.device in ("auto", "cpu") else recipe.device,
     }
+    for option, value in {"--ltc": recipe.ltc, "--inherit": recipe.inherit}.items():
+        if value != "none":
+            raise RecipeError(
+                f"{option} {value}: {printable(recipe.model)} is an exported model, whose U-Net runs in one piece in "
+                "every step. Leave the option out, or draw with the model it was exported from."
+            )
     for option, value in given.items():
         if value:
             raise RecipeError(
@@ -192,6 +208,7 @@ def complete(recipe: Recipe, loaded: Loaded | None = None) -> Recipe:
     if recipe.init:
         recipe = replace(recipe, strength=(1.0 if recipe.mask else 0.5) if recipe.strength is None else recipe.strength)
         _kept_steps(recipe)
+    _check_skipping(recipe)
     if loaded and not (recipe.width and recipe.height):
         width, height = (loaded.exported and loaded.exported.contents.size) or (loaded.size, loaded.size)
         if recipe.init:
@@ -216,6 +233,31 @@ def _check_guidance(recipe: Recipe) -> None:
         raise RecipeError(
             f"the guidance scale {recipe.guidance:g} guides nothing. Give one above 0"
             + ("; without an adapter 1 is no guidance, and more is more." if least else ".")
+        )
+
+
+def _check_skipping(recipe: Recipe) -> None:
+    """Raise RecipeError for LTC-Accel that would skip nothing, or LtcError for a damaged table."""
+    steps = _steps_run(recipe)
+    if recipe.ltc_table and recipe.ltc != PAPER:
+        raise RecipeError("--ltc-table FILE belongs to --ltc paper; the other presets need no table. Leave it out.")
+    if recipe.ltc == PAPER:
+        if not recipe.ltc_table:
+            raise RecipeError(
+                "--ltc paper needs the table that `sun calibrate` makes for this model, sampler and number of steps: "
+                "give it with --ltc-table FILE. The presets fine, balanced and fast need none."
+            )
+        made_for = load_table(recipe.ltc_table).key.steps
+        if made_for != steps:
+            raise RecipeError(
+                f"--ltc-table {printable(recipe.ltc_table)} is for {made_for} steps, and {steps} run here. Calibrate "
+                "for these, or take another number of steps."
+            )
+    elif recipe.ltc != "none" and not preset(recipe.ltc).skipped(steps):
+        least = next(n for n in range(1, 1000) if preset(recipe.ltc).skipped(n))
+        raise RecipeError(
+            f"--ltc {recipe.ltc} skips none of {steps} steps. Take at least {least} (15 and more are what it is for), "
+            "or leave it out."
         )
 
 
@@ -253,7 +295,7 @@ def generate(loaded: Loaded, recipe: Recipe, on_step: OnStep | None = None) -> D
     """
     try:
         drawn = _draw(loaded, _rows(recipe), _encode(loaded, recipe), on_step, strict=True)
-    except (NonFiniteError, SwitchingError) as error:
+    except (NonFiniteError, SwitchingError, LtcError, InheritanceError) as error:
         raise RecipeError(str(error)) from error
     picked = slice(None) if recipe.index is None else slice(recipe.index, recipe.index + 1)
     return replace(drawn, images=drawn.images[picked], latents=drawn.latents[picked])
@@ -267,7 +309,7 @@ def draw_rows(loaded: Loaded, rows: Sequence[Recipe], texts: tuple[torch.Tensor,
     """
     try:
         return _draw(loaded, rows, texts, None, strict=False)
-    except SwitchingError as error:
+    except (SwitchingError, LtcError, InheritanceError) as error:
         raise RecipeError(str(error)) from error
 
 
@@ -352,6 +394,27 @@ def _attach_small(pipe: Any, loaded: Loaded, recipe: Recipe) -> None:
     attach_switching(pipe, loaded.small, recipe.share, recipe.switch_order)
 
 
+def _attach_accelerators(pipe: Any, loaded: Loaded, recipe: Recipe) -> None:
+    """Let the run skip steps and inherit features, the small U-Net with it. Raises LtcError, InheritanceError."""
+    if recipe.inherit != "none":
+        attach_inheritance(pipe, recipe.inherit)
+        if loaded.small is not None:
+            attach_inheritance(loaded.small, recipe.inherit)
+    if recipe.ltc == PAPER:
+        attach_ltc(pipe, PAPER, table=load_table(recipe.ltc_table), measure=False)
+    elif recipe.ltc != "none":
+        attach_ltc(pipe, recipe.ltc)
+
+
+def _detach_accelerators(pipe: Any, loaded: Loaded, recipe: Recipe) -> None:
+    if recipe.ltc != "none":
+        detach_ltc(pipe)
+    if recipe.inherit != "none":
+        for attached in (pipe, loaded.small):
+            if attached is not None:
+                detach_inheritance(attached)
+
+
 # --- the pieces of a run -----------------------------------------------------------------------------------------
 
 
@@ -403,8 +466,9 @@ def _draw(
         pipe.scheduler = make_scheduler(recipe.scheduler, pipe.scheduler.config)
         if loaded.small is not None:
             _attach_small(pipe, loaded, recipe)
-        small = nullcontext() if loaded.small is None else CallCounter(loaded.small)
-        with CallCounter(pipe.unet) as counter, small as of_small, torch.no_grad():
+        _attach_accelerators(pipe, loaded, recipe)
+        small = nullcontext() if loaded.small is None else CallCounter(_counted(loaded.small, recipe))
+        with CallCounter(_counted(pipe.unet, recipe)) as counter, small as of_small, torch.no_grad():
             began = time.perf_counter()
             pixels = pipe(
                 prompt_embeds=texts[0],
@@ -421,7 +485,9 @@ def _draw(
             whole = pixels.isfinite().flatten(1).all(1) & latents["last"].isfinite().flatten(1).all(1)
             images = pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(pixels.nan_to_num()))
             seconds = time.perf_counter() - began
+            skipping = last_run(pipe)
     finally:
+        _detach_accelerators(pipe, loaded, recipe)
         detach_switching(pipe)
         for attached in (pipe, loaded.small) if loaded.adapter else ():
             if attached is not None:
@@ -430,7 +496,12 @@ def _draw(
         images = [_keep_unmasked(image, row) for image, row in zip(images, rows, strict=True)]
     small_calls = 0.0 if of_small is None else of_small.rows / len(rows)
     calls = counter.rows / len(rows) + small_calls
-    return Drawn(images, latents["last"].float().cpu(), calls, seconds, small_calls, tuple(whole.tolist()))
+    return Drawn(images, latents["last"].float().cpu(), calls, seconds, small_calls, skipping, tuple(whole.tolist()))
+
+
+def _counted(unet: Any, recipe: Recipe) -> Any:
+    """What runs once in each call of a U-Net that is made: a skipped step's call ends before its first convolution."""
+    return unet if recipe.ltc == "none" else unet.conv_in
 
 
 def _steering(loaded: Loaded, recipe: Recipe, negative: torch.Tensor) -> dict[str, Any]:
@@ -479,8 +550,8 @@ def _mode(loaded: Loaded, rows: Sequence[Recipe]) -> tuple[type, dict[str, Any],
         control = _opened(open_image, [row.control for row in rows], size)
         inputs |= {"control_image" if recipe.init else "image": control}
         inputs |= {"controlnet_conditioning_scale": recipe.control_scale}
-    steps = _kept_steps(recipe)[0] if recipe.init else recipe.steps
-    return _CLASSES[bool(loaded.controlnet), bool(recipe.init), bool(recipe.mask)], inputs, steps
+    pipe_class = _CLASSES[bool(loaded.controlnet), bool(recipe.init), bool(recipe.mask)]
+    return pipe_class, inputs, _steps_run(recipe)
 
 
 _CLASSES: dict[tuple[bool, bool, bool], Any] = {
@@ -509,6 +580,11 @@ def _kept_steps(recipe: Recipe) -> tuple[int, int]:
     scheduled = recipe.steps if recipe.denoise_mode == "trained" else min(int(recipe.steps / strength), 1000)
     assert trailing_timesteps(scheduled)[-len(kept) :] == kept
     return len(kept), scheduled
+
+
+def _steps_run(recipe: Recipe) -> int:
+    """Raises RecipeError where ``init`` leaves none."""
+    return _kept_steps(recipe)[0] if recipe.init else recipe.steps
 
 
 def _pipeline(pipe_class: Any, loaded: Loaded) -> Any:

@@ -49,8 +49,11 @@ _WORDS = {
     "dtype": ("auto", "float32", "float16", "bfloat16"),
     "switch_order": ORDERS,
     "prompt_weights": ("none", "compel"),
+    # As in sun.ltc.presets and sun.inheritance, which need torch.
+    "ltc": ("none", "fine", "balanced", "fast", "paper"),
+    "inherit": ("none", "fine", "balanced", "fast"),
 }
-_PATHS = ("model", "config", "adapter", "controlnet", "init", "mask", "control", "switch")
+_PATHS = ("model", "config", "adapter", "controlnet", "init", "mask", "control", "switch", "ltc_table")
 _LONGEST_TEXT, _LONGEST_PATH, _MOST_LORAS = 100_000, 4096, 64
 
 
@@ -99,6 +102,11 @@ class Recipe:
     """A model whose U-Net makes a ``share`` of the steps, the first ones or the last ones."""
     share: float = 0.4
     switch_order: str = SMALL_FIRST
+    ltc: str = "none"
+    """Preset of LTC-Accel; ``paper`` with a table of its own."""
+    ltc_table: str = ""
+    inherit: str = "none"
+    """Preset of feature inheritance."""
     dtype: str = "auto"
     device: str = "auto"
 
@@ -143,7 +151,7 @@ class Recipe:
         named = {"init": self.init, "mask": self.mask, "control": self.control}
         named |= {"controlnet": "" if self.controlnet in (SHIPPED, INSIDE) else self.controlnet}
         named |= {"model": "" if self.model == SHIPPED else self.model}
-        named |= {"config": self.config, "switch": self.switch}
+        named |= {"config": self.config, "switch": self.switch, "ltc_table": self.ltc_table}
         named |= {"adapter": "" if self.adapter in (SHIPPED, INSIDE, "none") else self.adapter}
         named |= {f"lora {i}": split_lora(lora)[0] for i, lora in enumerate(self.loras)}
         return {field: path for field, path in named.items() if path}
@@ -191,7 +199,7 @@ def check_files(files: Mapping[str, str]) -> None:
 
 
 def _check_file(field: str, path: str) -> None:
-    option = f"--{field.split()[0]}"  # "lora 0" is given with --lora
+    option = f"--{field.split()[0].replace('_', '-')}"  # "lora 0" is given with --lora
     shown = printable(path)
     model = ["model_index.json"]
     marks = {
@@ -256,6 +264,8 @@ def parameters(recipe: Recipe, prints: Mapping[str, str] | None = None, version:
     if recipe.switch:
         pairs["Switching model"] = Path(recipe.switch).stem
         pairs["Switching share"], pairs["Switching order"] = recipe.share, recipe.switch_order
+    pairs |= {"LTC-Accel": recipe.ltc} if recipe.ltc != "none" else {}
+    pairs |= {"Feature inheritance": recipe.inherit} if recipe.inherit != "none" else {}
     words = "".join(f" <lora:{Path(p).stem}:{w:g}>" for p, w in map(split_lora, recipe.loras))
     lines = [recipe.prompt + words]
     if recipe.negative:

@@ -377,3 +377,98 @@ def test_weights_in_prompts_are_read_by_a_library_and_kept_in_the_png(
     monkeypatch.setitem(sys.modules, "compel", None)
     result = sun("generate", "--from", weighted, "--out", again, code=2)
     assert "pip install compel" in " ".join(result.output.split())
+
+
+def test_skipped_steps_are_counted_and_in_the_recipe(tiny: Run, sun: Run, model_folder: Path, tmp_path: Path) -> None:
+    plain = ("generate", "a cat", "--seed", 3, "--steps", 20, "--model", model_folder, "--adapter", "none")
+    plain = (*plain, "--scheduler", "dpmpp_2m", "--size", 32)
+    sun(*plain, "--out", tmp_path / "plain.png")
+    result = sun(*plain, "--ltc", "balanced", "--out", tmp_path / "x.png", "--json", tmp_path / "x.json")
+    assert "26 U-Net calls" in result.output  # two rows of guidance each
+    assert "LTC-Accel: 13 of 20 calls, 35 % saved." in result.output
+    figures = json.loads((tmp_path / "x.json").read_text())
+    assert (figures["unet_calls"], figures["ltc"]["calls"], figures["ltc"]["steps"]) == (26, 13, 20)
+    assert (pixels(tmp_path / "x.png") != pixels(tmp_path / "plain.png")).any()
+    again = sun("generate", "--from", tmp_path / "x.png", "--out", tmp_path / "y.png")
+    assert "13 of 20 calls" in again.output
+    assert (pixels(tmp_path / "y.png") == pixels(tmp_path / "x.png")).all()
+    assert "LTC-Accel: balanced" in Image.open(tmp_path / "y.png").text["parameters"]  # type: ignore[attr-defined]
+    (tmp_path / "rows.txt").write_text("a cat\n")
+    sun("generate", "--prompts", tmp_path / "rows.txt", *plain[2:], "--ltc", "balanced", "--out", tmp_path / "many")
+    (row,) = (tmp_path / "many").rglob("*.png")
+    assert (pixels(row) == pixels(tmp_path / "x.png")).all()
+    off = sun("generate", "--from", tmp_path / "x.png", "--ltc", "none", "--out", tmp_path / "z.png")
+    assert "LTC-Accel" not in off.output
+    assert (pixels(tmp_path / "z.png") == pixels(tmp_path / "plain.png")).all()
+
+
+def test_inherited_features_are_in_the_recipe_and_go_with_skipped_steps(tiny: Run, sun: Run, tmp_path: Path) -> None:
+    made = {}
+    for name, extra in {"plain": (), "inherit": ("--inherit", "fast"),
+                        "both": ("--inherit", "fast", "--ltc", "fast")}.items():  # fmt: skip
+        made[name] = tmp_path / f"{name}.png"
+        given = ("--seed", 3, "--steps", 8, "--size", 32, *extra, "--out", made[name])
+        result = tiny("generate", "a cat", "--negative", "dog", *given)
+        assert ("% saved" in result.output) == (name == "both")
+    again = tmp_path / "again.png"
+    for name in ("inherit", "both"):
+        assert (pixels(made[name]) != pixels(made["plain"])).any()
+        sun("generate", "--from", made[name], "--out", again)
+        assert (pixels(again) == pixels(made[name])).all()
+    assert "Feature inheritance: fast" in Image.open(again).text["parameters"]  # type: ignore[attr-defined]
+
+
+def test_the_paper_s_setting_takes_a_table_and_only_one_of_the_same_run(
+    sun: Run, model_folder: Path, tmp_path: Path
+) -> None:
+    model = ("--model", model_folder, "--adapter", "none", "--scheduler", "dpmpp_2m", "--size", 32, "--steps", 8)
+    sun("calibrate", "a", "b", *model, "--tau", 0, "--out", tmp_path / "tables")
+    (table,) = (tmp_path / "tables").glob("*.json")
+    given = ("generate", "a cat", "--seed", 3, *model, "--ltc", "paper")
+    result = sun(*given, "--ltc-table", table, "--out", tmp_path / "x.png")
+    assert "LTC-Accel: 6 of 8 calls, 25 % saved." in result.output
+    sun("generate", "--from", tmp_path / "x.png", "--out", tmp_path / "y.png")
+    assert (pixels(tmp_path / "y.png") == pixels(tmp_path / "x.png")).all()
+    sun("generate", "--from", tmp_path / "x.png", "--ltc", "fast", "--out", tmp_path / "z.png")
+    assert read_recipe(tmp_path / "z.png")[0].ltc_table == ""
+
+    out = ("--out", tmp_path / "no.png")
+    assert "sun calibrate" in sun(*given, *out, code=2).output
+    other = sun(*given, "--ltc-table", table, "--guidance", 3, *out, code=2)
+    assert "measured with another guidance scale" in other.output
+    assert "is for 8 steps, and 9 run" in sun(*given, "--ltc-table", table, "--steps", 9, *out, code=2).output
+    wrong = sun(*given, "--ltc-table", table, "--scheduler", "unipc", *out, code=2)
+    assert "does not know the sampler UniPC" in wrong.output
+    content = table.read_text()
+    table.write_text(content[:-20])
+    assert table.name in sun(*given, "--ltc-table", table, *out, code=2).output
+    table.unlink()
+    gone = sun("generate", "--from", tmp_path / "x.png", *out, code=2)
+    assert "--ltc-table" in gone.output
+    assert not (tmp_path / "no.png").exists()
+
+
+def test_skipping_that_cannot_be_is_refused(tiny: Run, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "no.png")
+    assert "--ltc balanced skips none of 4 steps. Take at least 5" in tiny(
+        "generate", "a", "--ltc", "balanced", *out, code=2
+    ).output  # fmt: skip
+    assert "belongs to --ltc paper" in tiny("generate", "a", "--ltc-table", "x.json", *out, code=2).output
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "sun_export.json").write_text("{}")
+    for option in ("ltc", "inherit"):
+        with pytest.raises(RecipeError, match=f"--{option} fine: .* is an exported model"):
+            complete(Recipe(model=str(tmp_path / "exported"), steps=20, **{option: "fine"}))
+
+
+def test_the_names_of_accelerators_are_those_of_the_methods() -> None:
+    from sun.cli.options import Inherit, Ltc
+    from sun.inheritance import PRESETS
+    from sun.ltc.presets import NAMES
+
+    for field, options, names in (("ltc", Ltc, NAMES), ("inherit", Inherit, tuple(PRESETS))):
+        assert tuple(options) == ("none", *names)
+        for name in options:
+            assert getattr(Recipe(**{field: name.value}), field) == name.value
+        with pytest.raises(RecipeError, match="unknown"):
+            Recipe(**{field: "quick"})

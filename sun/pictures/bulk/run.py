@@ -99,7 +99,7 @@ class Settings:
 
 
 _OPTION = {"together": "--batch", "shards": "--shards"}
-_PLACES = ("model", "adapter", "controlnet", "config", "init", "mask", "control", "loras", "switch")
+_PLACES = ("model", "adapter", "controlnet", "config", "init", "mask", "control", "loras", "switch", "ltc_table")
 _HERE_ALONE = ("device", "batch", "index", "prompt")
 
 
