@@ -412,3 +412,76 @@ def test_the_fingerprint_knows_a_model_again_but_not_its_number_format(unet: Any
     assert sun.ltc.fingerprint(unet) == sun.ltc.fingerprint(make_unet().half())
     assert sun.ltc.fingerprint(unet) == sun.ltc.fingerprint(make_unet().bfloat16())
     assert sun.ltc.fingerprint(unet) != sun.ltc.fingerprint(make_unet(seed=1))
+
+
+# ------------------------------------------------------------------------------- presets beside what else a model has
+
+
+def test_a_compiled_unet_draws_and_skips_as_the_eager_one_does(make_pipeline: Callable[..., Any]) -> None:
+    """The whole U-Net is one graph, run once in each step that is not skipped."""
+    from diffusers import UNet2DConditionModel
+
+    ran: list[int] = []
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        def run(*inputs: Any) -> Any:
+            ran.append(1)
+            return graph.forward(*inputs)
+
+        return run
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",), mid_block_type=None, layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH, attention_head_dim=2, norm_num_groups=4,
+    ).eval()  # fmt: skip
+    pipe = trailing(make_pipeline(unet=unet))
+    sun.ltc.attach(pipe, guard=0)
+    eager, counts = draw(pipe, 8), sun.ltc.last_run(pipe)
+    torch._dynamo.reset()
+    pipe.unet = torch.compile(unet, backend=backend, fullgraph=True)
+    compiled_forward = pipe.unet.forward
+    try:
+        torch.testing.assert_close(draw(pipe, 8), eager)
+        assert (len(ran), sun.ltc.last_run(pipe)) == (6, counts)
+        assert counts.calls == 6
+        assert pipe.unet.forward is compiled_forward
+        sun.ltc.detach(pipe)
+        draw(pipe, 2)
+        assert len(ran) == 6 + 2
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("beside", ["lora", "controlnet"])
+def test_loras_and_controlnets_skip_as_counted_and_are_restored(
+    make_pipeline: Callable[..., Any], count_calls: Callable[..., Any], beside: str
+) -> None:
+    """A skipped step calls the ControlNet as little as the U-Net."""
+    from diffusers import StableDiffusionControlNetPipeline
+
+    options: dict[str, Any] = {}
+    if beside == "controlnet":
+        pipe = trailing(make_pipeline(StableDiffusionControlNetPipeline))
+        options = {"image": torch.rand(1, 3, 64, 64, generator=torch.manual_seed(4))}
+        bare = draw(pipe, controlnet_conditioning_scale=0.0, **options)
+    else:
+        pipe = trailing(make_pipeline())
+        bare = draw(pipe)
+        with_lora(pipe)
+    plain, own_class = draw(pipe, **options), type(pipe)
+    assert not torch.equal(plain, bare)
+    modules = [pipe.unet, *([pipe.controlnet] if beside == "controlnet" else [])]
+    sun.ltc.attach(pipe, "balanced")
+    logs = [count_calls(module.conv_in) for module in modules]
+    fast, counts = draw(pipe, **options), sun.ltc.last_run(pipe)
+    assert counts.steps == 12
+    assert counts.calls == 8 + counts.guarded
+    assert counts.calls < 12
+    assert [log.rows for log in logs] == [[2] * counts.calls] * len(modules)
+    assert 0 < (fast - plain).norm() < 0.1 * plain.norm()
+    sun.ltc.detach(pipe)
+    assert type(pipe) is own_class
+    assert not any("forward" in vars(module) for module in modules)
+    assert torch.equal(draw(pipe, **options), plain)

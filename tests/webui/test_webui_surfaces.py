@@ -12,6 +12,8 @@ import pytest
 import torch
 from webui_host import ADAPTER, REPOSITORY, UnetLog, pasted, sun_scripts
 
+from sun.ltc.presets import tooltip
+
 SUN = {"adapter": ADAPTER}
 
 
@@ -259,6 +261,13 @@ def test_masks_are_no_pictures_of_the_tab(host: Any, family: Any, monkeypatch: p
 
 
 # ------------------------------------------------------------------------------------------------------- strings
+
+
+def test_the_presets_of_ltc_accel_say_what_they_give(host: Any) -> None:
+    script = sun_scripts(host)[1]
+    controls = host.scripts.scripts_img2img.inputs[script.args_from : script.args_to]
+    (preset,) = (control for control in controls if control.label == "LTC-Accel preset")
+    assert preset.arguments["info"] == tooltip()
 
 
 def test_every_label_has_a_chinese_string(host: Any, tab: Any) -> None:
