@@ -225,7 +225,7 @@ def test_aliases_and_advanced_inputs_where_the_host_has_them(host: SimpleNamespa
 
     if "search_aliases" not in {field.name for field in dataclasses.fields(io.Schema)}:
         monkeypatch.setattr(io, "Schema", NewSchema)
-        for name in ("Float", "Combo", "String"):
+        for name in ("Float", "Int", "Combo", "String"):
             monkeypatch.setattr(getattr(io, name), "Input", newer(getattr(io, name).Input))
     ours = {name: node.define_schema() for name, node in host.nodes.items() if name.startswith("SUN_")}
 
@@ -242,5 +242,6 @@ def test_aliases_and_advanced_inputs_where_the_host_has_them(host: SimpleNamespa
     assert folded == {
         *(("SUN_Sampler", name) for name in ("denoise_mode", "final_step", "start_percent", "end_percent")),
         *(("SUN_Apply", name) for name in ("start_percent", "end_percent", "guidance")),
+        *(("SUN_ApplyLtcAccel", name) for name in ("tau", "every", "calibration")),
         ("SUN_Scheduler", "denoise_mode"), ("SUN_ApplyFeatureInheritance", "plan"),
     }  # fmt: skip
