@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -348,6 +349,13 @@ def test_a_second_unet_makes_a_share_of_the_steps(
     sun(*plain, "--out", tmp_path / "z.png")
     assert (pixels(tmp_path / "x.png") != pixels(tmp_path / "z.png")).any()
 
+    both = (*plain, "--switch", tmp_path / "small", "--steps", 8, "--inherit", "fast")
+    sun(*both, "--out", tmp_path / "i.png")
+    result = sun(*both, "--ltc", "fast", "--out", tmp_path / "l.png")
+    calls = [int(word) for word in re.findall(r"(\d+) U-Net calls \((\d+)", result.output)[0]]
+    assert f"LTC-Accel: {calls[0] // 2} of 8 calls" in result.output  # of either U-Net, two rows of guidance a call
+    assert 0 < calls[1] < calls[0] < 16
+
     result = tiny("generate", "a cat", "--switch", tmp_path / "small", "--out", tmp_path / "s.png")
     assert "4 U-Net calls (2 of them of the small one)" in result.output  # SUN on both
     result = tiny("generate", "a cat", "--switch", tmp_path / "other", "--out", tmp_path / "s.png", code=2)
@@ -446,6 +454,12 @@ def test_the_paper_s_setting_takes_a_table_and_only_one_of_the_same_run(
     gone = sun("generate", "--from", tmp_path / "x.png", *out, code=2)
     assert "--ltc-table" in gone.output
     assert not (tmp_path / "no.png").exists()
+
+
+def test_a_run_on_a_start_picture_skips_of_the_steps_it_makes(tiny: Run, photo: Path, tmp_path: Path) -> None:
+    given = ("generate", "a", "--init", photo, "--steps", 12, "--seed", 1, "--ltc", "fast", "--out", tmp_path / "x.png")
+    assert "6 of 8 calls" in tiny(*given, "--strength", 0.667).output
+    assert "skips none of 3 steps" in tiny(*given, "--strength", 0.25, code=2).output
 
 
 def test_skipping_that_cannot_be_is_refused(tiny: Run, tmp_path: Path) -> None:
