@@ -26,8 +26,9 @@ import folder_paths
 import torch
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
 
-from ..sun.compact import CompactError
+from ..sun.compact import CompactError, read_plan
 from ..sun.compact.ldm import unet_tensors
+from ..sun.compact.structure import new_name
 from ..sun.shipped.edges import find_edges as edges_of
 from ..sun.shipped.lowrank import merge
 
@@ -44,7 +45,7 @@ def load(
     """MODEL, CLIP and VAE of a diffusers folder. Raises EmojiDiffusionError.
 
     `changes` is a file that makes a 9-channel inpainting model of the folder's U-Net, `compact` the folder of a compact
-    U-Net that takes its place.
+    U-Net that takes its place, with weights of its own or with the plan by which it is made of the folder's.
     """
     missing = [part for part in PARTS if not (folder / part).is_dir()]
     if missing:
@@ -181,7 +182,7 @@ def load_unet(
     model_config.unet_config["num_heads"] = heads  # SD15 sets its own 8
     model_config.sampling_settings = _sampling_settings(_config(folder / "scheduler", "scheduler_config.json"))
     model_config.latent_format = latent_format or model_config.latent_format
-    weights = _weights(compact or folder / "unet")
+    weights = _compact_weights(folder / "unet", compact) if compact else _weights(folder / "unet")
     if changes is not None:
         try:
             weights = merge(weights, comfy.utils.load_torch_file(str(changes), safe_load=True), changes.name)
@@ -207,6 +208,19 @@ def load_unet(
     weights = {name: weight.to(dtype) for name, weight in weights.items()}
     _load_exactly(model.diffusion_model, weights, "U-Net")
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
+
+
+def _compact_weights(base: Path, compact: Path) -> dict[str, torch.Tensor]:
+    """The weights of `compact`, or, where that folder holds a plan alone, those of `base` without what the plan leaves
+    out."""
+    if not (compact / "plan.json").is_file() or any(compact.glob("*.safetensors")):
+        return _weights(compact)
+    try:
+        stays = read_plan(compact / "plan.json").kept
+    except CompactError as error:
+        raise EmojiDiffusionError(f"{error} Install the SUN node pack again.") from error
+    named = ((new_name(name, stays), weight) for name, weight in _weights(base).items())
+    return {name: weight for name, weight in named if name is not None}
 
 
 def _sampling_settings(scheduler: dict[str, Any]) -> dict[str, Any]:

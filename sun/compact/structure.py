@@ -256,6 +256,28 @@ def old_name(name: str, stays: Kept) -> str:
     return f"up_blocks.{block + dropped}.{kind}.{stays.up[stages - 1 - block][number]}.{rest}"
 
 
+def new_name(name: str, stays: Kept) -> str | None:
+    """Name in the compact U-Net of a tensor of the original, both by diffusers' names; None if it goes."""
+    stages, dropped = len(stays.down), stays.shape.stages - len(stays.down)
+    if name.startswith("mid_block."):
+        deep = re.match(r"mid_block\.attentions\.\d+\.transformer_blocks\.(\d+)\.", name)
+        return None if stays.mid < 0 or (deep and int(deep[1]) >= stays.mid) else name
+    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name)
+    if match is None:
+        return name
+    way, block, kind, number, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+    stage = block if way == "down" else stays.shape.stages - 1 - block
+    new = block if way == "down" else block - dropped
+    if stage >= stages or (kind == "downsamplers" and stage == stages - 1):
+        return None
+    if kind in ("downsamplers", "upsamplers"):
+        return f"{way}_blocks.{new}.{kind}.{number}.{rest}"
+    numbers = (stays.down if way == "down" else stays.up)[stage]
+    deep = re.match(r"transformer_blocks\.(\d+)\.", rest)
+    gone = kind == "attentions" and (not stays.depths[stage] or (deep and int(deep[1]) >= stays.depths[stage]))
+    return None if gone or number not in numbers else f"{way}_blocks.{new}.{kind}.{numbers.index(number)}.{rest}"
+
+
 def slimmed_stages(stays: Kept) -> list[int]:
     """Stages of the original, finest first, that keep less than they had and still fit into it.
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sun.compact import Plan, assemble, plan, save_folder, shape_of
+from sun.compact import Plan, assemble, plan, save_folder, shape_of, write_plan
 
 CHOSEN: dict[str, Any] = {
     "lists": "shallow",
@@ -19,13 +19,19 @@ CHOSEN: dict[str, Any] = {
 
 
 @pytest.fixture(params=list(CHOSEN))
-def small(request: pytest.FixtureRequest, emoji_folder: Path) -> Any:
+def chosen(request: pytest.FixtureRequest, emoji_folder: Path) -> Plan:
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel.from_pretrained(emoji_folder / "unet").float()
+    unet = UNet2DConditionModel.from_pretrained(emoji_folder / "unet")
     wanted = CHOSEN[request.param]
-    chosen = plan(unet, named=wanted) if isinstance(wanted, str) else Plan(wanted, shape_of(unet.config))
-    return assemble(unet, chosen)
+    return plan(unet, named=wanted) if isinstance(wanted, str) else Plan(wanted, shape_of(unet.config))
+
+
+@pytest.fixture
+def small(chosen: Plan, emoji_folder: Path) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return assemble(UNet2DConditionModel.from_pretrained(emoji_folder / "unet").float(), chosen)
 
 
 @torch.no_grad()
@@ -47,6 +53,24 @@ def test_the_variant_gives_diffusers_numbers_and_takes_sun(
     settings = host.part("nodes.sun_patch").settings_of(patched)
     fitted = patched.get_additional_models_with_key("sun")[0].model
     assert len(settings.layers) == len(fitted.layers) <= len(adapter.adapter.layers)
+
+
+@torch.no_grad()
+def test_a_plan_alone_takes_the_weights_of_the_base(
+    host: SimpleNamespace, small: Any, chosen: Plan, emoji_folder: Path, tmp_path: Path
+) -> None:
+    """The shipped one is so: what was not trained needs no second copy."""
+    small.save_config(tmp_path / "compact")
+    write_plan(chosen, tmp_path / "compact" / "plan.json")
+    emoji_model = host.part("nodes.emoji_model")
+    model = emoji_model.load_unet(emoji_folder, compact=tmp_path / "compact")
+    x, text, t = torch.randn(1, 4, 16, 16), torch.randn(1, 77, 128), torch.tensor([500])
+    ours = model.model.diffusion_model.float()(x, t.float(), context=text, transformer_options={})
+    theirs = small(x, t, text).sample
+    assert (ours - theirs).abs().max() < 2e-2 * theirs.abs().max()
+    (tmp_path / "compact" / "plan.json").write_text("{")
+    with pytest.raises(emoji_model.EmojiDiffusionError, match="Install the SUN node pack again"):
+        emoji_model.load_unet(emoji_folder, compact=tmp_path / "compact")
 
 
 def test_a_compact_u_net_that_is_not_there_is_explained(

@@ -18,7 +18,7 @@ from sun import compact
 from sun.compact import CompactError, Plan, assemble, candidates, read_plan, shape_of, write_plan
 from sun.compact.choice import choose, compatible_sets
 from sun.compact.measuring import importances, modules_of, noise_of, part_seconds, random_state
-from sun.compact.structure import kept, named_list
+from sun.compact.structure import kept, named_list, new_name, old_name
 from sun.shipped import SINGLE_FILE_CONFIG
 
 
@@ -50,6 +50,10 @@ def test_every_candidate_alone_leaves_an_ordinary_u_net(kind: str, tmp_path: Pat
     for number, name in enumerate(names):
         small = assemble(unet, Plan((name,), shape))
         assert type(small) is UNet2DConditionModel
+        stays = kept(shape, [name])
+        named = {new_name(old, stays): old for old in unet.state_dict()}
+        assert set(named) - {None} == set(small.state_dict())
+        assert all(old_name(new, stays) == old for new, old in named.items() if new is not None)
         assert sizes(small) < sizes(unet)
         assert shape_of(small.config) == kept(shape, [name]).result  # what is planned is what diffusers builds
         noise = noise_of(small, state)
