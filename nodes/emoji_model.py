@@ -27,8 +27,8 @@ import torch
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
 
 from ..sun.compact import CompactError, read_plan
+from ..sun.compact.assembly import weights_by_plan
 from ..sun.compact.ldm import unet_tensors
-from ..sun.compact.structure import new_name
 from ..sun.shipped.edges import find_edges as edges_of
 from ..sun.shipped.lowrank import merge
 
@@ -216,11 +216,9 @@ def _compact_weights(base: Path, compact: Path) -> dict[str, torch.Tensor]:
     if not (compact / "plan.json").is_file() or any(compact.glob("*.safetensors")):
         return _weights(compact)
     try:
-        stays = read_plan(compact / "plan.json").kept
+        return weights_by_plan(_weights(base), read_plan(compact / "plan.json"))
     except CompactError as error:
         raise EmojiDiffusionError(f"{error} Install the SUN node pack again.") from error
-    named = ((new_name(name, stays), weight) for name, weight in _weights(base).items())
-    return {name: weight for name, weight in named if name is not None}
 
 
 def _sampling_settings(scheduler: dict[str, Any]) -> dict[str, Any]:

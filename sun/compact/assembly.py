@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .planfile import Plan
-from .structure import CompactError, Kept, new_config, old_name, shape_of
+from .structure import CompactError, Kept, new_config, new_name, old_name, shape_of
 
 
 def assemble(unet: Any, plan: Plan, share: bool = False) -> Any:
@@ -62,6 +62,25 @@ def weights_for(original: Mapping[str, Tensor], wanted: Mapping[str, Tensor], st
             raise CompactError(f"The original has no {old_name(name, stays)}, which {name} would take over.")
         found[name] = tensor if tensor.shape == target.shape else _widened(name, tensor, target.shape, stays)
     return found
+
+
+def weights_by_plan(original: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """The weights of the assembled U-Net, all of them by diffusers' names, without building either."""
+    stays = plan.kept
+    named = ((new_name(old, stays), tensor) for old, tensor in original.items())
+    return {name: _as_wide_as_needed(name, tensor, stays) for name, tensor in named if name is not None}
+
+
+_PARTS = ("norm1.weight", "norm1.bias", "conv1.weight", "conv_shortcut.weight")
+_INPUTS = tuple(f"up_blocks.0.resnets.0.{part}" for part in _PARTS)
+
+
+def _as_wide_as_needed(name: str, tensor: Tensor, stays: Kept) -> Tensor:
+    if name not in _INPUTS or len(stays.down) == stays.shape.stages:
+        return tensor
+    shape, axis = list(tensor.shape), 1 if tensor.dim() > 1 else 0
+    shape[axis] = stays.result.widths[-1] + stays.shape.widths[len(stays.down) - 1]
+    return tensor if shape == list(tensor.shape) else _widened(name, tensor, torch.Size(shape), stays)
 
 
 def _widened(name: str, tensor: Tensor, shape: torch.Size, stays: Kept) -> Tensor:

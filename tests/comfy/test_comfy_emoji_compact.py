@@ -15,6 +15,7 @@ CHOSEN: dict[str, Any] = {
     "lists": "shallow",
     "transformers": ("transformers.1", "transformers.2"),
     "no middle": ("mid",),
+    "as shipped": ("transformers.2", "innermost"),
 }
 
 

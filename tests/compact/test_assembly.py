@@ -16,6 +16,7 @@ from family import KINDS, family_unet
 import sun
 from sun import compact
 from sun.compact import CompactError, Plan, assemble, candidates, read_plan, shape_of, write_plan
+from sun.compact.assembly import weights_by_plan
 from sun.compact.choice import choose, compatible_sets
 from sun.compact.measuring import importances, modules_of, noise_of, part_seconds, random_state
 from sun.compact.structure import kept, named_list, new_name, old_name
@@ -54,6 +55,8 @@ def test_every_candidate_alone_leaves_an_ordinary_u_net(kind: str, tmp_path: Pat
         named = {new_name(old, stays): old for old in unet.state_dict()}
         assert set(named) - {None} == set(small.state_dict())
         assert all(old_name(new, stays) == old for new, old in named.items() if new is not None)
+        taken = weights_by_plan(unet.state_dict(), Plan((name,), shape))
+        assert all(torch.equal(taken[key], tensor) for key, tensor in small.state_dict().items())
         assert sizes(small) < sizes(unet)
         assert shape_of(small.config) == kept(shape, [name]).result  # what is planned is what diffusers builds
         noise = noise_of(small, state)
