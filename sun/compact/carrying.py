@@ -5,15 +5,12 @@ On the way up assembly moves layers to other numbers, so a LoRA put on by name a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from .planfile import Plan
-from .structure import CompactError
-
-_PLACE = re.compile(r"(down|up)([_.]blocks[._])(\d+)([._])(resnets|attentions)([._])(\d+)(?=[._])")
+from .structure import LAYER, CompactError, new_name
 
 
 def carry_over(tensors: Mapping[str, Tensor], plan: Plan) -> tuple[dict[str, Tensor], list[str]]:
@@ -22,10 +19,11 @@ def carry_over(tensors: Mapping[str, Tensor], plan: Plan) -> tuple[dict[str, Ten
     Takes diffusers' names with any prefix and kohya's (``lora_unet_up_blocks_3_attentions_2_...``); text encoders'
     tensors stay as they are. Raises CompactError for a file in which no name of a U-Net layer is known.
     """
+    stays = plan.kept
     kept, gone, known = {}, [], 0
     for name, tensor in tensors.items():
-        new = _new_name(name, plan)
-        known += bool(_PLACE.search(name)) or "mid_block" in name
+        new = new_name(name, stays)
+        known += bool(LAYER.search(name)) or "mid_block" in name
         if new is None:
             gone.append(name)
         else:
@@ -36,28 +34,6 @@ def carry_over(tensors: Mapping[str, Tensor], plan: Plan) -> tuple[dict[str, Ten
             "these layouts first."
         )
     return kept, gone
-
-
-def _new_name(name: str, plan: Plan) -> str | None:
-    stays = plan.kept
-    stages, dropped = len(stays.down), stays.shape.stages - len(stays.down)
-    if "mid_block" in name:
-        return name if stays.mid >= 0 else None
-    match = _PLACE.search(name)
-    if match is None:
-        return name
-    way, block, number = match[1], int(match[3]), int(match[7])
-    stage = block if way == "down" else stays.shape.stages - 1 - block
-    if stage >= stages or (match[5] == "attentions" and not stays.depths[stage]):
-        return None
-    numbers = (stays.down if way == "down" else stays.up)[stage]
-    if number not in numbers:
-        return None
-    new = block if way == "down" else block - dropped
-    place = f"{way}{match[2]}{new}{match[4]}{match[5]}{match[6]}{numbers.index(number)}"
-    if (deep := re.search(r"transformer_blocks[._](\d+)", name)) and int(deep[1]) >= stays.depths[stage]:
-        return None
-    return name[: match.start()] + place + name[match.end() :]
 
 
 def control_residuals(residuals: Sequence[Tensor], plan: Plan) -> list[Tensor]:

@@ -256,26 +256,35 @@ def old_name(name: str, stays: Kept) -> str:
     return f"up_blocks.{block + dropped}.{kind}.{stays.up[stages - 1 - block][number]}.{rest}"
 
 
+LAYER = re.compile(
+    r"(?P<way>down|up)(?P<blocks>[_.]blocks[._])(?P<block>\d+)(?P<dot>[._])"
+    r"(?P<kind>resnets|attentions|downsamplers|upsamplers)(?P<dash>[._])(?P<number>\d+)(?=[._])"
+)
+"""Where a name says which layer of a stage it is of: diffusers' names, with any prefix, and kohya's."""
+
+
 def new_name(name: str, stays: Kept) -> str | None:
-    """Name in the compact U-Net of a tensor of the original, both by diffusers' names; None if it goes."""
-    stages, dropped = len(stays.down), stays.shape.stages - len(stays.down)
-    if name.startswith("mid_block."):
-        deep = re.match(r"mid_block\.attentions\.\d+\.transformer_blocks\.(\d+)\.", name)
-        return None if stays.mid < 0 or (deep and int(deep[1]) >= stays.mid) else name
-    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name)
+    """Name in the compact U-Net of a tensor of the original, by diffusers' or kohya's names; None if it goes."""
+    deep = re.search(r"transformer_blocks[._](\d+)", name)
+    block_of_transformer = int(deep[1]) if deep else 0
+    if "mid_block" in name:
+        return None if stays.mid < 0 or (deep and block_of_transformer >= stays.mid) else name
+    match = LAYER.search(name)
     if match is None:
         return name
-    way, block, kind, number, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+    way, kind, block, number = match["way"], match["kind"], int(match["block"]), int(match["number"])
+    stages, dropped = len(stays.down), stays.shape.stages - len(stays.down)
     stage = block if way == "down" else stays.shape.stages - 1 - block
     new = block if way == "down" else block - dropped
     if stage >= stages or (kind == "downsamplers" and stage == stages - 1):
         return None
-    if kind in ("downsamplers", "upsamplers"):
-        return f"{way}_blocks.{new}.{kind}.{number}.{rest}"
-    numbers = (stays.down if way == "down" else stays.up)[stage]
-    deep = re.match(r"transformer_blocks\.(\d+)\.", rest)
-    gone = kind == "attentions" and (not stays.depths[stage] or (deep and int(deep[1]) >= stays.depths[stage]))
-    return None if gone or number not in numbers else f"{way}_blocks.{new}.{kind}.{numbers.index(number)}.{rest}"
+    if kind == "attentions" and block_of_transformer >= stays.depths[stage]:
+        return None
+    numbers = (stays.down if way == "down" else stays.up)[stage] if kind in ("resnets", "attentions") else (number,)
+    if number not in numbers:
+        return None
+    place = f"{way}{match['blocks']}{new}{match['dot']}{kind}{match['dash']}{numbers.index(number)}"
+    return name[: match.start()] + place + name[match.end() :]
 
 
 def slimmed_stages(stays: Kept) -> list[int]:

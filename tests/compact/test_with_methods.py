@@ -13,7 +13,7 @@ from tiny import make_adapter
 
 import sun
 from sun import SunAdapter, SunFileError
-from sun.compact import CompactError, assemble, carry_over, control_residuals, plan
+from sun.compact import CompactError, assemble, carry_over, control_residuals, plan, shape_of, structure
 from sun.layers import kept_positions, layers_of_unet
 
 ROWS = 2
@@ -136,3 +136,14 @@ def test_a_controlnet_of_the_original_gives_what_the_compact_one_has_places_for(
         assert (steered - small(x, t, text).sample).abs().max() > 1e-3
     with pytest.raises(CompactError, match="12 residuals"):
         control_residuals(down[:-1], chosen)
+
+
+@pytest.mark.parametrize("dot", [".", "_"])
+def test_a_lora_of_a_sampling_layer_follows_its_stage(dot: str) -> None:
+    """Without the innermost stage the way up counts from another one, and the last stage has no way down."""
+    shape = shape_of(family_unet("sd1").config)
+    stays, last = structure.kept(shape, ["innermost"]), shape.stages - 1
+    up, down = (f"unet.{way}_blocks.1.{way}samplers.0.conv.".replace(".", dot) for way in ("up", "down"))
+    assert structure.new_name(up, stays) == up.replace("1", "0", 1)
+    assert structure.new_name(down, stays) == down
+    assert structure.new_name(down.replace("1", str(last - 1), 1), stays) is None
