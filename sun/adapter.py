@@ -11,7 +11,6 @@ from einops import rearrange, reduce
 from torch import nn
 
 from . import files
-from .attention import Attend, attend, sun_attention
 from .conditioning import AdapterTexts, Branch, LayerTexts
 from .files import Layout, SunFileError, SunInfo
 from .layers import guess_layers, kept_positions, layers_of_ldm, layers_of_unet
@@ -80,7 +79,8 @@ class SunLayer(nn.Module):
         positive_mask: torch.Tensor | None = None,
         guidance: torch.Tensor | None = None,
     ) -> LayerTexts:
-        """What ``forward`` needs of the texts, for as many steps as they and the weights stay the same.
+        """What :func:`sun.attention.sun_attention` needs of the texts, for as many steps as they and the weights stay
+        the same.
 
         negatives: (weight, embeddings [B, L, text_width]); several share the branch by their weights, which add up to
         1. positive: the positive text's embeddings, needed with the positive branch only. strength scales alpha and
@@ -108,12 +108,6 @@ class SunLayer(nn.Module):
             branches.append(Branch(key, value, scaled("alpha_pos", strength), positive_mask))
             shift = shift + scaled("beta_pos", strength)
         return LayerTexts(tuple(branches), shift, self.normalized)
-
-    def forward(
-        self, query: torch.Tensor, z_p: torch.Tensor, texts: LayerTexts, *, heads: int, attend: Attend = attend
-    ) -> torch.Tensor:
-        """``sun_attention``, of what ``self.texts`` made."""
-        return sun_attention(query, z_p, texts, heads, attend)
 
 
 class SunAdapter(nn.Module):

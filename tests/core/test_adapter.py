@@ -8,7 +8,7 @@ from tiny import STAGES, TEXT_WIDTH, make_unet
 from torch import nn
 
 from sun import SunAdapter, SunFileError, SunInfo
-from sun.attention import attend
+from sun.attention import attend, sun_attention
 from sun.layers import layers_from_structure, layers_of_unet
 from sun.surgery import from_unet
 
@@ -109,7 +109,7 @@ def test_without_attention_normalization_alpha_and_beta_scale_the_branch_itself(
         torch.randn(2, 4, 12),
         torch.randn(2, 6, 12),
     )
-    z = layer(query, z_p, layer.texts([(1.0, negative)], text), heads=2)
+    z = sun_attention(query, z_p, layer.texts([(1.0, negative)], text), 2)
     z_n = attend(query, layer.to_k_neg(negative), layer.to_v_neg(negative), 2)
     expected = z_p - (layer.alpha_neg * z_n + layer.beta_neg)
     if positive:

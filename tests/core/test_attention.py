@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sun.adapter import SunAdapter, SunLayer
-from sun.attention import attend, attention_normalization
+from sun.attention import attend, attention_normalization, sun_attention
 
 
 def random_layer(channels: int = 12, text_width: int = 10, positive: bool = True, seed: int = 0) -> SunLayer:
@@ -39,7 +39,7 @@ def steered(
 ) -> torch.Tensor:  # fmt: skip
     """Z of a layer for one negative text; options as of ``SunLayer.texts``."""
     texts = layer.texts([(1.0, negative)], positive, **{k: v for k, v in options.items() if k != "heads"})
-    return layer(query, z_p, texts, heads=options["heads"], attend=attend)
+    return sun_attention(query, z_p, texts, options["heads"], attend)
 
 
 def slow_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor:

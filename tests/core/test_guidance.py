@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import sun
 from sun.adapter import SunAdapter, SunLayer
-from sun.attention import attend, attention_normalization
+from sun.attention import attend, attention_normalization, sun_attention
 from sun.files import SunFileError, SunInfo
 from sun.surgery import bake, from_unet, widen
 
@@ -33,7 +33,7 @@ def run(layer: SunLayer, guidance: torch.Tensor | None = None) -> torch.Tensor:
     torch.manual_seed(2)
     query, z_p = torch.randn(2, 2, 9, layer.channels)
     negative, positive = texts()
-    return layer(query, z_p, layer.texts([(1.0, negative)], positive, guidance=guidance), heads=2)
+    return sun_attention(query, z_p, layer.texts([(1.0, negative)], positive, guidance=guidance), 2)
 
 
 def test_scales_follow_the_logarithm_of_the_guidance_scale() -> None:
@@ -48,10 +48,10 @@ def test_scales_follow_the_logarithm_of_the_guidance_scale() -> None:
         alpha = layer.alpha_neg + r * layer.alpha_neg_w[0] + r**2 * layer.alpha_neg_w[1]
         beta = layer.beta_neg + r * layer.beta_neg_w[0] + r**2 * layer.beta_neg_w[1]
         expected = z_p - attention_normalization(z_n, z_p, alpha, beta)
-        one = layer(query, z_p, layer.texts([(1.0, negative)], guidance=made.guidance(w)), heads=2)
+        one = sun_attention(query, z_p, layer.texts([(1.0, negative)], guidance=made.guidance(w)), 2)
         torch.testing.assert_close(one, expected)
         features = made.guidance(torch.tensor([2.0, 11.0]))
-        both = layer(query, z_p, layer.texts([(1.0, negative)], guidance=features), heads=2)
+        both = sun_attention(query, z_p, layer.texts([(1.0, negative)], guidance=features), 2)
         torch.testing.assert_close(both[row], expected[row])
 
 

@@ -14,6 +14,7 @@ from tiny import TEXT_WIDTH, make_adapter, make_unet
 import sun
 from sun import SunAdapter
 from sun.adapter import SunLayer
+from sun.attention import sun_attention
 from sun.kept import SunRun
 from sun.pipelines import new_run
 
@@ -120,8 +121,8 @@ def test_a_text_written_to_in_place_makes_them_new(made):
 def test_several_negatives_are_the_average_of_each():
     layer, (first, positive), second = small().sun_layers()[0], texts(), torch.randn(1, 9, 12)
     query, z_p = torch.randn(2, 1, 9, 8)
-    both = layer(query, z_p, layer.texts([(0.25, first), (0.75, second)], positive), heads=2)
-    each = [layer(query, z_p, layer.texts([(1.0, text)], positive), heads=2) for text in (first, second)]
+    both = sun_attention(query, z_p, layer.texts([(0.25, first), (0.75, second)], positive), 2)
+    each = [sun_attention(query, z_p, layer.texts([(1.0, text)], positive), 2) for text in (first, second)]
     torch.testing.assert_close(both, 0.25 * each[0] + 0.75 * each[1])
 
 

@@ -24,6 +24,7 @@ def by_hand(
 ) -> torch.Tensor:  # fmt: skip
     """Eq. 9 in plain arithmetic with the adapter's formula hung on the U-Net by the core alone."""
     from sun import SunAdapter, layers_of_ldm
+    from sun.attention import sun_attention
     from sun.schedule import alpha_sigma, ddim_step
 
     layers = SunAdapter.load(host.models_path / "sun" / adapter).sun_layers()
@@ -35,7 +36,7 @@ def by_hand(
         handles.append(
             attn2.to_out[0].register_forward_pre_hook(
                 lambda _m, a, layer=layer: (
-                    layer(seen["q"], a[0], layer.texts([(1.0, other)], text, strength=strength), heads=2),
+                    sun_attention(seen["q"], a[0], layer.texts([(1.0, other)], text, strength=strength), 2),
                 )
             )
         )
