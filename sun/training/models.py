@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from ..common.settings import ConfigError
+from ..pipelines.latents import latent_scale
 from ..pipelines.loading import ModelError, load_pipeline, load_unet, noise_schedule, require_text_to_image
+from ..pipelines.text import encode_texts
+from .data.samples import Encode
 
 
 def check_predicts_noise(folder: str | Path, scheduler_config: Mapping[str, Any]) -> None:
@@ -32,6 +35,28 @@ def load_frozen(model: str) -> Any:
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval()
     return pipe
+
+
+def encoder_of(pipe: Any) -> Encode:
+    """Texts -> text states [B, L, D] of this model, without gradients."""
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> Tensor:
+        return encode_texts(pipe.tokenizer, pipe.text_encoder, texts)
+
+    return encode
+
+
+def pixels_of(pipe: Any, resolution: int) -> int:
+    """Pixels to a side of the pictures trained on: ``resolution``, or the model's own where that is 0."""
+    own: int = pipe.unet.config.sample_size * latent_scale(pipe.vae)
+    return resolution or own
+
+
+def latent_shape(pipe: Any, resolution: int) -> tuple[int, int, int]:
+    """[C, h, w] of the latents of such pictures."""
+    side = pixels_of(pipe, resolution) // latent_scale(pipe.vae)
+    return pipe.unet.config.in_channels, side, side
 
 
 class FrozenModels:

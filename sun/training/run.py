@@ -122,6 +122,7 @@ class TrainingRun:
             self._resume()
         elif self.accelerator.is_main_process:
             discard(self.folder)
+        self._sampled = self.progress.seconds
 
     def _claim_folder(self) -> None:
         """Make the folder and hold it as long as this run lives: two trainings in one would mix their checkpoints."""
@@ -184,6 +185,13 @@ class TrainingRun:
         if self.config.unet_calls:
             done = max(done, self.progress.unet_calls / self.config.unet_calls)
         return min(1.0, done)
+
+    def time_to_sample(self) -> bool:
+        """Whether ``sample_minutes`` of training have passed since it began, went on or this was last true."""
+        due = self.progress.seconds - self._sampled > 60 * self.config.sample_minutes
+        if due:
+            self._sampled = self.progress.seconds
+        return due
 
     def learning_rate(self) -> float:
         warm = min(1.0, (self.progress.step + 1) / max(1, self.config.warmup_steps))

@@ -10,21 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..adapter import SunAdapter
 from ..common.settings import ConfigError
-from ..common.worlds import EMOJI, find, world_of
-from ..pictures.png import save_grid, to_images
 from ..pipelines.attach import attach, detach
-from ..pipelines.latents import latent_scale
-from ..pipelines.schedulers import make_scheduler
-from ..pipelines.text import encode_texts
 from .algorithm import NoiseSchedule
 from .config import SunTrainConfig, check_settings
 from .data.negative_phrases import NegativePrompts
-from .data.sources import build_source
-from .models import FrozenModels, load_frozen, use_fast_attention
+from .data.sources import source_of
+from .models import FrozenModels, encoder_of, latent_shape, load_frozen, use_fast_attention
+from .previews import sample_prompts, save_previews
 from .run import TrainingRun, start_run
 from .student import Student, Teacher, describe_training, make_adapter
 from .targets import Prompts, make_objective
@@ -65,7 +60,6 @@ def train_sun(config: SunTrainConfig) -> Path:
     objectives = make_objectives(config, run, pipe, len(models))
 
     # the loop
-    sampled = run.progress.seconds
     for step in run.steps():
         turn = models.turn(step, config.target_reuse)
         models.use(turn)
@@ -73,8 +67,7 @@ def train_sun(config: SunTrainConfig) -> Path:
             losses = objectives[turn].losses(step)
         run.update(losses.pop("total"), **losses)
         models.use(0)  # not before: the backward pass needs the weights of the forward pass
-        if run.progress.seconds - sampled > 60 * config.run.sample_minutes:
-            sampled = run.progress.seconds
+        if run.time_to_sample():
             save_adapter(config, run, adapter, earlier, needed=False)
             sample_grid(config, run, pipe)
 
@@ -87,36 +80,13 @@ def train_sun(config: SunTrainConfig) -> Path:
 
 def make_objectives(config: SunTrainConfig, run: TrainingRun, pipe: Any, count: int) -> list[Any]:
     """One objective for each of ``count`` models that take turns; they share the data and the trajectories."""
-    device, unet = run.accelerator.device, pipe.unet
-
-    @torch.no_grad()
-    def encode(texts: list[str]) -> Tensor:
-        return encode_texts(pipe.tokenizer, pipe.text_encoder, texts)
-
-    scale = latent_scale(pipe.vae)
-    resolution = config.resolution or unet.config.sample_size * scale
-    source = run.track(
-        "data",
-        build_source(
-            config.data,
-            pipe.vae,
-            resolution,
-            run.rng,
-            device,
-            seed=config.run.seed,
-            workers=config.workers,
-            cache=config.cache,
-            encode=encode,
-            allow_commands=config.allow_commands,
-        ),
-    )
+    source, encode = source_of(config, pipe, run), encoder_of(pipe)
     negatives = NegativePrompts.load(
         config.negatives, config.data, config.max_negative_phrases, config.empty_negative_probability
     )
     prompts = Prompts(source, negatives, run.rng, source.encoder(encode), config.empty_captions, config.run.batch_size)
-    schedule = NoiseSchedule(pipe.scheduler.alphas_cumprod).to(device)
-    teacher = Teacher(unet, config.guidance_scale)
-    shape = (unet.config.in_channels, resolution // scale, resolution // scale)
+    schedule = NoiseSchedule(pipe.scheduler.alphas_cumprod).to(run.accelerator.device)
+    teacher, shape = Teacher(pipe.unet, config.guidance_scale), latent_shape(pipe, config.resolution)
     shared = replace(config, bank_size=max(1, config.bank_size // count))
     return [
         make_objective(shared, run, prompts, teacher, schedule, pipe.scheduler.config, shape, str(i or ""))
@@ -140,35 +110,8 @@ def save_adapter(
     return path
 
 
-@torch.no_grad()
 def sample_grid(config: SunTrainConfig, run: TrainingRun, pipe: Any) -> None:
-    """Reference row (25 steps, CFG) over SUN row (4 steps), same noise, as a PNG beside the checkpoint."""
-    if not run.accelerator.is_main_process:
-        return
-    unet, device = pipe.unet, run.accelerator.device
-    prompts, negatives = sample_prompts(config)
-    positive, negative = (encode_texts(pipe.tokenizer, pipe.text_encoder, texts) for texts in (prompts, negatives))
-    side, count = unet.config.sample_size, unet.config.in_channels
-    noise = torch.randn(len(prompts), count, side, side, generator=torch.Generator().manual_seed(0)).to(device)
-    teacher, student = Teacher(unet, config.guidance_scale), run.unwrapped("student")
-    images = []
-    with run.averaged(), run.accelerator.autocast():
-        for predict, solver, steps in ((teacher, "dpmpp_2m", REFERENCE_STEPS), (student, "ddim", 4)):
-            x, scheduler = noise, make_scheduler(solver, pipe.scheduler.config)
-            scheduler.set_timesteps(steps, device=device)
-            for t in scheduler.timesteps:
-                predicted = predict(x, t.expand(len(x)), positive, negative)
-                x = scheduler.step(predicted, t, x, return_dict=False)[0]
-            images += to_images(pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample)
-    with run.writing("samples", needed=False):
-        save_grid(images, len(prompts), run.folder / "samples" / f"{run.progress.step:06d}.png")
-    run.say(f"step {run.progress.step}: {run.average_losses()}")
-
-
-def sample_prompts(config: SunTrainConfig) -> tuple[list[str], list[str]]:
-    """(prompts, negatives) of the pictures that are drawn while training, to look at."""
-    if EMOJI in (world_of(config.model), world_of(config.data)):
-        prompts, negatives = find(EMOJI, "samples")
-        return list(prompts), list(negatives)
-    prompts = ["a photo of a cat", "a castle on a hill, oil painting", "portrait of an old man", "a bowl of fruit"]
-    return prompts, ["", "blurry", "", "low quality"]
+    """Reference row (25 steps, CFG) over SUN row (4 steps), as a PNG beside the checkpoint."""
+    teacher, student = Teacher(pipe.unet, config.guidance_scale), run.unwrapped("student")
+    rows = [(teacher, "dpmpp_2m", REFERENCE_STEPS), (student, "ddim", 4)]
+    save_previews(run, pipe, sample_prompts(config.model, config.data), rows, pipe.unet.config.sample_size)

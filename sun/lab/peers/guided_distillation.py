@@ -109,13 +109,12 @@ def train_guided_distillation(config: GuidedDistillConfig) -> Path:
         config.empty_captions,
         config.run.batch_size,
     )
-    shape = (unet.config.in_channels, work.latent_size, work.latent_size)
-    objective = make_objective(config.as_sun(), run, prompts, teacher, work.schedule, pipe.scheduler.config, shape)
+    objective = make_objective(config.as_sun(), run, prompts, teacher, work.schedule, pipe.scheduler.config, work.shape)
     for step in run.steps():
         with run.accelerator.autocast():
             losses = objective.losses(step)
         run.update(losses.pop("total"), **losses)
-        if work.time_to_sample():
+        if run.time_to_sample():
             save_student(work, unet)
             work.sample_grid(student, scheduler)
     save_student(work, unet)

@@ -191,7 +191,7 @@ def train_lcm_lora(config: LcmLoraConfig) -> Path:
         difference = predicted - target
         errors = difference.square() if config.loss == "l2" else pseudo_huber(difference, config.huber_c)
         run.update(errors.mean())
-        if work.time_to_sample():
+        if run.time_to_sample():
             save_lora(work, lora, rank)
             work.sample_grid(lora, scheduler)
     save_lora(work, lora, rank)

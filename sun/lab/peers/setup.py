@@ -11,14 +11,12 @@ from torch import Tensor
 
 from ...common.settings import ConfigError, without_folders
 from ...pictures.png import save_grid, to_images
-from ...pipelines.latents import latent_scale
-from ...pipelines.text import encode_texts
 from ...training.algorithm import NoiseSchedule
-from ...training.config import DTYPES, RunConfig, SunTrainConfig
-from ...training.data.sources import Source, build_source
-from ...training.models import use_fast_attention
+from ...training.config import DTYPES, RunConfig
+from ...training.data.sources import Source, source_of
+from ...training.models import encoder_of, latent_shape, use_fast_attention
+from ...training.previews import sample_prompts
 from ...training.run import TrainingRun
-from ...training.sun import sample_prompts
 
 
 class PeerConfig(Protocol):
@@ -63,35 +61,13 @@ class Distillation:
             if not parameter.requires_grad:  # a LoRA on it stays in float32
                 parameter.data = parameter.data.to(DTYPES[config.run.frozen])
         self.schedule = NoiseSchedule(pipe.scheduler.alphas_cumprod).to(self.device)
-        scale = latent_scale(pipe.vae)
-        resolution = config.resolution or pipe.unet.config.sample_size * scale
-        self.latent_size = resolution // scale
-        self.source: Source = run.track(
-            "data",
-            build_source(
-                config.data,
-                pipe.vae,
-                resolution,
-                run.rng,
-                self.device,
-                seed=config.run.seed,
-                workers=config.workers,
-                cache=config.cache,
-                encode=self.encode,
-                allow_commands=config.allow_commands,
-            ),
-        )
-        self._sampled = run.progress.seconds
+        self.encode, self.shape = encoder_of(pipe), latent_shape(pipe, config.resolution)
+        self.source: Source = source_of(config, pipe, run)
 
     @property
     def total(self) -> int:
         """T, the number of timesteps of the noise schedule."""
         return self.schedule.num_train_timesteps
-
-    @torch.no_grad()
-    def encode(self, texts: list[str]) -> Tensor:
-        """Text states [B, L, D]."""
-        return encode_texts(self.pipe.tokenizer, self.pipe.text_encoder, texts)
 
     @torch.no_grad()
     def batch(self) -> Batch:
@@ -101,13 +77,6 @@ class Distillation:
         positive = self.source.encoder(self.encode)(captions)
         return Batch(x0, positive, self.encode([""]).expand_as(positive))
 
-    def time_to_sample(self) -> bool:
-        """Whether ``sample_minutes`` have passed since the last time this was true."""
-        due = self.run.progress.seconds - self._sampled > 60 * self.config.run.sample_minutes
-        if due:
-            self._sampled = self.run.progress.seconds
-        return due
-
     @torch.no_grad()
     def sample_grid(self, unet: Any, scheduler: Any, steps: int = 4) -> None:
         """``steps`` steps of the averaged weights without guidance, as a PNG in the run's folder ``samples``.
@@ -116,12 +85,11 @@ class Distillation:
         """
         if not self.run.accelerator.is_main_process:
             return
-        prompts, _ = sample_prompts(SunTrainConfig(model=self.config.model, data=self.config.data))
+        prompts, _ = sample_prompts(self.config.model, self.config.data)
         positive = self.encode(prompts)
         torch.manual_seed(0)
         with self.run.averaged(), self.run.accelerator.autocast():
-            x = torch.randn(len(prompts), self.pipe.unet.config.in_channels, self.latent_size, self.latent_size)
-            x = x.to(self.device)
+            x = torch.randn(len(prompts), *self.shape).to(self.device)
             scheduler.set_timesteps(steps, device=self.device)
             for t in scheduler.timesteps:
                 predicted = unet(x, t.expand(len(x)), positive).float()

@@ -15,19 +15,14 @@ from ...compact.assembly import assemble
 from ...compact.pipelines import save_folder
 from ...compact.planfile import Plan, read_plan, write_plan
 from ...compact.planning import plan as make_plan
-from ...pictures.png import save_grid, to_images
-from ...pipelines.latents import latent_scale
-from ...pipelines.schedulers import make_scheduler
-from ...pipelines.text import encode_texts
 from ..algorithm import NoiseSchedule
-from ..config import SunTrainConfig
 from ..data.negative_phrases import NegativePrompts
-from ..data.sources import build_source
-from ..models import load_frozen, use_fast_attention
+from ..data.sources import source_of
+from ..models import encoder_of, latent_shape, load_frozen, use_fast_attention
+from ..previews import sample_prompts, save_previews
 from ..run import TrainingRun, start_run
 from ..state import describe_machine
 from ..student import Teacher
-from ..sun import sample_prompts
 from .inputs import Batch, Captions, NoisedPictures, TeacherBank
 from .settings import CompactTrainConfig, check_compact, is_list
 from .stages import CompactStudent, Features, Watcher, feature_loss, only
@@ -55,15 +50,13 @@ def train_compact(config: CompactTrainConfig) -> Path:
     run.unwrapped("student").watch(run.calls)
     loss = CompactLoss(config, run, pipe)
     inputs = make_inputs(config, run, pipe)
-    sampled = run.progress.seconds
     for step in run.steps():
         stage = stage_of(config, run, loss.student.stages)
         with only(run.modules["student"], None if stage is None else loss.student.of_stage(stage)):
             with run.accelerator.autocast():
                 losses = loss(inputs(step), stage)
             run.update(losses.pop("total"), **losses)
-        if run.progress.seconds - sampled > 60 * config.run.sample_minutes:
-            sampled = run.progress.seconds
+        if run.time_to_sample():
             save_student(config, run, plan, small)
             sample_grid(config, run, pipe, small)
     save_student(config, run, plan, small)
@@ -165,29 +158,10 @@ def image_encoder(config: CompactTrainConfig, device: torch.device) -> Any:
 
 def make_inputs(config: CompactTrainConfig, run: TrainingRun, pipe: Any) -> NoisedPictures | TeacherBank:
     """What a step trains on, kept in the run's checkpoints."""
-    device = run.accelerator.device
-
-    @torch.no_grad()
-    def encode(texts: list[str]) -> Tensor:
-        return encode_texts(pipe.tokenizer, pipe.text_encoder, texts)
-
-    scale = latent_scale(pipe.vae)
-    resolution = config.resolution or pipe.unet.config.sample_size * scale
+    device, encode = run.accelerator.device, encoder_of(pipe)
     schedule = NoiseSchedule(pipe.scheduler.alphas_cumprod).to(device)
     if not config.captions:
-        source = build_source(
-            config.data,
-            pipe.vae,
-            resolution,
-            run.rng,
-            device,
-            seed=config.run.seed,
-            workers=config.workers,
-            cache=config.cache,
-            encode=encode,
-            allow_commands=config.allow_commands,
-        )
-        return NoisedPictures(config, run.track("data", source), encode, schedule, run.rng)
+        return NoisedPictures(config, source_of(config, pipe, run), encode, schedule, run.rng)
     negatives = NegativePrompts.load(config.negatives, config.captions, config.max_negative_phrases, 0.1)
     bank = TeacherBank(
         config,
@@ -197,7 +171,7 @@ def make_inputs(config: CompactTrainConfig, run: TrainingRun, pipe: Any) -> Nois
         encode,
         schedule,
         pipe.scheduler.config,
-        (pipe.unet.config.in_channels, resolution // scale, resolution // scale),
+        latent_shape(pipe, config.resolution),
         device,
         run.rng,
     )
@@ -256,26 +230,8 @@ def write_card(config: CompactTrainConfig, run: TrainingRun, plan: Plan, paramet
     )
 
 
-@torch.no_grad()
 def sample_grid(config: CompactTrainConfig, run: TrainingRun, pipe: Any, small: Any) -> None:
-    """Original over compact, 25 steps with guidance from the same noise, as a PNG in the run's folder ``samples``."""
-    if not run.accelerator.is_main_process:
-        return
-    world = SunTrainConfig(model=config.model, data=config.captions or config.data)
-    prompts, negatives = sample_prompts(world)
-    device, unet = run.accelerator.device, pipe.unet
-    positive, negative = (encode_texts(pipe.tokenizer, pipe.text_encoder, texts) for texts in (prompts, negatives))
-    side = config.resolution // latent_scale(pipe.vae) or unet.config.sample_size
-    noise = torch.randn(len(prompts), unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
-    images = []
-    with run.averaged(), run.accelerator.autocast():
-        for model in (unet, small):
-            teacher, x = Teacher(model, config.guidance_scale), noise.to(device)
-            scheduler = make_scheduler("dpmpp_2m", pipe.scheduler.config)
-            scheduler.set_timesteps(25, device=device)
-            for t in scheduler.timesteps:
-                x = scheduler.step(teacher(x, t.expand(len(x)), positive, negative), t, x, return_dict=False)[0]
-            images += to_images(pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample)
-    with run.writing("samples", needed=False):
-        save_grid(images, len(prompts), run.folder / "samples" / f"{run.progress.step:06d}.png")
-    run.say(f"step {run.progress.step}: {run.average_losses()}")
+    """Original over compact, 25 steps with guidance, as a PNG in the run's folder ``samples``."""
+    texts = sample_prompts(config.model, config.captions or config.data)
+    rows = [(Teacher(unet, config.guidance_scale), "dpmpp_2m", 25) for unet in (pipe.unet, small)]
+    save_previews(run, pipe, texts, rows, latent_shape(pipe, config.resolution)[-1])

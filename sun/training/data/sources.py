@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ...common.settings import ConfigError
 from ...common.worlds import EMOJI, find, world_of
+from ..config import RunConfig
+from ..models import encoder_of, pixels_of
+from ..run import TrainingRun
 from .captioned import FolderSource, check_pairs, left_out, list_folder
 from .samples import Encode, Lanes, Skipped, is_address
 
@@ -36,6 +39,37 @@ class Source(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class DataSettings(Protocol):
+    """The settings of a training that say where its pictures come from; ``SunTrainConfig`` explains them."""
+
+    run: RunConfig
+    data: str
+    cache: str
+    workers: int
+    resolution: int
+    allow_commands: bool
+
+
+def source_of(config: DataSettings, pipe: Any, run: TrainingRun) -> Source:
+    """The pictures of a training, whose place in the data is kept in the run's checkpoints.
+
+    Raises as :func:`build_source`.
+    """
+    source = build_source(
+        config.data,
+        pipe.vae,
+        pixels_of(pipe, config.resolution),
+        run.rng,
+        run.accelerator.device,
+        seed=config.run.seed,
+        workers=config.workers,
+        cache=config.cache,
+        encode=encoder_of(pipe),
+        allow_commands=config.allow_commands,
+    )
+    return run.track("data", source)
 
 
 def build_source(
