@@ -96,6 +96,46 @@ def final_step_input() -> io.Input:
     )
 
 
+def paper_inputs() -> list[io.Input]:
+    """What LTC-Accel's preset paper, the published method, takes besides."""
+    return [
+        io.Float.Input(
+            "tau",
+            default=0.1,
+            min=0.0,
+            max=1.6,
+            step=0.01,
+            optional=True,
+            **known(io.Float.Input, advanced=True),
+            tooltip=(
+                "For paper: steps are skipped where the course turns by less than this, in radians: more skips "
+                "more. 0 skips by position alone, in the last three quarters."
+            ),
+        ),
+        io.Int.Input(
+            "every",
+            default=2,
+            min=2,
+            max=10,
+            optional=True,
+            **known(io.Int.Input, advanced=True),
+            tooltip="For paper: one step of this many is skipped there.",
+        ),
+        io.Combo.Input(
+            "calibration",
+            options=[AUTOMATIC, AGAIN],
+            default=AUTOMATIC,
+            optional=True,
+            **known(io.Combo.Input, advanced=True),
+            tooltip=(
+                "For paper. automatic: the first run with a model, sampler, scheduler, steps and cfg measures "
+                "at full cost and gives the usual picture; later runs are fast. measure again: forget what "
+                "was measured before."
+            ),
+        ),
+    ]
+
+
 class LoadSunAdapter(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -473,40 +513,7 @@ class ApplyLtcAccel(io.ComfyNode):
                         + ". Not for paper."
                     ),
                 ),
-                io.Float.Input(
-                    "tau",
-                    default=0.1,
-                    min=0.0,
-                    max=1.6,
-                    step=0.01,
-                    optional=True,
-                    **known(io.Float.Input, advanced=True),
-                    tooltip=(
-                        "For paper: steps are skipped where the course turns by less than this, in radians: more skips "
-                        "more. 0 skips by position alone, in the last three quarters."
-                    ),
-                ),
-                io.Int.Input(
-                    "every",
-                    default=2,
-                    min=2,
-                    max=10,
-                    optional=True,
-                    **known(io.Int.Input, advanced=True),
-                    tooltip="For paper: one step of this many is skipped there.",
-                ),
-                io.Combo.Input(
-                    "calibration",
-                    options=[AUTOMATIC, AGAIN],
-                    default=AUTOMATIC,
-                    optional=True,
-                    **known(io.Combo.Input, advanced=True),
-                    tooltip=(
-                        "For paper. automatic: the first run with a model, sampler, scheduler, steps and cfg measures "
-                        "at full cost and gives the usual picture; later runs are fast. measure again: forget what "
-                        "was measured before."
-                    ),
-                ),
+                *paper_inputs(),
             ],
             outputs=[io.Model.Output("ltc_model", display_name="model", tooltip="The model, for any sampler.")],
         )

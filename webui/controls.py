@@ -166,31 +166,7 @@ def _accelerators(elem_id: Callable[[str], str]) -> list[Any]:
                 elem_id=elem_id("tail"),
                 info="Steps at the end that always run; -1: the preset's",
             )
-        with gr.Accordion("LTC-Accel as published (preset paper)", open=False, elem_id=elem_id("paper")):
-            with gr.Row():
-                tau = gr.Slider(
-                    *TAU,
-                    value=default.tau,
-                    step=0.01,
-                    label="LTC-Accel turn (tau)",
-                    elem_id=elem_id("tau"),
-                    info="Skip where the course turns by less, in radians",
-                )
-                every = gr.Slider(
-                    *EVERY,
-                    value=default.every,
-                    step=1,
-                    label="LTC-Accel every",
-                    elem_id=elem_id("every"),
-                    info="Skip one step of this many; 2 is the fastest",
-                )
-            calibration = gr.Radio(
-                CALIBRATION_CHOICES,
-                value=default.calibration,
-                label="LTC-Accel calibration",
-                elem_id=elem_id("calibration"),
-                info="Measuring takes one run at full cost",
-            )
+        tau, every, calibration = _paper(elem_id, default)
         inherit = gr.Dropdown(
             [OFF, *PRESETS],
             value=OFF,
@@ -200,6 +176,36 @@ def _accelerators(elem_id: Callable[[str], str]) -> list[Any]:
             info="Parts of the U-Net reuse what they made some steps ago: fine changes little, fast much",
         )
     return [ltc, tau, every, calibration, inherit, preset, warm_up, tail]
+
+
+def _paper(elem_id: Callable[[str], str], default: AcceleratorSettings) -> list[Any]:
+    """What LTC-Accel's preset paper, the published method, takes besides."""
+    with gr.Accordion("LTC-Accel as published (preset paper)", open=False, elem_id=elem_id("paper")):
+        with gr.Row():
+            tau = gr.Slider(
+                *TAU,
+                value=default.tau,
+                step=0.01,
+                label="LTC-Accel turn (tau)",
+                elem_id=elem_id("tau"),
+                info="Skip where the course turns by less, in radians",
+            )
+            every = gr.Slider(
+                *EVERY,
+                value=default.every,
+                step=1,
+                label="LTC-Accel every",
+                elem_id=elem_id("every"),
+                info="Skip one step of this many; 2 is the fastest",
+            )
+        calibration = gr.Radio(
+            CALIBRATION_CHOICES,
+            value=default.calibration,
+            label="LTC-Accel calibration",
+            elem_id=elem_id("calibration"),
+            info="Measuring takes one run at full cost",
+        )
+    return [tau, every, calibration]
 
 
 def switching_names() -> list[str]:

@@ -60,20 +60,13 @@ def assemble(
     """
     if not (folder or single_file or plan_only):
         raise typer.BadParameter("say what to write: --out, --single-file or --plan-only")
-    for path, option in ((single_file, "--single-file"), (plan_only, "--plan-only")):
-        if path is not None:
-            check_target(path, option)
-    if folder is not None:
-        check_folder(folder)
-    if single_file is not None and single_file.suffix != ".safetensors":
-        raise typer.BadParameter(f"{single_file} should end in .safetensors", param_hint="--single-file")
+    _check_targets(folder, single_file, plan_only)
     if states and not captions and world_of(model) != EMOJI:
         raise typer.BadParameter("--states needs --captions: what the model is to draw", param_hint="--states")
 
     from ..compact import assemble as put_together
     from ..compact import write_plan
-    from ..compact.pipelines import save_folder, save_single_file
-    from ..pipelines.loading import load_unet, model_path
+    from ..pipelines.loading import load_unet
 
     unet, recorded = _unet_and_states(model, states, captions, steps, guidance, seed)
     chosen = _plan(unet, plan, budget, recorded if states else None, size)
@@ -89,13 +82,17 @@ def assemble(
         import torch
 
         small = small.to(getattr(torch, dtype.value))
+    _write(small, folder, single_file, model)
+
+
+def _check_targets(folder: Path | None, single_file: Path | None, plan_only: Path | None) -> None:
+    for path, option in ((single_file, "--single-file"), (plan_only, "--plan-only")):
+        if path is not None:
+            check_target(path, option)
     if folder is not None:
-        save_folder(small, folder)
-        out.print(f"U-Net: {folder}", soft_wrap=True)
-    if single_file is not None:
-        for sentence in save_single_file(small, single_file, model_path(model)):
-            out.print(sentence, soft_wrap=True)
-        out.print(f"single file: {single_file}", soft_wrap=True)
+        check_folder(folder)
+    if single_file is not None and single_file.suffix != ".safetensors":
+        raise typer.BadParameter(f"{single_file} should end in .safetensors", param_hint="--single-file")
 
 
 def _unet_and_states(
@@ -139,3 +136,17 @@ def _trained(small: Any, other: Any, where: Path) -> Any:
     if mine != theirs:
         raise ConfigError(f"{where} is the U-Net of another plan or model. Give the plan.json that lies beside it.")
     return other
+
+
+def _write(small: Any, folder: Path | None, single_file: Path | None, model: str) -> None:
+    """Write the U-Net in the forms asked for; the rest of a single file is that of ``model``."""
+    from ..compact.pipelines import save_folder, save_single_file
+    from ..pipelines.loading import model_path
+
+    if folder is not None:
+        save_folder(small, folder)
+        out.print(f"U-Net: {folder}", soft_wrap=True)
+    if single_file is not None:
+        for sentence in save_single_file(small, single_file, model_path(model)):
+            out.print(sentence, soft_wrap=True)
+        out.print(f"single file: {single_file}", soft_wrap=True)

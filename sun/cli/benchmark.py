@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from rich.table import Table
 from ..common.settings import configured
 from ..shipped import SHIPPED
 from .app import app
-from .options import ConfigFile, Dtype, Json, Settings
+from .options import ConfigFile, Dtype, Json, Precision, Settings
 from .show import err, out, progress_bar, write_json
 
 
@@ -35,9 +36,7 @@ def bench(
     device: Annotated[
         str, typer.Option(help="cpu, cuda, mps, several with commas, or all: an accelerator if there is one, then cpu.")
     ] = "all",
-    dtype: Annotated[
-        Dtype, typer.Option(help="Number format; auto is float32 on a CPU and float16 elsewhere.")
-    ] = Dtype.auto,
+    dtype: Precision = Dtype.auto,
     compiled: Annotated[
         bool | None,
         typer.Option(
@@ -54,21 +53,44 @@ def bench(
     rows a call): 12.5 would be a U-Net call with SUN that costs nothing more. --json is rewritten after each case, so
     a long run may be stopped.
     """
-    from ..common.devices import pick_dtype
-    from ..evaluation.overhead import Bench, Case, summary
-    from ..pictures.draw import load_adapter
-    from ..training.cost.benchmark import models_of
+    from ..evaluation.overhead import summary
 
     pixels, devices = size or (128 if emoji else 512), _devices(device)
     if pixels < 8 or pixels % 8:
         raise typer.BadParameter(f"{pixels} is not a multiple of 8", param_hint="--size")
-    cases = [
+    report = _measure(_cases(devices, compiled, _counts(batch)), emoji, pixels, dtype, steps, rounds, figures)
+    out.print(_bench_table(report))
+    top = summary(report)
+    for key in ("unet_call_ratio", "unet_speedup", "unet_speedup_limit", "pipeline_speedup"):
+        if key in top:
+            out.print(f"{key:>20}  {top[key]:.3f}")
+    for name, row in report.items():
+        if "error" in row:
+            err.print(f"[yellow]{name}:[/yellow] {escape(row['error'])}", soft_wrap=True)
+
+
+def _cases(devices: list[str], compiled: bool | None, counts: list[int]) -> list[Any]:
+    """What to measure. compiled: whether also with torch.compile; None: on accelerators."""
+    from ..evaluation.overhead import Case
+
+    return [
         Case(place, compile_it, count)
         for place in devices
         for compile_it in (False, True)
         if not compile_it or (place != "cpu" if compiled is None else compiled)
-        for count in _counts(batch)
+        for count in counts
     ]
+
+
+def _measure(
+    cases: list[Any], emoji: bool, pixels: int, dtype: Dtype, steps: int, rounds: int, figures: Path | None
+) -> dict[str, Any]:
+    """The figures of each case, written to ``figures`` after each."""
+    from ..common.devices import pick_dtype
+    from ..evaluation.overhead import Bench, summary
+    from ..pictures.draw import load_adapter
+    from ..training.cost.benchmark import models_of
+
     models = models_of(SHIPPED if emoji else "sd15")
     report: dict[str, Any] = {}
     with progress_bar("measuring") as progress:
@@ -85,14 +107,7 @@ def bench(
             chosen = Bench(models, adapter, pixels, pick_dtype(dtype.value, case.device), steps)
             report[str(case)] = chosen.measure(case, rounds, advance)
             write_json(figures, summary(report), last=case is cases[-1])
-    out.print(_bench_table(report))
-    top = summary(report)
-    for key in ("unet_call_ratio", "unet_speedup", "unet_speedup_limit", "pipeline_speedup"):
-        if key in top:
-            out.print(f"{key:>20}  {top[key]:.3f}")
-    for name, row in report.items():
-        if "error" in row:
-            err.print(f"[yellow]{name}:[/yellow] {escape(row['error'])}", soft_wrap=True)
+    return report
 
 
 def _random_adapter(unet: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,8 +23,8 @@ from .options import (
     Precision,
     Size,
     check_folder,
-    parse_size,
     read_prompt,
+    recipe_of,
 )
 from .show import out, spinner, write_json
 
@@ -78,46 +78,18 @@ def calibrate(
 ) -> None:
     """Measure a table for LTC-Accel: which steps of a sampler may be skipped, and with which coefficients."""
     check_folder(target)
-    width, height = parse_size(size)
-    recipe = Recipe(
-        seed=seed,
-        width=width,
-        height=height,
-        steps=steps,
-        model=model,
-        config=config,
-        adapter=adapter,
-        loras=tuple(lora or ()),
-        dtype=dtype.value,
-        device=device,
+    recipe = recipe_of(
+        size, lora, dtype, seed=seed, steps=steps, model=model, config=config, adapter=adapter, device=device
     )
     pairs = [(read_prompt(prompt), negative) for prompt in prompts or ()]
     if not pairs and model != SHIPPED:
         raise typer.BadParameter('give prompts this model knows, as in: sun calibrate "a castle" "two cats"')
     with spinner("loading") as status:
         from .. import ltc
-        from ..common.notes import note
-        from ..pictures import draw as generate
-        from ..pipelines.attach import attach
-        from ..pipelines.loading import require_text_to_image
-        from ..pipelines.schedulers import make_scheduler
-        from ..pipelines.text import cut_by_encoder
 
-        if not pairs:
-            from ..evaluation.config import EvaluateConfig
-            from ..evaluation.prompts import calibration_pairs
-
-            pairs = calibration_pairs(EvaluateConfig())
-        loaded = generate.load(recipe)
-        recipe = generate.complete(recipe, loaded)
-        pipe = loaded.pipe
-        require_text_to_image(pipe, model)
-        for text in [negative, *(prompt for prompt, _ in pairs)]:
-            if cut := cut_by_encoder(pipe.tokenizer, text):
-                note(f"calibrating reads 75 tokens of a text; this end of one is left out: {cut!r}")
-        if loaded.adapter is not None:
-            attach(pipe, loaded.adapter)
-        pipe.scheduler = make_scheduler(scheduler.value, pipe.scheduler.config)
+        pairs = pairs or _pairs_of_shipped()
+        pipe, recipe = _pipeline(recipe, scheduler)
+        _tell_cut(pipe, [negative, *(prompt for prompt, _ in pairs)])
         settings = ltc.LtcSettings(tau=tau, every=every, last=last, terms=terms)
         ltc.attach(pipe, settings=settings, folder=target)
         table = ltc.calibrate(
@@ -133,7 +105,43 @@ def calibrate(
             height=recipe.height,
             **({} if guidance is None else {"guidance_scale": guidance}),
         )
-    path = target / table.key.file_name(settings)
+    _tell(table, target / table.key.file_name(settings), steps, figures)
+
+
+def _pairs_of_shipped() -> list[tuple[str, str]]:
+    from ..evaluation.config import EvaluateConfig
+    from ..evaluation.prompts import calibration_pairs
+
+    return calibration_pairs(EvaluateConfig())
+
+
+def _pipeline(recipe: Recipe, scheduler: Sampler) -> tuple[Any, Recipe]:
+    """The pipeline of the runs to accelerate, and the recipe with what the model makes of its defaults."""
+    from ..pictures import draw
+    from ..pipelines.attach import attach
+    from ..pipelines.loading import require_text_to_image
+    from ..pipelines.schedulers import make_scheduler
+
+    loaded = draw.load(recipe)
+    recipe = draw.complete(recipe, loaded)
+    pipe = loaded.pipe
+    require_text_to_image(pipe, recipe.model)
+    if loaded.adapter is not None:
+        attach(pipe, loaded.adapter)
+    pipe.scheduler = make_scheduler(scheduler.value, pipe.scheduler.config)
+    return pipe, recipe
+
+
+def _tell_cut(pipe: Any, texts: list[str]) -> None:
+    from ..common.notes import note
+    from ..pipelines.text import cut_by_encoder
+
+    for text in texts:
+        if cut := cut_by_encoder(pipe.tokenizer, text):
+            note(f"calibrating reads 75 tokens of a text; this end of one is left out: {cut!r}")
+
+
+def _tell(table: Any, path: Path, steps: int, figures: Path | None) -> None:
     skipped = ", ".join(
         f"{i} (c {', '.join(f'{c:.3f}' for c in factors)})" for i, factors in table.coefficients.items()
     )

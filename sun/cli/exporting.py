@@ -10,7 +10,7 @@ import typer
 
 from ..shipped import SHIPPED
 from .app import app
-from .options import Adapter, ConfigDir, Json, Lora, check_folder, parse_size
+from .options import Adapter, ConfigDir, ControlNet, Json, Lora, check_folder, parse_size
 from .show import out, progress_bar, write_json
 
 
@@ -48,13 +48,7 @@ def export(
         str, typer.Option(help="Fix the pictures' pixels, as 512 or 512x768. (default: any multiples of 8)")
     ] = "",
     lora: Lora = None,
-    controlnet: Annotated[
-        str,
-        typer.Option(
-            help="ControlNet to take along: a diffusers folder or a Control-LoRA file. (emoji: the shipped one)",
-            metavar="PATH",
-        ),
-    ] = "",
+    controlnet: ControlNet = "",
     config: ConfigDir = "",
     figures: Json = None,
 ) -> None:

@@ -6,7 +6,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -123,6 +123,13 @@ ConfigDir = Annotated[
 ]
 Adapter = Annotated[str, typer.Option(help="SUN adapter file; none runs the plain model. (emoji: the shipped one)")]
 Lora = Annotated[list[str] | None, typer.Option(help="LoRA as PATH or PATH:WEIGHT; may be given several times.")]
+Negative = Annotated[str, typer.Option(help="What to keep out of the picture.")]
+ControlNet = Annotated[
+    str,
+    typer.Option(
+        help="ControlNet: a diffusers folder or a Control-LoRA file. (emoji: the shipped one)", metavar="PATH"
+    ),
+]
 Size = Annotated[str, typer.Option(help="Pixels, as 512 or 512x768. (default: the model's own)")]
 Seed = Annotated[
     int | None,
@@ -147,3 +154,9 @@ def parse_size(text: str) -> tuple[int, int]:
         return recipe.parse_size(text)
     except recipe.RecipeError as error:
         raise typer.BadParameter(str(error).rstrip("."), param_hint="--size") from None
+
+
+def recipe_of(size: str, lora: list[str] | None, dtype: Dtype, **settings: Any) -> recipe.Recipe:
+    """The recipe of a command's options: these three are kept otherwise there. Raises BadParameter."""
+    width, height = parse_size(size)
+    return recipe.Recipe(width=width, height=height, loras=tuple(lora or ()), dtype=dtype.value, **settings)

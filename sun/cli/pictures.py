@@ -18,6 +18,7 @@ from .app import app
 from .options import (
     Adapter,
     ConfigDir,
+    ControlNet,
     DenoiseMode,
     Device,
     Dtype,
@@ -26,6 +27,7 @@ from .options import (
     Lora,
     Ltc,
     Model,
+    Negative,
     Precision,
     PromptWeights,
     Scheduler,
@@ -37,6 +39,7 @@ from .options import (
     check_target,
     parse_size,
     read_prompt,
+    recipe_of,
 )
 from .show import err, figures_table, out, progress_bar, spinner, write_json
 
@@ -63,7 +66,7 @@ sun generate --prompts prompts.csv --out pictures"""
 def generate(
     ctx: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What to draw; - is standard input.", show_default=False)] = "",
-    negative: Annotated[str, typer.Option(help="What to keep out of the picture.")] = "",
+    negative: Negative = "",
     prompt_weights: Annotated[
         PromptWeights,
         typer.Option(help="Who reads weights in both prompts: compel (pip install compel), as (red)1.3 or blurry++."),
@@ -121,12 +124,7 @@ def generate(
     ] = DenoiseMode.trained,
     control: Annotated[str, typer.Option(help="Control picture for --controlnet.", metavar="IMAGE")] = "",
     control_scale: Annotated[float, typer.Option(help="How strongly the ControlNet steers.")] = 1.0,
-    controlnet: Annotated[
-        str,
-        typer.Option(
-            help="ControlNet: a diffusers folder or a Control-LoRA file. (emoji: the shipped one)", metavar="PATH"
-        ),
-    ] = "",
+    controlnet: ControlNet = "",
     model: Model = SHIPPED,
     config: ConfigDir = "",
     adapter: Adapter = SHIPPED,
@@ -176,38 +174,7 @@ def generate(
         check_target(path)  # a wrong name should not cost a run
     if source:  # before the libraries load: what another's picture names may be anything
         check_files(recipe.files())
-    engine = _engine()
-
-    for change in engine.changes_since(recipe, content) if content else []:
-        err.print(f"[yellow]note:[/yellow] {escape(change)}; the picture may differ")
-    recipe = engine.complete(recipe)
-    with spinner("loading"):
-        loaded = engine.load(recipe)
-        recipe = engine.complete(recipe, loaded)
-    with progress_bar("drawing") as on_step:
-        drawn = engine.generate(loaded, recipe, on_step)
-    paths = numbered(target, len(drawn.images))
-    for image, path, text in zip(drawn.images, paths, engine.png_texts(recipe), strict=True):
-        save_png(image, path, text)
-    each = " a picture" if recipe.batch > 1 else ""
-    each += f" ({drawn.small_calls:g} of them of the small one)" if recipe.switch else ""
-    out.print(
-        f"{drawn.unet_calls:g} U-Net calls{each}, {drawn.seconds:.2f} s, seed {recipe.seed + (recipe.index or 0)}"
-    )
-    if drawn.skipping:
-        out.print(drawn.skipping.sentence, soft_wrap=True)
-    for path in paths:
-        out.print(str(path), soft_wrap=True)
-    write_json(
-        figures,
-        {
-            "unet_calls": drawn.unet_calls,
-            "seconds": drawn.seconds,
-            "seed": recipe.seed,
-            "pictures": [str(p) for p in paths],
-            **({"ltc": asdict(drawn.skipping)} if drawn.skipping else {}),
-        },
-    )
+    _generate_one(recipe, content, target, figures)
 
 
 @app.command(
@@ -219,7 +186,7 @@ sun compare "a castle" --negative blurry --model model-folder --adapter adapter.
 )
 def compare(
     prompts: Annotated[list[str], typer.Argument(help="One picture a prompt.")],
-    negative: Annotated[str, typer.Option(help="What to keep out of the pictures.")] = "",
+    negative: Negative = "",
     target: Annotated[Path, typer.Option("--out", help="PNG to write: a row a method.")] = Path("compare.png"),
     steps: Annotated[int, typer.Option(help="SUN's steps.", min=1, max=1000)] = 4,
     also: Annotated[
@@ -248,17 +215,15 @@ def compare(
     methods = [parse_method(name) for name in (f"sun-{steps}", *(also or []))]
     check_target(numbered(target, 1)[0])
     prompts = [read_prompt(prompt) for prompt in prompts]
-    width, height = parse_size(size)
-    recipe = Recipe(
+    recipe = recipe_of(
+        size,
+        lora,
+        dtype,
         seed=seed or 0,
-        width=width,
-        height=height,
         sun_strength=sun_strength,
         model=model,
         config=config,
         adapter=adapter,
-        loras=tuple(lora or ()),
-        dtype=dtype.value,
         device=device,
     )
     with spinner("loading") as status:
@@ -306,6 +271,41 @@ def demo(
     out.print(f"side by side: {done.grid}", soft_wrap=True)
     out.print(f"single pictures: {folder}/{done.pictures[0].name} ... {done.pictures[-1].name}", soft_wrap=True)
     write_json(figures, {"methods": {row.method: row.figures() for row in done.rows}})
+
+
+def _generate_one(recipe: Recipe, content: dict[str, Any], target: Path, figures: Path | None) -> None:
+    """Draw the pictures of ``recipe``, write them and say what they cost. content: of the PNG it was read from."""
+    engine = _engine()
+    for change in engine.changes_since(recipe, content) if content else []:
+        err.print(f"[yellow]note:[/yellow] {escape(change)}; the picture may differ")
+    recipe = engine.complete(recipe)
+    with spinner("loading"):
+        loaded = engine.load(recipe)
+        recipe = engine.complete(recipe, loaded)
+    with progress_bar("drawing") as on_step:
+        drawn = engine.generate(loaded, recipe, on_step)
+    paths = numbered(target, len(drawn.images))
+    for image, path, text in zip(drawn.images, paths, engine.png_texts(recipe), strict=True):
+        save_png(image, path, text)
+    each = " a picture" if recipe.batch > 1 else ""
+    each += f" ({drawn.small_calls:g} of them of the small one)" if recipe.switch else ""
+    out.print(
+        f"{drawn.unet_calls:g} U-Net calls{each}, {drawn.seconds:.2f} s, seed {recipe.seed + (recipe.index or 0)}"
+    )
+    if drawn.skipping:
+        out.print(drawn.skipping.sentence, soft_wrap=True)
+    for path in paths:
+        out.print(str(path), soft_wrap=True)
+    write_json(
+        figures,
+        {
+            "unet_calls": drawn.unet_calls,
+            "seconds": drawn.seconds,
+            "seed": recipe.seed,
+            "pictures": [str(p) for p in paths],
+            **({"ltc": asdict(drawn.skipping)} if drawn.skipping else {}),
+        },
+    )
 
 
 def _generate_many(
