@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.sampler_helpers
@@ -25,6 +25,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ..sun.switching import (
+    SAME_UNET,
     Border,
     Switching,
     SwitchingError,
@@ -42,16 +43,23 @@ KEY = "sun_switching"
 SUN, LTC = "sun", "sun_ltc"
 GUIDANCE = ("sampler_pre_cfg_function", "sampler_post_cfg_function")
 """Lists of functions that change predictions, whichever model made them."""
+COMBINING = ("sampler_cfg_function", "sampler_calc_cond_batch_function")
+"""Functions in the place of ComfyUI's own that make and combine predictions (RescaleCFG)."""
+AROUND = "model_function_wrapper"
+OWN = "sun_switching_own"
+"""In model_options: what of these the first model had before the node. There because copies of the options, which may
+copy functions, copy both alike."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What Switch U-Nets by Step remembers on the model that comes out. ``own_*``: what the first model had on it."""
+    """What Switch U-Nets by Step remembers on the model that comes out. doubt: the text of a notice about the pair.
+    ``own_*``: what the first model had on it."""
 
     switching: Switching
     small: ModelPatcher
     node: str | None = None
-    own_guidance: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    doubt: str = ""
     own_patches: frozenset[str] = frozenset()
     own_weights: Any = None
 
@@ -145,9 +153,10 @@ def apply(model: ModelPatcher, small: ModelPatcher, switching: Switching) -> Mod
     partner.set_attachments(KEY, Part(switching, stages))
     partner.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, KEY)
     partner.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _small_diffusion_model)
-    options = model.model_options
-    own = {name: tuple(options.get(name, ())) for name in GUIDANCE}
-    choice = Choice(switching, partner, notices.running_node(), own, patches_of(model), weights_of(model))
+    options = patched.model_options
+    options[OWN] = {name: options[name] for name in (*GUIDANCE, *COMBINING, AROUND) if name in options}
+    doubt = "" if not said else "switched_same" if said == SAME_UNET else "switched_reversed"
+    choice = Choice(switching, partner, notices.running_node(), doubt, patches_of(model), weights_of(model))
     patched.set_attachments(KEY, choice)
     merging.speak_up(patched)
     for kind, wrapper in (
@@ -239,6 +248,7 @@ def _outer_sample(
     steps = len(sigmas) - 1
     if choice is None or choice.switching.small_steps(steps) <= 0:
         return executor(*asked, **more)
+    check_pair(traits_of(guider.model_patcher), traits_of(choice.small))  # nodes behind may have changed the sampling
     if len(more.get("latent_shapes") or ()) > 1:
         raise SwitchingError(
             "Switching works on latents of one part, and these have several (video with sound). Take the plain model."
@@ -346,16 +356,19 @@ def _predict_noise(
     side = state.turn(float(timestep.flatten()[0]))
     if side is state.large:
         return executor(x, timestep, options, seed)
-    return side.guider.outer_predict_noise(x, timestep, _with_guidance(side.options, options, state.choice), seed)
+    return side.guider.outer_predict_noise(x, timestep, _with_guidance(side.options, options), seed)
 
 
-def _with_guidance(own: dict[str, Any], given: dict[str, Any], choice: Choice) -> dict[str, Any]:
+def _with_guidance(own: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The small model's options, and what nodes behind this one and samplers (CFG++) do to predictions."""
-    options = {**own}
+    options, before = {**own}, given.get(OWN, {})
     for name in GUIDANCE:
-        added = [f for f in given.get(name, ()) if f not in choice.own_guidance.get(name, ())]
+        added = [f for f in given.get(name, ()) if not any(f is known for known in before.get(name, ()))]
         if added:
             options[name] = [*own.get(name, ()), *added]
+    for name in COMBINING:
+        if given.get(name) is not None and given[name] is not before.get(name):
+            options[name] = given[name]
     if given.get("disable_cfg1_optimization"):
         options["disable_cfg1_optimization"] = True
     return options
@@ -382,6 +395,9 @@ def _small_diffusion_model(
 def left_out(choice: Choice, patcher: ModelPatcher) -> str:
     """What was put on the model behind the node and acts on the large model alone; empty if there is nothing."""
     added = sorted(patches_of(patcher) - choice.own_patches)
+    options = patcher.model_options
+    if options.get(AROUND) is not options.get(OWN, {}).get(AROUND):
+        added.append(AROUND)
     if weights_of(patcher) != choice.own_weights:
         added.insert(0, "LoRA")
     if patcher.get_attachment(SUN) is not None and choice.small.get_attachment(SUN) is None:
@@ -404,7 +420,7 @@ def _report(state: ComfySwitching, alone: str) -> None:
         large,
         memory,
     )
-    text = "switched_swapped" if state.swapped else "switched"
+    text = "switched_swapped" if state.swapped else state.choice.doubt or "switched"
     if alone:
         text = "switched_alone"
         log.warning(

@@ -239,11 +239,13 @@ const NOTICES = {
   "switched": isSwitch,
   "switched_swapped": isSwitch,
   "switched_alone": isSwitch,
+  "switched_same": isSwitch,
+  "switched_reversed": isSwitch,
   "ran": (node) => has(node.outputs, "LATENT") && (has(node.inputs, "MODEL") || has(node.inputs, "GUIDER")),
   "merged": (node) => has(node.inputs, "MODEL"),
   "saved": (node) => has(node.inputs, "MODEL"),
 };
-const WARNINGS = ["merged", "saved", "switched_alone"];
+const WARNINGS = ["merged", "saved", "switched_alone", "switched_same", "switched_reversed"];
 const noticed = new WeakMap(); // node -> its show(text, warning)
 
 /** The node behind an id of the server; "12:5" is node 5 of the subgraph that node 12 stands for. */

@@ -105,6 +105,12 @@ def write_measured(p: Any, measured: bool) -> None:
         p.extra_generation_params.pop(MEASURED, None)
 
 
+def forget_counts(p: Any) -> None:
+    """A sampling begins: should it be interrupted, what the one before it saved is not said of its picture."""
+    if not getattr(p, "is_hr_pass", False):
+        p.extra_generation_params.pop(COUNTS, None)
+
+
 def write_counts(p: Any, counts: str) -> None:
     """Notes what was saved: "13 of 20 calls, 35 % saved"; the host puts what has a comma between quotes."""
     if not getattr(p, "is_hr_pass", False):

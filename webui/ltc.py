@@ -39,6 +39,7 @@ def tables_folder() -> Path:
 @contextmanager
 def sampling(p: Any, settings: SkipSettings | LtcSettings, calibration: str) -> Iterator[None]:
     """Lets p.sampler skip steps. Raises LtcError where the paper's settings cannot be, saying which samplers can."""
+    infotext.forget_counts(p)
     sampler = p.sampler
     function = getattr(sampler, "func", None)
     if not callable(function):

@@ -130,7 +130,7 @@ def small_of(sd_model: Any, name: str) -> Slim:
     forget()
     weights, predicts = _read(path)
     first, last = weights.get("input_blocks.0.0.weight"), weights.get("out.2.weight")
-    if first is None or last is None:
+    if first is None or last is None or first.ndim != 4 or last.ndim != 4:
         raise SwitchingError(f"Switching: {path.name} holds no U-Net of Stable Diffusion. Choose another file.")
     own = dict(large.named_parameters())
     check_pair(
@@ -155,7 +155,8 @@ def forget() -> None:
 
 
 def _text_width(weights: Any) -> int | None:
-    return next((w.shape[1] for name, w in weights.items() if name.endswith(".attn2.to_k.weight")), None)
+    keys = (w for name, w in weights.items() if name.endswith(".attn2.to_k.weight"))
+    return next((w.shape[1] for w in keys if w.ndim == 2), None)
 
 
 # -------------------------------------------------------------------------------------------------------- one sampling
@@ -214,6 +215,11 @@ def sampling(p: Any, run: WebuiSwitching) -> Iterator[None]:
 
 
 def _say_what_is_left_out(p: Any, run: WebuiSwitching) -> None:
+    large, small = (sum(parameter.numel() for parameter in unet.parameters()) for unet in run.unets)
+    if small >= large:
+        p.comment(
+            "Switching: the second model is as large as the loaded one: nothing becomes faster. Choose a compact one."
+        )
     if vars(run.large).get("forward") is not None:
         p.comment(
             "Switching: another extension (ControlNet, say) has put itself into the loaded U-Net. It acts on that one "

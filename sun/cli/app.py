@@ -29,6 +29,7 @@ _LAZY_ERRORS = (
     "LtcError",
     "InheritanceError",
     "CompactError",
+    "SwitchingError",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,6 +62,9 @@ def assemble(
     if not (folder or single_file or plan_only):
         raise typer.BadParameter("say what to write: --out, --single-file or --plan-only")
     _check_targets(folder, single_file, plan_only)
+    _check_numbers(size, guidance)
+    if trained is not None and folder is None and single_file is None:
+        raise typer.BadParameter("its weights go into --out or --single-file: give one", param_hint="--trained")
     if states and not captions and world_of(model) != EMOJI:
         raise typer.BadParameter("--states needs --captions: what the model is to draw", param_hint="--states")
 
@@ -83,6 +87,13 @@ def assemble(
 
         small = small.to(getattr(torch, dtype.value))
     _write(small, folder, single_file, model)
+
+
+def _check_numbers(size: int, guidance: float) -> None:
+    if size and (size < 64 or size % 8):
+        raise typer.BadParameter(f"{size} is no multiple of 8 pixels from 64 up", param_hint="--size")
+    if not 0 < guidance < math.inf:
+        raise typer.BadParameter(f"{guidance} guides nothing; give a number above 0", param_hint="--guidance")
 
 
 def _check_targets(folder: Path | None, single_file: Path | None, plan_only: Path | None) -> None:

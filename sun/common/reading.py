@@ -76,18 +76,22 @@ def read_text(path: str | os.PathLike[str], most: int = MAX_TEXT) -> str:
     return decode_text(read_bytes(path, most), str(path))
 
 
-def read_json(path: str | os.PathLike[str], most: int = MAX_TEXT) -> Any:
+def read_json(path: str | os.PathLike[str], most: int = MAX_TEXT, infinite: bool = False) -> Any:
     """The content of a JSON file: see :func:`parse_json`. Raises ReadError, OSError."""
-    return parse_json(read_text(path, most), str(path))
+    return parse_json(read_text(path, most), str(path), infinite)
 
 
-def parse_json(text: str | bytes, where: str) -> Any:
-    """JSON with nothing but finite numbers of usual size, at most 64 levels deep. Raises ReadError naming ``where``."""
+def parse_json(text: str | bytes, where: str, infinite: bool = False) -> Any:
+    """JSON with nothing but finite numbers of usual size, at most 64 levels deep. Raises ReadError naming ``where``.
+
+    infinite: also take the word Infinity, which diffusers writes for bounds of a scheduler that are none.
+    """
     where = printable(where)
     if isinstance(text, bytes):
         text = decode_text(text, where)
     try:
-        content = json.loads(text, parse_constant=finite, parse_float=finite, parse_int=_whole)
+        constant = _not_nan if infinite else finite
+        content = json.loads(text, parse_constant=constant, parse_float=finite, parse_int=_whole)
     except RecursionError:
         raise ReadError(f"{where} is nested too deeply.") from None
     except ValueError as error:
@@ -133,6 +137,11 @@ def finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{text[:20]} is not a finite number")
     return number
+
+
+def _not_nan(text: str) -> float:
+    number = float(text)
+    return number if math.isinf(number) else finite(text)
 
 
 def _whole(text: str) -> int:

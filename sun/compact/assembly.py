@@ -22,6 +22,11 @@ def assemble(unet: Any, plan: Plan, share: bool = False) -> Any:
     unet = getattr(unet, "_orig_mod", unet)
     if not hasattr(unet, "config") or not hasattr(unet, "down_blocks"):
         raise CompactError(f"A {type(unet).__name__} is no U-Net of diffusers; assemble one of those.")
+    if not isinstance(plan, Plan):
+        raise CompactError(
+            f"A {type(plan).__name__} is no plan. Make one with sun.compact.plan(unet), or read one with "
+            "sun.compact.read_plan(file)."
+        )
     check_plain(unet)
     plan.check(shape_of(unet.config))
     stays = plan.kept
@@ -39,8 +44,14 @@ def assemble(unet: Any, plan: Plan, share: bool = False) -> Any:
 
 
 def check_plain(unet: Any) -> None:
-    """Raise CompactError for a U-Net that carries adapters, which would be lost or have nowhere to go."""
+    """Raise CompactError for a U-Net without weights, and for adapters on it, which would have nowhere to go."""
     names = [name for name, _ in unet.named_parameters()]
+    offloaded = any(hasattr(module, "_hf_hook") for module in unet.modules())  # else only shapes are looked at
+    if offloaded and any(parameter.is_meta for parameter in unet.parameters()):
+        raise CompactError(
+            "This U-Net's weights are not in memory (it is offloaded layer by layer). Assemble it before "
+            "enable_sequential_cpu_offload, or load it again."
+        )
     if any(".lora_" in name or ".base_layer." in name for name in names):
         raise CompactError(
             "This U-Net carries a LoRA. Fuse it (pipe.fuse_lora(), then unload_lora_weights()) or take it off, then "

@@ -45,6 +45,8 @@ def importances(unet: Any, shape: Shape, states: Sequence[State], sets: Iterable
     ``unet`` is a diffusers U-Net of ``shape``, in evaluation mode; nothing is copied. Raises CompactError for states
     that do not fit or give no finite number.
     """
+    for state in states:
+        _check_fit(shape, state)
     full = [_finite(noise_of(unet, state), "the original") for state in states]
     scale = sum(float(f.square().mean()) for f in full)
     found = []
@@ -55,9 +57,21 @@ def importances(unet: Any, shape: Shape, states: Sequence[State], sets: Iterable
     return found
 
 
+def _check_fit(shape: Shape, state: State) -> None:
+    names = ("channels of latents", "width of texts", "size and pooled text")
+    found = (state.x.shape[1], state.text.shape[-1], bool(state.added))
+    for name, theirs, own in zip(names, found, (shape.channels[0], shape.text_width, bool(shape.added)), strict=True):
+        if theirs != own:
+            raise CompactError(
+                f"These states are of another U-Net: {name} {theirs} there, {own} here. Record states of this model."
+            )
+
+
 def _finite(noise: Tensor, what: str) -> Tensor:
     if not bool(noise.isfinite().all()):
-        raise CompactError(f"On these states {what} gives NaN or infinity. Use float32 or bfloat16.")
+        raise CompactError(
+            f"On these states {what} gives NaN or infinity. Use float32 or bfloat16, and states of finite numbers."
+        )
     return noise
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..common.atomic import write_json
 from ..common.reading import ReadError, printable, read_json
-from .structure import CompactError, Kept, Shape, kept
+from .structure import LISTS, CompactError, Kept, Shape, kept
 
 FORMAT = "sun-compact-plan-1"
 _MOST = 2**20
@@ -82,6 +82,11 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
         content = read_json(path, _MOST)
     except ReadError as error:
         raise CompactError(str(error)) from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{where} does not exist. Give a list ({', '.join(LISTS)}) or the file of a plan, which `sun assemble "
+            "--plan-only` writes."
+        ) from error
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         raise CompactError(
             f"{where} is no plan of model assembly (format {FORMAT}). `sun assemble --plan-only` makes one."
@@ -90,13 +95,17 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
     if not isinstance(remove, list) or not all(isinstance(name, str) for name in remove):
         raise CompactError(f"{where} names nothing to remove. `remove` is a list of names as pair.0.1.")
     numbers = {name: _numbers(content.get(name), name, where) for name in _NUMBERS}
-    budget, measured = content.get("budget"), content.get("measured")
+    budget, chosen, measured = content.get("budget"), content.get("chosen", ""), content.get("measured", {})
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget < 1):
+        raise CompactError(f"{where} gives a budget that is no share between 0 and 1. Correct it, or leave it out.")
+    if not isinstance(chosen, str) or not isinstance(measured, Mapping):
+        raise CompactError(f"{where}: chosen is a text and measured a table of names. Correct them, or leave them out.")
     plan = Plan(
         remove=tuple(remove),
         shape=Shape.from_json(content.get("unet"), where),
-        chosen=printable(str(content.get("chosen", "")))[:40],
-        budget=float(budget) if isinstance(budget, (int, float)) else None,
-        measured=dict(measured) if isinstance(measured, Mapping) else {},
+        chosen=printable(chosen)[:40],
+        budget=None if budget is None else float(budget),
+        measured=dict(measured),
         **numbers,
     )
     try:

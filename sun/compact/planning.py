@@ -10,7 +10,7 @@ from .assembly import assemble
 from .choice import choose, shallow_first
 from .measuring import State, call_seconds, described, importances, part_seconds, random_state
 from .planfile import Plan
-from .structure import CompactError, Shape, candidates, named_list, shape_of
+from .structure import CompactError, Shape, already_compact, candidates, named_list, shape_of
 
 
 def plan(
@@ -34,8 +34,11 @@ def plan(
     """
     unet = getattr(unet, "_orig_mod", unet)
     shape = shape_of(unet.config)
+    chosen = named_list(named, shape) if named else ()
+    if why := already_compact(shape):
+        note(f"{why} What this plan removes comes on top; for a plan of the original give the original.")
     if named:
-        return Plan(named_list(named, shape), shape, chosen=named)
+        return Plan(chosen, shape, chosen=named)
     if not 0 < budget < 1:
         raise CompactError(f"The budget is a share of the original's seconds, between 0 and 1, not {budget:g}.")
     if not any(name.startswith("pair.") for name in candidates(shape)):

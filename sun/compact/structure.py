@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from ..common.reading import printable
+
 _DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 _UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 _NAME = re.compile(r"(pair|transformers|depth)\.(\d{1,2})(?:\.(\d{1,3}))?|mid|innermost")
@@ -57,20 +59,44 @@ class Shape:
         names = {f.name for f in fields(cls)}
         if not isinstance(content, Mapping) or not {*content} <= names or not names - {"linear", "added"} <= {*content}:
             raise CompactError(f"{where} does not describe its U-Net ({', '.join(sorted(names))}). Make it again.")
-        lists = {"widths", "layers", "depths", "channels"}
         for key, value in content.items():
-            numbers = value if key in lists else [value]
-            if not isinstance(numbers, list) or not numbers or not all(_small(n) for n in numbers):
-                raise CompactError(f"{where} gives {key} as {str(value)[:60]!r}, no whole numbers. Make it again.")
-        own: dict[str, Any] = {key: tuple(value) if key in lists else value for key, value in content.items()}
-        shape = cls(**{**own, "linear": bool(own.get("linear", False))})
+            if key == "linear":
+                if not isinstance(value, bool):
+                    raise CompactError(f"{where} gives linear as {_shown(value)}, not true or false. Make it again.")
+                continue
+            numbers = value if key in _LISTED else [value]
+            low, high = _BOUNDS[key]
+            if not isinstance(numbers, list) or not 0 < len(numbers) <= MOST_STAGES:
+                raise CompactError(f"{where} gives {key} as {_shown(value)}, no list of stages. Make it again.")
+            if not all(type(n) is int and low <= n <= high for n in numbers):
+                raise CompactError(
+                    f"{where} gives {key} as {_shown(value)}, not whole numbers from {low} to {high}. Make it again."
+                )
+        own: dict[str, Any] = {key: tuple(value) if key in _LISTED else value for key, value in content.items()}
+        shape = cls(**own)
         if not len(shape.widths) == len(shape.layers) == len(shape.depths) or len(shape.channels) != 2:
             raise CompactError(f"{where} names different numbers of stages. Make it again.")
         return shape
 
 
-def _small(value: Any) -> bool:
-    return isinstance(value, int) and -1 <= value < 2**20
+MOST_STAGES = 8
+_LISTED = ("widths", "layers", "depths", "channels")
+# Far above the largest of the family; what is to be removed is spelled out name by name.
+_BOUNDS = {
+    "widths": (1, 2**16),
+    "layers": (1, 32),
+    "depths": (0, 64),
+    "mid_depth": (-1, 64),
+    "text_width": (1, 2**16),
+    "channels": (1, 2**10),
+    "added": (0, 2**16),
+}
+
+
+def _shown(value: Any) -> str:
+    """What a stranger's file says, fit for one line."""
+    text = printable(repr(value))
+    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape:
@@ -142,7 +168,13 @@ def named_list(name: str, shape: Shape) -> tuple[str, ...]:
         raise CompactError("This U-Net has one layer in each stage already: it is a compact one. Give the original.")
     if name == "shallow":
         outer = min(2, shape.stages - 1)
-        return tuple(f"pair.{s}.{shape.layers[s] - 1}" for s in range(outer) if shape.layers[s] > 1)
+        finest = tuple(f"pair.{s}.{shape.layers[s] - 1}" for s in range(outer) if shape.layers[s] > 1)
+        if not finest:
+            raise CompactError(
+                f"This U-Net has one layer in each of its {outer} finest stages already: it is a compact one. Give the "
+                "original."
+            )
+        return finest
     if name == "bk-base":
         return tuple(pairs)
     if shape.mid_depth < 0:
@@ -157,10 +189,20 @@ def named_list(name: str, shape: Shape) -> tuple[str, ...]:
     return (*(p for p in pairs if _parse(p)[1] != shape.stages - 1), "innermost")
 
 
+def already_compact(shape: Shape) -> str:
+    """A sentence about a U-Net that looks assembled already, else empty: originals have stages of one length and a
+    middle."""
+    if len(set(shape.layers)) > 1:
+        return f"This U-Net has {', '.join(map(str, shape.layers))} layers in its stages: it is a compact one already."
+    return "This U-Net has no middle: it is a compact one already." if shape.mid_depth < 0 else ""
+
+
 def _parse(name: str) -> tuple[str, int, int]:
     match = _NAME.fullmatch(name)
     if match is None or (match[1] in ("pair", "depth")) != (match[3] is not None):
-        raise CompactError(f"{name!r} names nothing that can be removed: pair.0.1, transformers.2, depth.1.4, mid, ...")
+        raise CompactError(
+            f"{_shown(name)} names nothing that can be removed: pair.0.1, transformers.2, depth.1.4, mid, ..."
+        )
     return match[1] or name, int(match[2] or 0), int(match[3] or 0)
 
 

@@ -65,7 +65,8 @@ def kind_of(name: str, options: Mapping[str, Any] | None = None, shown: str = ""
         return None, f"{shown} cannot go without a call: {why}"
     if any(word in name for word in NOISY):
         return True, ""
-    if any((options or {}).get(option, 0) > 0 for option in ("s_churn", "eta")):
+    given = [(options or {}).get(option) for option in ("s_churn", "eta")]
+    if any(isinstance(value, (int, float)) and value > 0 for value in given):
         return True, ""
     return (False if name in PLAIN else None), ""
 

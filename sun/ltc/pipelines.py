@@ -23,6 +23,7 @@ from ..common.finite import NonFiniteError, require_finite
 from ..common.notes import note
 from ..pipelines.layered import DENOISERS, default_of, original_call, put_on, take_off
 from ..pipelines.unet import CURRENT as SUN_RUN
+from ..switching.pipelines import last_run as switching_run
 from ..switching.pipelines import partner_of
 from . import presets
 from .calibration import run_calibration
@@ -261,10 +262,9 @@ def _run(
 
 def _switching_steps(pipe: Any, steps: int) -> set[int]:
     """The step in which another U-Net takes over: what the one before it said is none of its words to say again."""
-    partner = partner_of(pipe)
-    levels = len(set(map(float, pipe.scheduler.timesteps)))  # solvers of second order have more of them than steps
-    first = None if partner is None else partner.switching.switches_at(levels)
-    return set() if first is None else {first * steps // levels}
+    run = None if partner_of(pipe) is None else switching_run(pipe)
+    first = None if run is None else run.switches_in(steps)
+    return set() if first is None else {first}
 
 
 def _steering(pipe: Any, given: Mapping[str, Any]) -> str:
@@ -325,13 +325,30 @@ def _form(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
 
 _CHANGING = ("sample", "hidden_states", "timestep", "controlnet_cond")
 """Arguments of a denoiser that are others in every step, or as large as pictures and set once a run."""
+_RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
+"""What a ControlNet said in this step; whether it is asked the same is looked at where it is called."""
 
 
-def _asked(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What else than latents a denoiser is asked by name: texts, scales, pictures of adapters."""
-    plain = {k: v for k, v in kwargs.items() if k not in _CHANGING and isinstance(v, (torch.Tensor, float, int))}
-    lists = {k: tuple(v) for k, v in kwargs.items() if isinstance(v, list) and all(isinstance(n, float) for n in v)}
-    return plain | lists
+def _asked(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What else than latents and their timestep a denoiser is asked: texts, sizes, scales, pictures of adapters."""
+    found: dict[str, Any] = {}
+
+    def walk(name: str, value: Any) -> None:
+        if isinstance(value, (torch.Tensor, float, int)):
+            found[name] = value
+        elif isinstance(value, Mapping):
+            for key, part in value.items():
+                walk(f"{name}.{key}", part)
+        elif isinstance(value, (list, tuple)):
+            for i, part in enumerate(value):
+                walk(f"{name}.{i}", part)
+
+    for i, value in enumerate(args[2:]):
+        walk(str(i), value)
+    for name, value in kwargs.items():
+        if name not in (*_CHANGING, *_RESIDUALS) and "controlnet_" not in name:
+            walk(name, value)
+    return found
 
 
 def _asks_the_same(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
@@ -352,34 +369,39 @@ def _asks_the_same(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
 def _skipping(forward: Callable[..., Any], stepper: Stepper | OutputStepper) -> Callable[..., Any]:
     """``forward`` that in a skipped step gives the last outputs again; the scheduler does not look at them.
 
-    Pipelines may call it several times a step, as for the passes of guidance. A call of a form (sizes, kind of answer)
-    that no call of the last real step had is not the pipeline's own and runs. One of a known form that asks for
-    something else (another text, a ControlNet that begins to act) is the pipeline's, and makes the step a real one.
+    Pipelines may call it several times a step, as for the passes of guidance. A call that asks for something else than
+    those of the last real step did (another text, fewer rows because guidance ends, a ControlNet that begins to act)
+    makes the step a real one, and nothing that was seen before it is carried on.
     """
-    kept: list[tuple[Any, Mapping[str, Any], Any]] = []
-    kept_in = -1  # the step they are of
+    before: list[tuple[Any, Mapping[str, Any], Any]] = []  # the calls of the last real step
+    made: list[tuple[Any, Mapping[str, Any], Any]] = []  # those of the step under way
+    step = answered = -1  # the one under way, and the last one in which a call was answered with a kept output
 
     @functools.wraps(forward)
     def skipping(*args: Any, **kwargs: Any) -> Any:
-        nonlocal kept_in
+        nonlocal step, answered
         if _stepper.get() is not stepper:
             return forward(*args, **kwargs)
-        form, asked = _form(args, kwargs), _asked(kwargs)
-        if stepper.skips_next and kept:
-            known = [(before, output) for shape, before, output in kept if shape == form]
-            if not known:
+        form, asked = _form(args, kwargs), _asked(args, kwargs)
+        if step != stepper.done:
+            step, before[:] = stepper.done, made or before
+            made.clear()
+        alike = [(other, output) for shape, other, output in before if shape == form]
+        if isinstance(stepper, Stepper):
+            if stepper.skips_next and before:
+                return alike[0][1] if alike else forward(*args, **kwargs)
+        elif before:
+            same = [output for other, output in alike if _asks_the_same(asked, other)]
+            if stepper.skips_next and same:
+                answered = step
+                return same[0]
+            if answered == step:  # half of the step is answered already: it stays a skipped one
                 return forward(*args, **kwargs)
-            if isinstance(stepper, Stepper):
-                return known[0][1]
-            for before, output in known:
-                if _asks_the_same(asked, before):
-                    return output
-            stepper.must_run()
-        if kept_in != stepper.done:
-            kept_in = stepper.done
-            kept.clear()
+            if not same:
+                stepper.must_run()
         output = forward(*args, **kwargs)
-        kept.append((form, asked, output))
+        before[:] = [(shape, other, None) for shape, other, _ in before]  # not asked for again in a step that runs
+        made.append((form, asked, output))
         return output
 
     return skipping

@@ -59,7 +59,8 @@ class SkipRun:
         self._step, self._skips, self._state = -1, False, None  # type: tuple[int, bool, Hashable]
         self._last_real, self._turned, self._turns = -1, False, list[Tensor]()
         if not self.skipped and not self.why:
-            self.why = f"{len(self.levels)} steps are too few to skip one of"
+            few = f"{len(self.levels)} steps are" if len(self.levels) > 1 else "one step is"
+            self.why = f"{few} too few to skip one of"
 
     def __deepcopy__(self, _memo: object) -> SkipRun:
         """Itself: who copies a host's options in the middle of a run stays in that run."""

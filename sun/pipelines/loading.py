@@ -86,7 +86,7 @@ def load_unet(model: str | Path, dtype: torch.dtype | None = None) -> Any:
 def noise_schedule(folder: str | Path) -> dict[str, Any]:
     """The scheduler config of a diffusers folder; empty where there is none. Raises ModelError."""
     file = Path(folder) / "scheduler" / "scheduler_config.json"
-    return _json(file) if file.exists() else {}
+    return _json(file, infinite=True) if file.exists() else {}
 
 
 def model_path(model: str | Path) -> Path:
@@ -180,7 +180,7 @@ def _scheduler(folder: Path, name: str = "", **changes: Any) -> Any:
         raise ModelMissing(f"{folder} has no scheduler/scheduler_config.json, which says how its noise is spaced.")
     try:
         chosen: Any = kind if known else DDIMScheduler
-        return chosen.from_config({**_json(file), **changes})
+        return chosen.from_config({**_json(file, infinite=True), **changes})
     except _ERRORS as error:
         raise ModelError(f"the noise schedule in {file} could not be read: {_reason(error)}") from error
 
@@ -294,9 +294,36 @@ def _tensors(path: Path, *prefixes: str) -> dict[str, torch.Tensor]:
 def _unet_of(path: Path, names: set[str], header: dict[str, str], folder: Path, dtype: torch.dtype | None) -> Any:
     with safe_open(str(path), "pt") as content:
         shape = content.get_slice(_LDM_FIRST).get_shape() if _LDM_FIRST in names else []
+    _refuse_compact(path, names, folder)
     # An inpainting model is laid out as its base, but for the channels its first layer takes.
     own = {"in_channels": shape[1]} if len(shape) == 4 else {}
     return _converted(UNet2DConditionModel, path, _tensors(path, _LDM_UNET), folder, "unet", dtype, **own)
+
+
+def _refuse_compact(path: Path, names: set[str], folder: Path) -> None:
+    """Raise ModelError for a U-Net with fewer layers than ``folder`` describes: it is not damaged, but assembled."""
+    layers, n = [0], 1
+    while any(f"{_LDM_UNET}input_blocks.{n}.0.{part}.weight" in names for part in ("in_layers.2", "op")):
+        if f"{_LDM_UNET}input_blocks.{n}.0.op.weight" in names:
+            layers.append(0)
+        else:
+            layers[-1] += 1
+        n += 1
+    try:
+        settings = UNet2DConditionModel.load_config(folder, subfolder="unet", local_files_only=True)
+    except _ERRORS:
+        return  # which is said where the model is made of it
+    each, stages = settings.get("layers_per_block", 2), len(settings.get("down_block_types", ()))
+    wanted = [each] * stages if isinstance(each, int) else list(each)
+    there = zip(layers, wanted, strict=False)
+    fewer = len(wanted) - 1 <= len(layers) <= len(wanted) and all(0 < own <= most for own, most in there)
+    middle = any(name.startswith(f"{_LDM_UNET}middle_block.") for name in names)
+    if fewer and (layers != wanted or not middle):
+        raise ModelError(
+            f"{path} holds a compact U-Net: {', '.join(map(str, layers))} layers in its stages"
+            f"{'' if middle else ' and no middle'}, where {folder.name} has {', '.join(map(str, wanted))}. Give its "
+            "diffusers folder (`sun assemble --out`); single files of compact U-Nets are for ComfyUI and the web UIs."
+        )
 
 
 def _converted(
@@ -452,9 +479,9 @@ def _class_of(names: dict[str, Any], part: str) -> str:
     return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else ""
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _json(file: Path, infinite: bool = False) -> dict[str, Any]:
     try:
-        content = read_json(file)
+        content = read_json(file, infinite=infinite)
     except (OSError, ReadError) as error:
         raise ModelError(str(error)) from error
     if not isinstance(content, dict):

@@ -56,7 +56,7 @@ def load_exported(
 
     def config(part: str, name: str = "config.json") -> dict[str, Any]:
         try:
-            found = read_json(folder / part / name)
+            found = read_json(folder / part / name, infinite=part == "scheduler")
         except (ReadError, OSError) as error:
             raise ExportError(f"{error} Export the model again.") from error
         if not isinstance(found, dict):

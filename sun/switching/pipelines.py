@@ -7,7 +7,6 @@ own class, which hands the calls of some steps to the small one; whoever else ca
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from ..common.notes import note
+from ..common.reading import ReadError, read_json
 from ..pipelines.layered import put_on, take_off
 from ..pipelines.unet import GUIDANCE, NEGATIVE, RUN, UNET_ARGUMENTS, attachment_of, new_run
 from .pair import Traits, check_pair, layers_a_stage, residuals_for, what_to_say
@@ -60,15 +60,26 @@ class SwitchingRun:
     small_calls: int = 0
     large_calls: int = 0
     border: Border | None = None
+    levels: tuple[float, ...] = ()
+    """The timesteps of the run, falling, each once."""
     _sun: Any = None
 
     def is_small(self, time: float) -> bool:
         """Whether the small U-Net runs at this timestep. The first call begins the run: image to image leaves out the
         first of the scheduler's timesteps."""
         if self.border is None:
-            left = [t for t in map(float, self.scheduler.timesteps) if t <= time]
-            self.border = self.partner.switching.border(left or [time])
+            left = {t for t in map(float, self.scheduler.timesteps) if t <= time} or {time}
+            self.levels = tuple(sorted(left, reverse=True))
+            self.border = self.partner.switching.border(self.levels)
         return self.border.small(time)
+
+    def switches_in(self, steps: int) -> int | None:
+        """Of a run of ``steps`` steps, which has begun, the first one of the second U-Net; None where there is none.
+
+        Solvers of second order have more timesteps than steps.
+        """
+        first = self.partner.switching.switches_at(len(self.levels))
+        return None if first is None else first * steps // len(self.levels)
 
     def call(self, large: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the U-Net by the pipeline, answered by one of the two."""
@@ -170,9 +181,11 @@ def attach(pipe: Any, small_unet: Any, share: float = 0.4, order: str = SMALL_FI
 
 
 def detach(pipe: Any) -> None:
-    """Take switching off a pipeline; without it, do nothing."""
+    """Take switching off a pipeline; without it, do nothing. The counters of its last run stay, without the U-Nets."""
     take_off(pipe, WithSwitching)
     pipe.__dict__.pop("_switching", None)
+    if (run := _last.get(pipe)) is not None and run.scheduler is None:  # it has ended
+        run.partner, run.large = Partner(run.partner.switching, None), None
 
 
 def partner_of(pipe: Any) -> Partner | None:
@@ -249,10 +262,9 @@ def _schedule_beside(unet: Any) -> Mapping[str, Any] | None:
     """The scheduler's config in the folder a U-Net was loaded from, if there is one."""
     folder = Path(str(unet.config.get("_name_or_path") or ""))
     for place in (folder, folder.parent):  # the folder may be that of the U-Net itself
-        file = place / "scheduler" / "scheduler_config.json"
         try:
-            content = json.loads(file.read_bytes())
-        except (OSError, ValueError):
+            content = read_json(place / "scheduler" / "scheduler_config.json", infinite=True)
+        except (OSError, ReadError):
             continue
         return content if isinstance(content, dict) else None
     return None

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from .plan import SwitchingError
 
 PREFIX = "model.diffusion_model."
-_INPUT = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.(\d+)\.")
+_INPUT = re.compile(r"(input_blocks|output_blocks)\.(\d{1,4})\.(\d{1,4})\.")
+_MIDDLE = re.compile(r"middle_block\.(\d{1,4})\.")
 
 
 Block = tuple[str, int]
@@ -71,7 +72,7 @@ def slim(large: Any, weights: Mapping[str, Tensor], forget: tuple[str, ...] = ()
     downs = [f"input_blocks.{i}.0.op.weight" in weights for i in range(len(layout["input_blocks"]))]
     chosen_in = _of_input(large, downs)
     chosen_out = _of_output(large, layout["output_blocks"], chosen_in)
-    middle = sorted({int(name.split(".")[1]) for name in weights if name.startswith("middle_block.")})
+    middle = sorted({int(match[1]) for name in weights if (match := _MIDDLE.match(name))})
     made = _without_weights(large, forget)
     origins: dict[Block, Block] = {("middle", 0): ("middle", 0)}
     for kind, chosen in (("input_blocks", chosen_in), ("output_blocks", chosen_out)):

@@ -40,6 +40,15 @@ def test_wrong_input_is_a_sentence(sun: Run, model_folder: Path, tmp_path: Path)
     assert "cannot be met" in sun(*common, "--budget", 0.01, "--plan-only", tmp_path / "p.json", code=2).output
     assert "none.json" in sun(*common, "--plan", tmp_path / "none.json", "--out", tmp_path / "u", code=2).output
     assert ".safetensors" in sun(*common, "--single-file", tmp_path / "x.ckpt", code=2).output
+    planning = (*common, "--plan-only", tmp_path / "p.json")
+    for budget in (0, 1, -1, 2, "nan", "inf"):
+        assert "between 0 and 1" in sun(*planning, "--budget", budget, code=2).output
+    for size in (-8, 4, 100):
+        assert "multiple of 8 pixels" in sun(*planning, "--size", size, code=2).output
+    assert "guides nothing" in sun(*planning, "--guidance", "nan", code=2).output
+    assert "give one" in sun(*planning, "--plan", "shallow", "--trained", tmp_path, code=2).output
+    assert "Give a list (shallow," in sun(*planning, "--plan", "shalow", code=2).output
+    assert not (tmp_path / "p.json").exists()
     sun(*common, "--plan", "shallow", "--out", tmp_path / "shallow")
     other = sun(*common, "--plan", "bk-base", "--trained", tmp_path / "shallow", "--out", tmp_path / "o", code=2)
     assert "another plan or model" in other.output

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from ldm import make_vae, save_single_file
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -240,6 +241,16 @@ def test_folders_that_are_not_a_whole_model_are_refused_in_words(folder, kind):
             loader(str(folder))
         assert words in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_a_folder_with_a_scheduler_of_bounds_without_end_is_read(folder: Path) -> None:
+    """diffusers writes -Infinity where DPM-Solver++ has no bound."""
+    DPMSolverMultistepScheduler(steps_offset=1).save_pretrained(folder / "scheduler")
+    assert "-Infinity" in (folder / "scheduler" / "scheduler_config.json").read_text()
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "DPMSolverMultistepScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert isinstance(load_pipeline(str(folder)).scheduler, DPMSolverMultistepScheduler)
 
 
 def test_a_folder_that_predicts_v_draws_and_says_so(sun: Run, folder: Path, adapter_file: Path, tmp_path: Path) -> None:

@@ -41,16 +41,16 @@ SHAPES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], str]] = {
 }  # fmt: skip
 
 
-def make(name: str) -> tuple[Any, dict[str, torch.Tensor], torch.nn.Module]:
+def make(name: str, seed: int = 0, **changes: Any) -> tuple[Any, dict[str, torch.Tensor], torch.nn.Module]:
     """MODEL, LATENT and the last part of a network with random weights."""
     import comfy.model_patcher
     import comfy.supported_models
 
     kind, settings, shape, last = SHAPES[name]
-    config = getattr(comfy.supported_models, kind)(settings)
+    config = getattr(comfy.supported_models, kind)({**settings, **changes})
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, "").eval()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.diffusion_model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
@@ -80,3 +80,40 @@ def test_larger_models_skip_a_third_and_are_restored(host: SimpleNamespace, run:
     assert 0 < (fast - plain).norm() < 0.7 * plain.norm()
     assert torch.equal(sample(model), plain)
     assert len(calls) == STEPS * passes
+
+
+def test_sdxl_switches_with_a_unet_of_ssd_1b_s_kind(host: SimpleNamespace, run: SimpleNamespace, caplog: Any) -> None:
+    """Fewer transformers in every stage, none in one slot on the way up and in the middle; both take SDXL's vector."""
+    large, latent, _ = make("SDXL", transformer_depth=[0, 2], transformer_depth_output=[0, 0, 2, 2])
+    small, _, _ = make("SDXL", 1, transformer_depth=[0, 1], transformer_depth_output=[0, 0, 0, 1],
+                       transformer_depth_middle=-1)  # fmt: skip
+    text = torch.randn(1, 5, TEXT, generator=torch.manual_seed(1))
+
+    def texts(pooled: float) -> list[Any]:
+        return [[[sign * text, {"pooled_output": pooled * sign * text[:, 0]}]] for sign in (1, -1)]
+
+    def draw(model: Any, pooled: float = 1.0) -> torch.Tensor:
+        return run.ksampler(model, *texts(pooled), start=latent, steps=5, cfg=3.0, name="dpmpp_2m")
+
+    def switched(share: float) -> Any:
+        return host.nodes["SUN_SwitchUNets"].execute(large, small, share, "small first").result[0]
+
+    alone, plain = draw(small), draw(large)
+    assert torch.equal(draw(switched(1.0)), alone)
+    assert not torch.equal(draw(switched(1.0), 0.2), alone)  # sizes and pooled text reach it
+    with caplog.at_level("INFO"):
+        both = draw(switched(0.4))
+    assert "2 calls of the small model and 3 of the large one" in caplog.text
+    assert min(float((both - other).norm()) for other in (alone, plain)) > 0
+    skipping = host.nodes["SUN_ApplyLtcAccel"].execute(switched(0.4), "balanced").result[0]
+    with caplog.at_level("INFO"):
+        assert run.ksampler(skipping, *texts(1.0), start=latent, steps=STEPS, cfg=3.0).isfinite().all()
+    assert "LTC-Accel: 9 of 12 calls" in caplog.text  # the step in which the U-Nets change is not skipped
+    assert torch.equal(draw(large), plain)
+    with pytest.raises(ValueError, match="takes texts 128 wide, the large one 16"):
+        host.nodes["SUN_SwitchUNets"].execute(large, sd15(host), 0.5, "small first")
+
+
+def sd15(host: SimpleNamespace) -> Any:
+    """A model of Stable Diffusion 1.x."""
+    return host.nodes["SUN_LoadEmojiDiffusion"].execute().result[0]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from comfy_helpers import make_small, relative
+from test_comfy_composition import ImageAttention
 
 SCALE = 0.18215
 
@@ -275,7 +276,46 @@ def test_custom_guiders_and_masks(host, run, pair, switch) -> None:
     assert torch.equal(*found)
 
 
-def test_models_that_cannot_take_turns_are_refused(host, run, pair, switch, random_extras, caplog) -> None:
+class Halved:
+    """A combination of predictions that is an object with a state, which ComfyUI 0.3.75 copies with the options."""
+
+    def __call__(self, args: dict[str, Any]) -> torch.Tensor:
+        return args["input"] - 0.5 * (args["input"] - args["uncond_denoised"])
+
+
+def test_what_combines_predictions_behind_the_node_does_so_for_both(run, pair, switch, caplog) -> None:
+    """RescaleCFG and its like; what was on the large model before stays its own, however often options are copied."""
+
+    def halved(model: Any) -> Any:
+        patched = model.clone()
+        patched.set_model_sampler_cfg_function(Halved())
+        patched.set_model_sampler_post_cfg_function(Halved())
+        return patched
+
+    alone = run.ksampler(pair.small, cfg=3.0, steps=2)
+    assert torch.equal(run.ksampler(switch(1.0, large=halved(pair.large)).clone(), cfg=3.0, steps=2), alone)
+    behind = run.ksampler(halved(switch(1.0)), cfg=3.0, steps=2)
+    assert torch.equal(behind, run.ksampler(halved(pair.small), cfg=3.0, steps=2))
+    assert relative(behind, alone) > 1e-2
+    wrapped = switch(0.5)
+    wrapped.set_model_unet_function_wrapper(lambda apply, given: apply(given["input"], given["timestep"], **given["c"]))
+    run.ksampler(wrapped, steps=2)
+    assert "model_function_wrapper acts on the large model alone" in caplog.text
+
+
+def test_an_ip_adapter_acts_on_the_model_it_was_put_on(run, pair, switch, caplog) -> None:
+    """By block: the blocks of the small model have other numbers, and those of the large one are not asked there."""
+    large, small = (ImageAttention.put_on(model) for model in (pair.large, pair.small))
+    assert torch.equal(run.ksampler(switch(1.0, large=large)), run.ksampler(pair.small))
+    assert torch.equal(run.ksampler(switch(1.0, small=small)), run.ksampler(small))
+    assert relative(run.ksampler(small), run.ksampler(pair.small)) > 1e-4
+    assert relative(run.ksampler(switch(0.5, small=small)), run.ksampler(switch(0.5))) > 1e-5
+    assert "acts on the large" not in caplog.text
+    run.ksampler(ImageAttention.put_on(switch(0.5)))
+    assert "attn2_replace acts on the large model alone" in caplog.text
+
+
+def test_models_that_cannot_take_turns_are_refused(host, run, pair, switch, random_extras, caplog, monkeypatch) -> None:
     inpainting = host.nodes["SUN_LoadEmojiDiffusion"].execute("inpainting").result[0]
     with pytest.raises(ValueError, match="takes latents of 9 channels, the large one 4"):
         switch(small=inpainting)
@@ -287,12 +327,19 @@ def test_models_that_cannot_take_turns_are_refused(host, run, pair, switch, rand
     velocity.add_object_patch("model_sampling", VPrediction(pair.small.model.model_config))
     with pytest.raises(ValueError, match="small one predicts v, the large one the noise"):
         switch(small=velocity)
+    late = switch(0.5)  # and where a node behind this one changes the sampling
+    late.add_object_patch("model_sampling", VPrediction(pair.large.model.model_config))
+    with pytest.raises(ValueError, match="small one predicts the noise"):
+        run.ksampler(late)
     with pytest.raises(ValueError, match="Connect the plain model"):
         switch(large=switch())
+    told: list[str] = []
+    monkeypatch.setattr(host.part("nodes.notices"), "tell", lambda _node, text, **_values: told.append(text))
     run.ksampler(switch(small=pair.large))
     assert "are the same one, so nothing becomes faster" in caplog.text
     assert math.isfinite(float(run.ksampler(switch(large=pair.small, small=pair.large)).sum()))
     assert "exchange them" in caplog.text
+    assert told == ["switched_same", "switched_reversed"]
 
 
 def test_a_small_unet_built_of_the_hosts_own_layers_is_the_assembled_one(host, pair, emoji_folder) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import math
 import os
 import random
 import resource
@@ -123,6 +124,15 @@ def test_texts_in_no_known_encoding_are_refused_in_a_sentence(tmp_path: Path):
 def test_deep_and_infinite_json_is_refused(text: str):
     with pytest.raises(ReadError, match=r"^it "):
         parse_json(text, "it")
+
+
+def test_infinity_is_read_where_diffusers_writes_it():
+    assert parse_json('{"lambda_min_clipped": -Infinity, "sigma_max": Infinity}', "it", infinite=True) == {
+        "lambda_min_clipped": -math.inf, "sigma_max": math.inf,
+    }  # fmt: skip
+    for text in ("NaN", "1e999", "-1e999"):
+        with pytest.raises(ReadError, match="not a finite number"):
+            parse_json(text, "it", infinite=True)
 
 
 @pytest.mark.parametrize("text", ["a = " + "[" * 10**5, "a = nan", "a = -inf", "a = 1e999", "a = " + "9" * 5000,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Callable
 from itertools import chain, combinations
 from pathlib import Path
@@ -10,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import UNet2DConditionModel
 from family import KINDS, family_unet
 
 import sun
 from sun import compact
-from sun.compact import CompactError, Plan, assemble, candidates, read_plan, shape_of, write_plan
+from sun.common.notes import SunWarning
+from sun.compact import CompactError, Plan, State, assemble, candidates, read_plan, shape_of, write_plan
 from sun.compact.assembly import weights_by_plan
 from sun.compact.choice import choose, compatible_sets
 from sun.compact.measuring import importances, modules_of, noise_of, part_seconds, random_state
@@ -216,6 +220,30 @@ def test_a_plan_for_another_u_net_is_refused() -> None:
         compact.plan(small, 0.8)
     with pytest.raises(CompactError, match="a compact one"):
         compact.plan(small, named="shallow")
+    half = assemble(family_unet("sd1"), compact.plan(family_unet("sd1"), named="shallow"))
+    with pytest.raises(CompactError, match="2 finest stages already: it is a compact one"):
+        compact.plan(half, named="shallow")  # would remove nothing
+    with pytest.warns(SunWarning, match="has 1, 1, 2, 2 layers in its stages: it is a compact one already"):
+        assert compact.plan(half, named="bk-base").remove == ("pair.2.1", "pair.3.1")
+    with pytest.raises(CompactError, match="A str is no plan"):
+        assemble(family_unet("sd1"), "shallow")
+
+
+def test_states_of_another_model_and_weights_that_are_elsewhere_are_named() -> None:
+    unet = family_unet("sd1")
+    x, t, text = torch.randn(1, 4, 8, 8), torch.tensor(500), torch.randn(1, 5, unet.config.cross_attention_dim)
+    for state, words in (
+        (State(torch.randn(1, 9, 8, 8), t, text), "channels of latents 9 there, 4 here"),
+        (State(x, t, torch.randn(1, 5, 7)), "width of texts 7 there"),
+        (State(x, t, text, {"time_ids": x}), "size and pooled text"),
+        (State(x * math.nan, t, text), "NaN or infinity"),
+    ):
+        with pytest.raises(CompactError, match=words):
+            importances(unet, shape_of(unet.config), [state], [])
+    plan = compact.plan(unet, named="bk-base")
+    cpu_offload(unet, execution_device=torch.device("cpu"))  # what enable_sequential_cpu_offload does
+    with pytest.raises(CompactError, match="not in memory"):
+        assemble(unet, plan)
 
 
 def test_u_nets_of_other_families_are_refused() -> None:
@@ -263,6 +291,11 @@ GOOD = {"format": "sun-compact-plan-1", "remove": ["pair.0.1"]}
         ({"seconds": {"whole": 0}}, "no positive numbers"),
         ({"seconds": {"whole": 2.0}}, "no seconds"),
         ({"importance": ["x"]}, "no positive numbers"),
+        ({"budget": 2}, "no share between 0 and 1"),
+        ({"budget": True}, "no share between 0 and 1"),
+        ({"chosen": ["shallow"]}, "chosen is a text"),
+        ({"measured": 3}, "measured a table"),
+        ({"remove": ["\x1b[2J" + "x" * 10**5]}, r"'\\x1b"),
     ],
 )
 def test_a_damaged_plan_is_refused_in_a_sentence(change: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -274,15 +307,47 @@ def test_a_damaged_plan_is_refused_in_a_sentence(change: dict[str, Any], words: 
     assert "plan.json" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"layers": [10**9, 2, 2, 2]}, "layers as .* whole numbers from 1 to 32"),
+        ({"layers": [0, 2, 2, 2]}, "layers as .* whole numbers from 1 to 32"),
+        ({"depths": [1, 1, 1, 10**6]}, "depths as .* from 0 to 64"),
+        ({"widths": [-8, 16, 24, 24]}, "widths as"),
+        ({"widths": [1] * 10**5, "layers": [1] * 10**5, "depths": [0] * 10**5}, "no list of stages"),
+        ({"text_width": True}, "text_width as True, not whole"),
+        ({"mid_depth": 1.0}, "mid_depth as 1.0, not whole"),
+        ({"linear": "yes"}, "linear as 'yes', not true or false"),
+        ({"channels": [4]}, "different numbers of stages"),
+        ({"channels": "4"}, "no list of stages"),
+        ({"more": 1}, "does not describe its U-Net"),
+    ],
+)
+def test_a_shape_that_no_u_net_has_is_refused_at_once(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """Before names of what it could lose are counted out, of which there would be billions."""
+    shape = shape_of(family_unet("sd1").config).as_json()
+    (tmp_path / "plan.json").write_text(json.dumps({**GOOD, "unet": {**shape, **change}}))
+    with pytest.raises(CompactError, match=words) as caught:
+        read_plan(tmp_path / "plan.json")
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
 def test_files_that_are_no_plans_at_all(tmp_path: Path) -> None:
     for text in ("", "[]", "{", '{"format": NaN}', "[" * 100_000):
         (tmp_path / "plan.json").write_text(text)
         with pytest.raises(CompactError, match=r"plan\.json"):
             read_plan(tmp_path / "plan.json")
-    with pytest.raises(FileNotFoundError):
-        read_plan(tmp_path / "none.json")
+    with pytest.raises(FileNotFoundError, match=r"shalow does not exist. Give a list \(shallow, bk-base"):
+        read_plan("shalow")
     with pytest.raises(CompactError, match="folder"):
         read_plan(tmp_path)
+    (tmp_path / "plan.json").write_bytes('{"format": "ü"}'.encode("latin-1"))
+    with pytest.raises(CompactError, match="not text in UTF-8"):
+        read_plan(tmp_path / "plan.json")
+    os.mkfifo(tmp_path / "pipe")
+    for endless in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(CompactError, match="not a regular file"):
+            read_plan(endless)
 
 
 def test_lists_say_what_they_cannot_do() -> None:

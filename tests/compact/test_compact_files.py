@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from sun.compact import CompactError, Plan, assemble, plan, save_folder, save_single_file, shape_of
 from sun.compact.ldm import UNET, a1111_config, unet_tensors, vae_tensors, why_no_config
+from sun.pipelines.loading import ModelError, load_pipeline
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.append(str(REPOSITORY / "tests" / "cli"))  # the LDM names written independently, for the command line's tests
@@ -91,6 +92,8 @@ def test_a_checkpoint_holds_every_part(make_pipeline: Callable[..., Any], tmp_pa
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert all(torch.equal(other[key], value) for key, value in whole.items() if not key.startswith(UNET))
     assert yaml.safe_load((tmp_path / "model-small.yaml").read_text())["model"]["params"]["unet_config"]
+    with pytest.raises(ModelError, match=r"holds a compact U-Net: 1, 1, 2, 2 layers .* where model has 2, 2, 2, 2"):
+        load_pipeline(tmp_path / "model-small.safetensors", config=str(tmp_path / "model"))
     half = tmp_path / "half.safetensors"
     save_single_file(small, half, tmp_path / "model", torch.float16)
     assert {t.dtype for t in load_file(half).values()} == {torch.float16}

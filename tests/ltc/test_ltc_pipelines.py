@@ -104,6 +104,45 @@ def test_another_text_in_the_middle_is_a_real_step(pipe: Any, count_calls: Calla
     assert len_of(calls) == 8 + 9  # step 5 was to be skipped
 
 
+def test_what_was_seen_before_a_change_is_not_carried_on(pipe: Any, count_calls: Callable[..., Any]) -> None:
+    """Where a text changes in a step that runs, and where guidance ends, which diffusers' docs do in a callback."""
+
+    def at(step: int, changed: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+        def callback(_pipe: Any, i: int, _t: Any, values: dict[str, Any]) -> dict[str, Any]:
+            return changed(values) if i == step else values
+
+        return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+
+    def without_guidance(values: dict[str, Any]) -> dict[str, Any]:
+        pipe._guidance_scale = 0.0
+        return {"prompt_embeds": values["prompt_embeds"].chunk(2)[-1]}
+
+    sun.ltc.attach(pipe, guard=0)
+    calls = count_calls(pipe.unet.conv_out)
+    draw(pipe, **at(5, lambda values: {"prompt_embeds": values["prompt_embeds"] * 2}))
+    assert len_of(calls) == 9  # of 3, 5, 7 and 9; 6 runs anyway, and of the new text nothing else is known in 7
+    for step in (4, 5):  # before a step that was to be skipped, and before one that was not
+        draw(pipe, **at(step, without_guidance))
+        assert calls.rows[-6:] == [2] + [1] * 5
+        assert sun.ltc.last_run(pipe) == sun.ltc.Counts(9, 12)
+    assert len_of(calls) == 9 + 9 + 9
+
+
+def test_a_change_of_what_is_nested_in_arguments_is_seen(count_calls: Callable[..., Any]) -> None:
+    """SDXL's pooled text and sizes come in a dictionary, pictures of adapters in a list in one."""
+    pipe, options = sdxl()
+    pipe.set_progress_bar_config(disable=True)
+    asked = {**options, "num_inference_steps": 12, "output_type": "latent"}
+
+    def change(_pipe: Any, i: int, _t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        return {"add_text_embeds": values["add_text_embeds"] * 2} if i == 4 else values
+
+    sun.ltc.attach(pipe, guard=0)
+    calls = count_calls(pipe.unet.conv_out)
+    pipe(**asked, callback_on_step_end=change, callback_on_step_end_tensor_inputs=["add_text_embeds"])
+    assert len_of(calls) == 9
+
+
 def test_guidance_in_two_calls_a_step_skips_both() -> None:
     """As pipelines of video models ask: for the prompt, then for the negative one, each as it asked before."""
     stepper: Any = SimpleNamespace(skips_next=False, done=0, must_run=lambda: setattr(stepper, "skips_next", False))
@@ -126,6 +165,10 @@ def test_guidance_in_two_calls_a_step_skips_both() -> None:
         skipping(x, text=texts[2])  # another prompt makes it a real step, for all of its calls
         skipping(x, text=texts[1])
         assert ran[4:] == [2, 1]
+        stepper.done, stepper.skips_next = stepper.done + 1, True
+        assert skipping(x, text=texts[1]) is texts[1]  # answered without a call: the step stays a skipped one
+        assert skipping(x, text=texts[0]) is texts[0]
+        assert (ran[6:], stepper.skips_next) == ([0], True)
     finally:
         _stepper.reset(before)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import math
+import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -250,6 +254,18 @@ def test_ltc_accel_never_repeats_the_other_unet(pipe: Any, small: Any) -> None:
         sun.ltc.detach(pipe), sun.switching.detach(pipe)
 
 
+def test_ltc_accel_beside_switching_on_a_start_picture(make_pipeline: Any, small: Any) -> None:
+    """Of 10 steps 8 run; of these 3 and 5 may be skipped, and 5 is the first of the large U-Net."""
+    pipe = make_pipeline(StableDiffusionImg2ImgPipeline)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    sun.switching.attach(pipe, small, 0.6)
+    sun.ltc.attach(pipe, guard=0)
+    draw(pipe, 10, image=Image.new("RGB", (64, 64), "red"), strength=0.8)
+    run = sun.switching.last_run(pipe)
+    assert (run.small_calls, run.large_calls) == (5, 3)  # as asked for; step 3 was answered without a call
+    assert sun.ltc.last_run(pipe) == sun.ltc.Counts(7, 8)
+
+
 def test_inherited_features_are_each_unet_s_own(pipe: Any) -> None:
     small = make_small()
     sun.inheritance.attach(pipe, "stages=1")
@@ -273,6 +289,22 @@ def test_an_interrupted_run_leaves_nothing_patched(pipe: Any, small: Any) -> Non
     with pytest.raises(KeyboardInterrupt):
         draw(pipe, callback_on_step_end=stop)
     assert type(pipe.unet) is own
+    assert sun.switching.last_run(pipe).small_calls == 2
+
+
+def test_detaching_lets_the_small_unet_go(pipe: Any) -> None:
+    small = make_small()
+    gone = weakref.ref(small)
+    sun.switching.attach(pipe, small, 0.4)
+    sun.switching.attach(pipe, small, 0.5)  # again: the later one takes its place
+    copied = copy.deepcopy(pipe)
+    drawn = draw(pipe, 4)
+    assert torch.equal(draw(copied, 4), drawn)
+    assert copied._switching.small is not small
+    del small
+    sun.switching.detach(pipe)
+    gc.collect()
+    assert gone() is None
     assert sun.switching.last_run(pipe).small_calls == 2
 
 
@@ -328,6 +360,13 @@ def test_unets_that_cannot_take_turns_are_refused(pipe: Any, make_pipeline: Any,
     alone = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet")
     with pytest.raises(SwitchingError, match="predicts v"):
         sun.switching.attach(pipe, alone)
+    described = tmp_path / "scheduler" / "scheduler_config.json"
+    for anything in (b"[" * 10**5, b"\xff", None):  # what it says of itself is a stranger's
+        described.unlink()
+        os.mkfifo(described) if anything is None else described.write_bytes(anything)
+        sun.switching.attach(pipe, alone)
+    sun.switching.detach(pipe)
+    sun.switching.detach(pipe)
     with pytest.raises(TypeError, match="pipeline with a UNet2DConditionModel"):
         sun.switching.attach(pipe.unet, alone)
     assert type(pipe).__mro__[0].__dict__.get("_sun_layer") is None

@@ -113,6 +113,19 @@ def test_where_nothing_was_skipped_the_page_says_why(family: Any) -> None:
     assert "4 of 4 calls, 0 % saved (4 steps are too few to skip one of)" in result.comments
 
 
+def test_an_interrupted_picture_does_not_say_what_the_one_before_it_saved(family: Any, host: Any, calm: None) -> None:
+    """Of a batch of runs that share one processing object; and the run after it is whole again."""
+    result = family.run({"ltc": True}, **{**PICTURE, "steps": 20})
+    kept = result.p.extra_generation_params
+    assert kept["LTC-Accel calls"] == "13 of 20 calls, 35 % saved"
+    ltc, sampler = host.part("ltc"), result.p.sampler
+    settings = host.part("choices").AcceleratorSettings(ltc=True).ltc_settings()
+    with pytest.raises(RuntimeError, match="stop"), ltc.sampling(result.p, settings, "automatic"):
+        raise RuntimeError("stop")
+    assert "LTC-Accel calls" not in kept
+    assert not hasattr(sampler.func, "__wrapped__")
+
+
 def test_infotext_of_a_preset_pasted_back_gives_the_same_picture(family: Any, host: Any, calm: None) -> None:
     chosen = {"ltc": True, "preset": "fast", "warm_up": 0.3, "tail": 3}
     first = family.run(chosen, **{**PICTURE, "steps": 20})

@@ -7,12 +7,15 @@ Forge Classic has no schedules apart from its samplers and no CFG scale of its o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_webui_sampling import TRAINED, by_hand, latent
+from test_webui_switching import small_weights
 from webui_host import (
     ADAPTER,
     WIDTH,
@@ -90,6 +93,19 @@ def test_accelerators_and_the_bare_sampler(family: Any) -> None:
         bare = family.run(None, sampler_name="SUN", steps=6, cfg_scale=1.0, prompt="a cat", seed=3)
     assert fast.errors == bare.errors == []
     assert log.timesteps[4:] == [999, 832, 666, 499, 332, 166]
+
+
+def test_another_unet_makes_its_share(family: Any, tmp_path: Path) -> None:
+    listed = family.host.modules("sd_models").checkpoints_list
+    save_file(small_weights(family.unet), tmp_path / "small.safetensors")
+    listed["small"] = SimpleNamespace(title="small", filename=str(tmp_path / "small.safetensors"))
+    fields = {"prompt": "a cat", "seed": 3, "steps": 5, "sampler_name": "Euler"}
+    with UnetLog(family.unet) as log:
+        family.run(None, **fields)
+        mixed = family.run({"switch": "small"}, **fields)
+    listed.pop("small")
+    assert mixed.errors == []
+    assert log.timesteps[5:] == log.timesteps[2:5]
 
 
 def test_off_leaves_nothing(family: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from webui_host import ADAPTER, STAGES, UnetLog, make_unet, pasted, relative
+from webui_host import ADAPTER, STAGES, WIDTH, UnetLog, make_sdxl, make_unet, pasted, relative
 
 TITLE = "small.safetensors [abcdef0123]"
 PICTURE = {"prompt": "a cat", "negative_prompt": "a dog", "seed": 3, "steps": 5, "sampler_name": "DPM++ 2M"}
@@ -104,6 +104,34 @@ def test_share_0_and_1_are_each_unet_alone(family: Any, alone: Any, host: Simple
     expected = host.process(None, **{**PICTURE, "sampler_name": name}).images
     assert torch.equal(only, expected)
     assert len({float(image.sum()) for image in (plain, only, mixed, first)}) == 4
+
+
+def test_sdxl_with_a_unet_of_ssd_1b_s_kind(family: Any, host: SimpleNamespace, tmp_path: Path) -> None:
+    """Fewer transformers everywhere and none in the middle; it is told SDXL's vector as the large one is."""
+    large, ssd = make_sdxl(host), make_sdxl(host, (0, 1, 2), 0, seed=1)
+    texts, listed = host.stub("models").any_text(WIDTH), host.modules("sd_models").checkpoints_list
+    save_file({f"model.diffusion_model.{n}": w for n, w in ssd.state_dict().items()}, tmp_path / "ssd.safetensors")
+    listed["ssd"] = SimpleNamespace(title="ssd", filename=str(tmp_path / "ssd.safetensors"))
+    pair = SimpleNamespace(unet=large, run=host.process)
+    try:
+        host.load_model(family.name, ssd, texts)
+        expected = host.process(None, **PICTURE).images
+        host.load_model(family.name, large, texts)
+        plain, every, _ = draw(pair)
+        alone, _, result = draw(pair, {"switch": "ssd", "share": 1.0})
+        assert torch.equal(alone, expected)
+        assert "nothing becomes faster" not in result.comments
+        mixed, later, _ = draw(pair, {"switch": "ssd"})
+        assert later == every[2:]
+        assert min(relative(mixed, other) for other in (plain, expected)) > 1e-3
+        draw(pair, {"switch": "ssd", "share": 0.5, "inherit": "stages=1", "ltc": True}, steps=12)
+        save_file(large.state_dict(), tmp_path / "ssd.safetensors")
+        assert "nothing becomes faster" in draw(pair, {"switch": "ssd"})[2].comments  # the loaded one itself
+        host.load_model(family.name, ssd, texts)
+        with pytest.raises(ValueError, match="not the loaded model's with layers"):  # the wrong way round
+            host.process({"switch": "ssd"}, **PICTURE)
+    finally:
+        listed.pop("ssd")
 
 
 def test_infotext_comes_back_and_other_pictures_switch_it_off(family: Any, host: SimpleNamespace, small: Any) -> None:
@@ -213,6 +241,8 @@ def test_files_that_do_not_fit_get_a_sentence(family: Any, small: Any, host: Sim
             {name: weight for name, weight in small.items() if name != layer},
             "not the loaded model's with layers",
         ),
+        "flat": (small | {key: torch.zeros(9)}, "holds no U-Net"),
+        "middle": (small | {"model.diffusion_model.middle_block.x.y": torch.zeros(1)}, "not the loaded model's with"),
         "lora": ({"lora_unet_x.lora_up.weight": torch.zeros(1)}, "holds no U-Net"),
         "velocity": (small | {"v_pred": torch.zeros(1)}, "predicts v, the large one the noise"),
     }

@@ -144,6 +144,13 @@ def make_unet(host: SimpleNamespace, channels: int = 4) -> Any:
     return host.stub("ldm_unet").UNet(STAGES, WIDTH, heads=2, groups=4, channels=channels).eval().requires_grad_(False)
 
 
+def make_sdxl(host: SimpleNamespace, depths: tuple[int, ...] = (0, 2, 3), middle: int = 3, seed: int = 0) -> Any:
+    """A U-Net of SDXL's structure: three stages, deep transformers, a vector besides the texts."""
+    torch.manual_seed(seed)
+    unet = host.stub("ldm_unet").UNet(STAGES[:3], WIDTH, heads=2, groups=4, depths=depths, middle=middle, vector=8)
+    return unet.eval().requires_grad_(False)
+
+
 def make_adapter(unet: Any, path: Path, positive: bool = True, guided: bool = False) -> Any:
     from sun import SunAdapter, layers_of_ldm
     from sun.files import SunInfo

@@ -80,16 +80,17 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    def __init__(self, width: int, context: int, heads: int, groups: int) -> None:
+    def __init__(self, width: int, context: int, heads: int, groups: int, depth: int = 1) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, width, eps=1e-6)
         self.proj_in, self.proj_out = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, context, heads)])
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, context, heads) for _ in range(depth)])
 
     def forward(self, x: torch.Tensor, context: torch.Tensor, options: dict[str, Any] | None) -> torch.Tensor:
         h = self.proj_in(self.norm(x))
         tokens = h.flatten(2).transpose(1, 2)
-        tokens = self.transformer_blocks[0](tokens, context, options)
+        for i, block in enumerate(self.transformer_blocks):
+            tokens = block(tokens, context, None if options is None else {**options, "block_index": i})
         return x + self.proj_out(tokens.transpose(1, 2).unflatten(2, h.shape[2:]))
 
 
@@ -130,39 +131,48 @@ class Upsample(nn.Module):
 
 class UNet(nn.Module):
     """stages: widths, finest first; all but the last have cross-attention. blocks: residual blocks of each stage, two
-    by default, as LDM's `num_res_blocks` takes a number or a list; on the way up a stage has one more."""
+    by default, as LDM's `num_res_blocks` takes a number or a list; on the way up a stage has one more. depths: blocks
+    of each stage's transformers, 0 for none, and middle of that of the middle, as SDXL has them. vector: width of
+    SDXL's sizes and pooled text."""
 
     def __init__(
         self, stages: tuple[int, ...], context: int, heads: int, groups: int = 32, channels: int = 4,
-        blocks: tuple[int, ...] | None = None,
+        blocks: tuple[int, ...] | None = None, depths: tuple[int, ...] | None = None, middle: int = 1, vector: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         blocks = blocks or (2,) * len(stages)
+        depths = depths or (1,) * (len(stages) - 1) + (0,)
         base, embedding, last = stages[0], 4 * stages[0], len(stages) - 1
 
         def res(inputs: int, outputs: int) -> ResBlock:
             return ResBlock(inputs, outputs, embedding, groups)
 
-        def att(width: int) -> SpatialTransformer:
-            return SpatialTransformer(width, context, heads, groups)
+        def att(width: int, depth: int) -> list[nn.Module]:
+            return [SpatialTransformer(width, context, heads, groups, depth)] if depth else []
 
         self.base = base
+        self.vector = vector
+        if vector:
+            self.label_emb = nn.Sequential(
+                nn.Sequential(nn.Linear(vector, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+            )
         self.time_embed = nn.Sequential(nn.Linear(base, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(channels, base, 3, padding=1)])])
         widths, width = [base], base
         for number, stage in enumerate(stages):
             for _ in range(blocks[number]):
-                self.input_blocks.append(nn.ModuleList([res(width, stage)] + ([att(stage)] if number < last else [])))
+                self.input_blocks.append(nn.ModuleList([res(width, stage), *att(stage, depths[number])]))
                 width = stage
                 widths.append(width)
             if number < last:
                 self.input_blocks.append(nn.ModuleList([Downsample(width)]))
                 widths.append(width)
-        self.middle_block = nn.ModuleList([res(width, width), att(width), res(width, width)])
+        inner = [*att(width, middle), res(width, width)] if middle else []  # SSD-1B has one layer there
+        self.middle_block = nn.ModuleList([res(width, width), *inner])
         self.output_blocks = nn.ModuleList()
         for number, stage in reversed(list(enumerate(stages))):
             for i in range(blocks[number] + 1):
-                parts: list[nn.Module] = [res(width + widths.pop(), stage)] + ([att(stage)] if number < last else [])
+                parts = [res(width + widths.pop(), stage), *att(stage, depths[number])]
                 width = stage
                 if i == blocks[number] and number:
                     parts.append(Upsample(width))
@@ -171,12 +181,14 @@ class UNet(nn.Module):
 
     def forward(
         self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, control: Any = None,
-        transformer_options: dict[str, Any] | None = None, **_: Any,
+        transformer_options: dict[str, Any] | None = None, y: torch.Tensor | None = None, **_: Any,
     ) -> torch.Tensor:  # fmt: skip
         half = self.base // 2
         frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
         angles = timesteps.float()[:, None] * frequencies[None]
         embedding = self.time_embed(torch.cat([angles.cos(), angles.sin()], -1).to(x.dtype))
+        if self.vector:
+            embedding = embedding + self.label_emb(y)
 
         def run(parts: Any, h: torch.Tensor, block: tuple[str, int]) -> torch.Tensor:
             options = None if transformer_options is None else {**transformer_options, "block": block}

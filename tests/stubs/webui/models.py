@@ -51,6 +51,11 @@ class Model:
         return x - s * call(x / (s**2 + 1).sqrt(), t)
 
 
+def vector_of(unet: Any, text: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What SDXL is told besides, here made of the text."""
+    return {"y": text[:, 0, : unet.vector]} if unet.vector else {}
+
+
 class A1111Model(Model):
     """`sd_model.model.diffusion_model`; an inpainting U-Net (9 channels) gets image_cond beside x."""
 
@@ -64,7 +69,7 @@ class A1111Model(Model):
         def call(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             if unet.input_blocks[0][0].in_channels == 9:
                 x = torch.cat([x, image_cond.expand(-1, 5, *x.shape[2:])], 1)
-            return unet(x, t, context=text)
+            return unet(x, t, context=text, **vector_of(unet, text))
 
         return self.denoised(x, sigma, call)
 
@@ -103,6 +108,6 @@ class ForgeModel(Model):
         unet = self.forge_objects.unet.model.diffusion_model
 
         def call(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return unet(x, t, context=text, control=control, transformer_options=options)
+            return unet(x, t, context=text, control=control, transformer_options=options, **vector_of(unet, text))
 
         return self.denoised(x, sigma, call)
