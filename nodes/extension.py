@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import facts_route, folders
 from .nodes import (
+    ApplyExperts,
     ApplyFeatureInheritance,
     ApplyLtcAccel,
     ApplySun,
@@ -34,6 +35,7 @@ class SunExtension(ComfyExtension):
             ApplyLtcAccel,
             ApplyFeatureInheritance,
             SwitchUNets,
+            ApplyExperts,
         ]
 
 

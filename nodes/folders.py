@@ -8,6 +8,7 @@ from pathlib import Path
 
 import folder_paths
 
+from ..sun.compact.expertfile import IN_FOLDER, SUFFIX
 from ..sun.shipped import EMOJI_SUN
 
 FOLDER = "sun"
@@ -27,7 +28,17 @@ def register() -> None:
 
 def names() -> list[str]:
     """Every adapter one can choose, the shipped one first."""
-    return [SHIPPED, *folder_paths.get_filename_list(FOLDER)]
+    return [SHIPPED, *(name for name in folder_paths.get_filename_list(FOLDER) if not is_experts(name))]
+
+
+def experts() -> list[str]:
+    """Every file of experts one can choose."""
+    return [name for name in folder_paths.get_filename_list(FOLDER) if is_experts(name)]
+
+
+def is_experts(name: str) -> bool:
+    """Whether a file is one of experts, by its name."""
+    return Path(name).name.endswith((SUFFIX, IN_FOLDER))
 
 
 def find(name: str) -> Path:

@@ -21,6 +21,7 @@ NAMES = {  # by attachment
     "sun_ltc": "LTC-Accel",
     "sun_inheritance": "Feature inheritance",
     "sun_switching": "Switching",
+    "sun_experts": "Experts",
 }
 
 

@@ -22,6 +22,7 @@ from ..sun.switching import ORDERS, SMALL_FIRST, Switching
 from . import (
     controlnet_prompt,
     emoji_model,
+    experts_patch,
     folders,
     inheritance_patch,
     loading,
@@ -635,6 +636,42 @@ class SwitchUNets(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, small_model: Any, share: float, order: str) -> io.NodeOutput:
         return io.NodeOutput(switching_patch.apply(model, small_model, Switching(share, order)))
+
+
+class ApplyExperts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SUN_ApplyExperts",
+            **known(io.Schema, search_aliases=["A-SDM", "ME-CondConv", "mixture of experts", "compact", "专家"]),
+            display_name="Apply Experts to Compact U-Net",
+            category=CATEGORY,
+            is_experimental=True,
+            description=(
+                "Experimental. Lets a compact U-Net mix several kernels in some of its convolutions, for each picture "
+                "and step anew. Experts are trained with a compact U-Net and fit no other."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The compact model that these experts were trained with."),
+                io.Combo.Input(
+                    "experts",
+                    options=folders.experts(),
+                    tooltip=(
+                        "NAME.experts.safetensors or experts.safetensors in models/sun, as sun train-compact and sun "
+                        "assemble write them."
+                    ),
+                ),
+            ],
+            outputs=[io.Model.Output("mixing_model", display_name="model", tooltip="For any sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, experts: str) -> io.NodeOutput:
+        return io.NodeOutput(experts_patch.apply(model, folders.find(experts)))
+
+    @classmethod
+    def fingerprint_inputs(cls, experts: str, **_: Any) -> str:
+        return folders.fingerprint(folders.find(experts))
 
 
 # ----------------------------------------------------------------------------------------------------- Emoji Diffusion

@@ -130,7 +130,7 @@ def read(path: str | os.PathLike[str]) -> AdapterTensors:
         return _parsed(_read_pickle(path), {}, path)
     header = header_of(path)
     _parsed(header.tensors, header.metadata, path, header_only=True)
-    return _parsed(_values(path, header), header.metadata, path)
+    return _parsed(values_of(path, header), header.metadata, path)
 
 
 def peek(path: str | os.PathLike[str]) -> AdapterTensors:
@@ -298,8 +298,8 @@ def _kind(path: Path) -> Literal["safetensors", "pickle"]:
     return "safetensors"
 
 
-def _values(path: Path, header: Header) -> dict[str, torch.Tensor]:
-    """The tensors of a file whose header was found right."""
+def values_of(path: Path, header: Header) -> dict[str, torch.Tensor]:
+    """The tensors of a file whose header was found right. Raises SunFileError for a damaged file."""
     try:
         with safe_open(str(path), framework="pt") as tensors:
             # clone: what safetensors returns is mapped from the file, which may be replaced later

@@ -12,7 +12,7 @@ from modules import scripts, shared
 
 from ..sun.files import SunFileError
 from ..sun.prediction import check_prediction
-from . import choices, controls, folders, infotext, negative, sampler, store, switching, xyz
+from . import choices, controls, experts, folders, infotext, negative, sampler, store, switching, xyz
 from .accelerators import AcceleratorRun
 from .choices import CONTROLS, SunSettings, overridden, read_arguments
 from .controls import TITLE
@@ -76,6 +76,10 @@ class SunScript(scripts.Script):
         if run := run_of(p):
             with kept_error(run):
                 take_adapter(p, run)
+        if file := experts.file_of(p):
+            p.extra_generation_params[experts.WRITTEN] = file.name
+        else:
+            experts.forget()
 
     def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
         if run := run_of(p):
@@ -87,7 +91,7 @@ class SunScript(scripts.Script):
         if run and getattr(p, "is_hr_pass", False):
             with kept_error(run):
                 run.schedules = negative.encode(p, run.settings, hires=True)
-        if run or accelerators or counter:
+        if run or accelerators or counter or experts.file_of(p):
             guard_sampling(p, run, accelerators, counter)
 
     def postprocess_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
@@ -229,8 +233,10 @@ def around(
     p: Any, run: WebuiRun | None, accelerators: AcceleratorRun | None, counter: Counter | None, steps: int
 ) -> list[AbstractContextManager[None]]:
     """What is to be around one sampling of `steps` steps; any order of entering will do."""
+    beside = experts.file_of(p)
     return [
         *([counting(p, counter)] if counter is not None else []),
+        *([experts.sampling(p, beside)] if beside else []),
         *([sun_sampling(p, run)] if run is not None else []),
         *(accelerators.sampling(p, steps) if accelerators is not None else []),
     ]

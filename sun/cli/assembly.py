@@ -87,6 +87,8 @@ def assemble(
 
         small = small.to(getattr(torch, dtype.value))
     _write(small, folder, single_file, model)
+    if trained is not None:
+        _write_experts(trained, folder, single_file)
 
 
 def _check_numbers(size: int, guidance: float) -> None:
@@ -161,3 +163,17 @@ def _write(small: Any, folder: Path | None, single_file: Path | None, model: str
         for sentence in save_single_file(small, single_file, model_path(model)):
             out.print(sentence, soft_wrap=True)
         out.print(f"single file: {single_file}", soft_wrap=True)
+
+
+def _write_experts(trained: Path, folder: Path | None, single_file: Path | None) -> None:
+    """Beside what was written, the experts that were trained with the U-Net, if there are any."""
+    from ..compact.expertfile import IN_FOLDER, SUFFIX, experts_beside, read_experts, write_experts
+
+    inside = trained.parent if trained.name == "unet" else trained
+    found = experts_beside(inside)
+    if found is None:
+        return
+    experts = read_experts(found)
+    for target in (folder and folder / IN_FOLDER, single_file and single_file.with_suffix(SUFFIX)):
+        if target:
+            out.print(f"its experts: {write_experts(experts, target)}", soft_wrap=True)

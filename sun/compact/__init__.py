@@ -17,7 +17,10 @@ from .structure import LISTS, CompactError, Shape, candidates, shape_of
 
 if TYPE_CHECKING:
     from .assembly import assemble
+    from .attaching import attach_experts, collapse, detach_experts, experts_for, experts_of
     from .carrying import carry_over, control_residuals
+    from .expertfile import read_experts, write_experts
+    from .experts import Experts
     from .measuring import State
     from .pipelines import record_states, save_folder, save_single_file
     from .planfile import Plan, read_plan, write_plan
@@ -25,6 +28,14 @@ if TYPE_CHECKING:
 
 _HOME_OF = {
     "assemble": "assembly",
+    "attach_experts": "attaching",
+    "collapse": "attaching",
+    "detach_experts": "attaching",
+    "experts_for": "attaching",
+    "experts_of": "attaching",
+    "read_experts": "expertfile",
+    "write_experts": "expertfile",
+    "Experts": "experts",
     "carry_over": "carrying",
     "control_residuals": "carrying",
     "State": "measuring",
@@ -40,19 +51,27 @@ _HOME_OF = {
 __all__ = [
     "LISTS",
     "CompactError",
+    "Experts",
     "Plan",
     "Shape",
     "State",
     "assemble",
+    "attach_experts",
     "candidates",
     "carry_over",
+    "collapse",
     "control_residuals",
+    "detach_experts",
+    "experts_for",
+    "experts_of",
     "plan",
+    "read_experts",
     "read_plan",
     "record_states",
     "save_folder",
     "save_single_file",
     "shape_of",
+    "write_experts",
     "write_plan",
 ]
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..adapter import SunAdapter
 from ..common.settings import ConfigError
-from ..compact import LISTS, assemble, read_plan
+from ..compact import LISTS, assemble, attach_experts, read_experts, read_plan
 from ..compact import plan as make_plan
+from ..compact.expertfile import experts_beside
 from ..ltc import LtcSettings
 from ..pipelines import NEGATIVE, RUN, new_run
 from ..pipelines.attach import attach, detach
@@ -256,6 +257,8 @@ def _compact_unet(assets: Assets, call: MethodCall) -> Any:
         source = assets.unets[call.variant]
         if Path(source).is_dir():
             small = load_unet(source)
+            if experts := experts_beside(source):
+                attach_experts(small, read_experts(experts))
         else:
             chosen = make_plan(assets.unet, named=source) if source in LISTS else read_plan(source)
             small = assemble(assets.unet, chosen)

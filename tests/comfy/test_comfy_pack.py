@@ -26,6 +26,7 @@ TITLES = {
     "SUN_ApplyLtcAccel": "Apply LTC-Accel",
     "SUN_ApplyFeatureInheritance": "Apply Feature Inheritance",
     "SUN_SwitchUNets": "Switch U-Nets by Step",
+    "SUN_ApplyExperts": "Apply Experts to Compact U-Net",
 }
 
 

@@ -12,10 +12,10 @@ from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sun.common.settings import ConfigError, apply
-from sun.compact import Plan, assemble, plan, read_plan, shape_of
+from sun.compact import Plan, assemble, attach_experts, experts_for, plan, read_experts, read_plan, shape_of
 from sun.training import run as run_module
 from sun.training.compact import distillation
-from sun.training.compact.distillation import train_compact
+from sun.training.compact.distillation import temperature_at, train_compact
 from sun.training.compact.settings import CompactTrainConfig, check_compact
 from sun.training.compact.stages import CompactStudent, Watcher, feature_loss, only
 
@@ -144,6 +144,46 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(
     assert all(torch.equal(whole[name], tensor) for name, tensor in parts.items())
 
 
+def test_experts_train_with_it(
+    tiny_model: Path, captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage by stage, then all; the files make what was trained, and the U-Net's own has the mean of the routings."""
+    drawn, given = [], batch()
+
+    def draw(_config: Any, run: Any, _pipe: Any, small: Any) -> None:
+        with run.averaged(), torch.no_grad():
+            drawn.append(small(*given).sample)
+
+    monkeypatch.setattr(distillation, "sample_grid", draw)
+    folder = train_compact(settings(tiny_model, tmp_path / "run", captions, experts=3, router_width=8))
+    experts, small = read_experts(folder / "experts.safetensors"), load(folder / "unet").float()
+    assert experts.temperature == pytest.approx(1)
+    start = experts_for(
+        load(tiny_model / "unet"), assemble(load(tiny_model / "unet"), plan_of(folder)), plan_of(folder), 3, 8
+    )
+    new, old = experts.state_dict(), start.state_dict()
+    assert new.keys() == old.keys()
+    assert all(not torch.equal(new[name].float(), old[name]) for name in new if not name.endswith("centre"))
+    assert all(abs(float(layer.centre.sum()) - 1) < 1e-3 for _, layer in experts.by_name())
+    with torch.no_grad():
+        plain = small(*given).sample
+        attach_experts(small, experts)
+        mixed = small(*given).sample
+    assert torch.allclose(mixed, drawn[0], atol=5e-3)  # written in half precision
+    assert float((mixed - plain).abs().max()) > 1e-6
+    assert "experts" in (folder / "README.md").read_text()
+
+
+def plan_of(folder: Path) -> Plan:
+    return read_plan(folder / "plan.json")
+
+
+def test_the_temperature_falls_to_one() -> None:
+    config = apply(CompactTrainConfig(), {"temperature": 10.0, "temperature_share": 0.2})
+    assert [temperature_at(config, f) for f in (0.0, 0.1, 0.2, 1.0)] == [10.0, 5.5, 1.0, 1.0]
+    assert temperature_at(apply(config, {"temperature_share": 0.0}), 0.0) == 1.0
+
+
 def test_the_semantic_term_compares_pictures(tiny_model: Path, captions: Path, tmp_path: Path) -> None:
     from transformers import CLIPConfig, CLIPModel
 
@@ -174,6 +214,8 @@ def test_the_semantic_term_compares_pictures(tiny_model: Path, captions: Path, t
         ({"teacher_steps": 0}, "at least 1"),
         ({"guidance_scale": 0.0}, "above 0"),
         ({"resolution": 100}, "multiple of 8"),
+        ({"experts": 1}, "experts is 0, or from 2"),
+        ({"temperature": 0.5}, "temperature from 1 on"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(values: dict[str, Any], words: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from torch import Tensor, nn
 from ...common.atomic import write_text
 from ...common.settings import ConfigError, without_folders
 from ...compact.assembly import assemble
+from ...compact.attaching import experts_for, settle, watching
+from ...compact.expertfile import IN_FOLDER, write_experts
+from ...compact.experts import Experts
 from ...compact.pipelines import save_folder
 from ...compact.planfile import Plan, read_plan, write_plan
 from ...compact.planning import plan as make_plan
@@ -39,7 +44,11 @@ def train_compact(config: CompactTrainConfig) -> Path:
     small = assemble(pipe.unet, plan).float().requires_grad_(True).train()
     if config.gradient_checkpointing:
         small.enable_gradient_checkpointing()
-    run = start_run(config, {"student": CompactStudent(pipe.unet, small, plan)}, unused=config.incubation > 0)
+    experts = experts_for(pipe.unet, small, plan, config.experts, config.router_width) if config.experts else None
+    if experts is not None:
+        experts.temperature = config.temperature
+    student = CompactStudent(pipe.unet, small, plan, experts)
+    run = start_run(config, {"student": student}, unused=config.incubation > 0)
     if run.sharded and config.incubation:
         raise ConfigError("incubation trains one stage at a time, which FSDP's shards are not: set it 0, or use DDP.")
     pipe.vae.to(run.accelerator.device)
@@ -51,17 +60,23 @@ def train_compact(config: CompactTrainConfig) -> Path:
     loss = CompactLoss(config, run, pipe)
     inputs = make_inputs(config, run, pipe)
     for step in run.steps():
+        if experts is not None:
+            experts.temperature = temperature_at(config, run.fraction)
         stage = stage_of(config, run, loss.student.stages)
         with only(run.modules["student"], None if stage is None else loss.student.of_stage(stage)):
             with run.accelerator.autocast():
                 losses = loss(inputs(step), stage)
             run.update(losses.pop("total"), **losses)
         if run.time_to_sample():
-            save_student(config, run, plan, small)
-            sample_grid(config, run, pipe, small)
-    save_student(config, run, plan, small)
-    sample_grid(config, run, pipe, small)
+            show_and_save(config, run, pipe, plan, student)
+    show_and_save(config, run, pipe, plan, student)
     return run.folder
+
+
+def temperature_at(config: CompactTrainConfig, fraction: float) -> float:
+    """What the experts' logits are divided by when so much of the run is over: down to 1 in a straight line."""
+    left = 1 - fraction / config.temperature_share if config.temperature_share else 0.0
+    return 1 + (config.temperature - 1) * max(0.0, left)
 
 
 def plan_of(config: CompactTrainConfig, unet: Any) -> Plan:
@@ -181,16 +196,37 @@ def make_inputs(config: CompactTrainConfig, run: TrainingRun, pipe: Any) -> Nois
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def save_student(config: CompactTrainConfig, run: TrainingRun, plan: Plan, small: Any) -> None:
-    """Write the averaged U-Net in fp16, the plan and a card."""
+def show_and_save(config: CompactTrainConfig, run: TrainingRun, pipe: Any, plan: Plan, student: CompactStudent) -> None:
+    """The pictures of the moment, then the files. What the experts are asked for in the pictures is their routing
+    without a router, which the U-Net's own file has.
+    """
+    with nullcontext() if student.experts is None else watching(student.experts):
+        sample_grid(config, run, pipe, student.small)
+        save_student(config, run, plan, student)
+
+
+def save_student(config: CompactTrainConfig, run: TrainingRun, plan: Plan, student: CompactStudent) -> None:
+    """Write the averaged U-Net in fp16, its experts, the plan and a card."""
     state = run.averaged_state("student")
     if not run.accelerator.is_main_process:
         return
-    tensors = {name.removeprefix("small."): weight.half() for name, weight in state.items()}
+    tensors = _part(state, "small.")
+    experts = copy.deepcopy(student.experts)
+    if experts is not None:
+        experts.cpu().load_state_dict(_part(state, "experts."))
+        if experts.seen:
+            settle(tensors, experts)
+    tensors = {name: weight.half() for name, weight in tensors.items()}
     with run.writing("unet"):
         write_plan(plan, run.folder / "plan.json")
-        save_unet(small, tensors, run.folder / "unet")
-        write_card(config, run, plan, sum(weight.numel() for weight in tensors.values()))
+        save_unet(student.small, tensors, run.folder / "unet")
+        if experts is not None:
+            write_experts(experts, run.folder / IN_FOLDER)
+        write_card(config, run, plan, sum(weight.numel() for weight in tensors.values()), experts)
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def save_unet(unet: Any, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -201,7 +237,9 @@ def save_unet(unet: Any, tensors: dict[str, Tensor], folder: Path) -> None:
     save_folder(made, folder)
 
 
-def write_card(config: CompactTrainConfig, run: TrainingRun, plan: Plan, parameters: int) -> None:
+def write_card(
+    config: CompactTrainConfig, run: TrainingRun, plan: Plan, parameters: int, experts: Experts | None = None
+) -> None:
     """``training.json`` with every setting, and ``README.md`` with what a reader needs first."""
     settings = without_folders(config)
     base = "Emoji Diffusion" if config.model == "emoji" else settings["model"]
@@ -217,6 +255,7 @@ def write_card(config: CompactTrainConfig, run: TrainingRun, plan: Plan, paramet
         "steps": f"{run.progress.step} of batch {run.accelerator.num_processes} x {config.run.batch_size}",
         "minutes": f"{run.progress.seconds / 60:.0f}",
         "incubation": f"{config.incubation:g} of them",
+        **({} if experts is None else {"experts": _experts_in_words(experts)}),
         "U-Net calls of training (forward 1, backward 2)": f"{run.progress.unet_calls:,}",
         "seed": config.run.seed,
         "losses at the end": losses,
@@ -227,6 +266,15 @@ def write_card(config: CompactTrainConfig, run: TrainingRun, plan: Plan, paramet
         f"# Compact U-Net of {base}\n\n| | |\n|---|---|\n{table}\n\nAn ordinary U-Net of the family: "
         '`UNet2DConditionModel.from_pretrained("this folder", subfolder="unet")`. '
         "All settings are in `training.json`, what was removed in `plan.json`.\n",
+    )
+
+
+def _experts_in_words(experts: Experts) -> str:
+    count = sum(parameter.numel() for parameter in experts.parameters())
+    convolutions = [layer for _, layer in experts.by_name()]
+    return (
+        f"{len(convolutions[0].kernels)} kernels in each of {len(convolutions)} convolutions, {count / 1e6:.2f} M "
+        f"parameters, in `{IN_FOLDER}`; without that file the U-Net has their mean routing"
     )
 
 

@@ -11,6 +11,7 @@ from ...shipped import SHIPPED
 from ..config import RunConfig, check_numbers
 
 INPUTS = ("noised", "trajectories")
+MOST_EXPERTS = 16
 
 
 @dataclass
@@ -59,6 +60,12 @@ class CompactTrainConfig:
     semantic_model: str = ""  # folder of a CLIP, as transformers saves it
     semantic_until: float = 0.3  # only at timesteps below this share: earlier predictions show nothing yet
     semantic_rows: int = 4  # rows of a batch that are decoded for it
+    # ME-CondConv: kernels that a router mixes in each convolution beside a removed layer; 0 leaves them out. Routings
+    # are the softmax of logits / temperature, which falls to 1: the plain softmax at once lets one expert take it all.
+    experts: int = 0
+    router_width: int = 64
+    temperature: float = 10.0
+    temperature_share: float = 0.2  # of the run, in which it falls
     gradient_checkpointing: bool = False
 
 
@@ -75,7 +82,7 @@ def check_compact(config: CompactTrainConfig) -> None:
         raise ConfigError("noise_weight needs the noise that was added, which trajectories have not: set it to 0.")
     if config.resolution < 0 or config.resolution % 8:
         raise ConfigError(f"resolution is a multiple of 8 pixels, or 0 for the model's own, not {config.resolution}.")
-    for name in ("empty_captions", "semantic_until", "incubation"):
+    for name in ("empty_captions", "semantic_until", "incubation", "temperature_share"):
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"{name} is a share, from 0 to 1, not {getattr(config, name):g}.")
     weights = ("noise_weight", "output_weight", "feature_weight", "stage_weight", "final_weight", "semantic_weight")
@@ -91,6 +98,10 @@ def check_compact(config: CompactTrainConfig) -> None:
     for name in ("teacher_steps", "bank_size", "target_reuse", "semantic_rows"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} is a number of at least 1, not {getattr(config, name)}.")
+    if config.experts and not 2 <= config.experts <= MOST_EXPERTS:
+        raise ConfigError(f"experts is 0, or from 2 to {MOST_EXPERTS} kernels, not {config.experts}.")
+    if config.router_width < 1 or not 1 <= config.temperature <= 1e6:
+        raise ConfigError("router_width is at least 1, temperature from 1 on, to which it falls.")
     if config.guidance_scale <= 0 or config.max_negative_phrases < 0:
         raise ConfigError("guidance_scale is above 0, max_negative_phrases 0 or more.")
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ...compact.assembly import assemble
+from ...compact.attaching import attach_experts
+from ...compact.experts import Alike, Experts
 from ...compact.planfile import Plan
 from ...compact.structure import slimmed_stages
 from ..calls import UNetCalls
@@ -49,13 +51,14 @@ class Watcher:
 class CompactStudent(nn.Module):
     """The compact U-Net as the one trainable module of a run.
 
-    unet: the frozen original. small: assembled from it by ``plan``. ``stages``: those slimmed, each of which can be
-    called inside the original.
+    unet: the frozen original. small: assembled from it by ``plan``. experts: of ``small``, trained with it.
+    ``stages``: those slimmed, each of which can be called inside the original.
     """
 
-    def __init__(self, unet: Any, small: Any, plan: Plan) -> None:
+    def __init__(self, unet: Any, small: Any, plan: Plan, experts: Experts | None = None) -> None:
         super().__init__()
-        self.small = small
+        self.small, self.experts = small, experts
+        self._mixing = (None if experts is None else attach_experts(small, experts),)
         self.stages = slimmed_stages(plan.kept)
         self._watcher = Watcher(small)
         # in a tuple: not registered, so that nothing of the original is trained or saved
@@ -64,6 +67,8 @@ class CompactStudent(nn.Module):
     def forward(self, x: Tensor, t: Tensor, text: Tensor, stage: int | None = None) -> tuple[Tensor, Features]:
         """Predicted noise [B, 4, h, w] and the stages' outputs, of the compact U-Net or a stage in the original."""
         unet = self.small if stage is None else self._hybrids[0][stage]
+        if stage is not None and self._mixing[0] is not None:
+            self._mixing[0].alike = Alike()  # every row is a picture of its own
         self._watcher.take()
         noise = unet(x, t, text).sample.float()
         return noise, self._watcher.take()
@@ -76,7 +81,8 @@ class CompactStudent(nn.Module):
     def of_stage(self, stage: int) -> list[nn.Parameter]:
         """The parameters that train when ``stage`` is incubated."""
         modules = stage_modules(self.small, 0)
-        return [*modules[f"down.{stage}"].parameters(), *modules[f"up.{stage}"].parameters()]
+        experts = [] if self.experts is None else self.experts.of_stage(stage)
+        return [*modules[f"down.{stage}"].parameters(), *modules[f"up.{stage}"].parameters(), *experts]
 
 
 def hybrid(unet: Any, small: Any, plan: Plan, stage: int) -> Any:
