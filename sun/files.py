@@ -17,14 +17,15 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 
 from .common.atomic import write_atomically
+from .common.errors import SunFileError as SunFileError
 from .common.reading import ReadError, open_regular, parse_json, printable
+from .common.weights import DTYPES, clip, header_of, kind_of, name_of, short, values_of
 from .layers import guess_layers
 
 Layout = Literal["sun", "official"]
@@ -51,17 +52,12 @@ GUIDANCE_PARTS = {
     "alpha_pos_w": "alpha_pos_w",
     "beta_pos_w": "beta_pos_w",
 }
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_PICKLE = 2**30
 """Bytes of a pickled adapter. It cannot be looked at without loading it, and the largest adapters have 160 MB."""
 SAFE_PICKLES = (2, 10)
 """The first torch whose ``weights_only`` holds: before it a pickle could write anywhere (CVE-2026-24747)."""
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.", "sun_adapter.", "adapter.")
 FOREIGN_TEXT_WIDTHS = {1024: "Stable Diffusion 2.x", 1280: "SDXL's second text encoder", 2048: "SDXL"}
-
-
-class SunFileError(ValueError):
-    """A file or adapter that cannot be used; the message says which, why and what to do."""
 
 
 @dataclass
@@ -112,13 +108,6 @@ class AdapterTensors:
         return self.layers[0]["to_k_neg.weight"].shape[1]
 
 
-class Header(NamedTuple):
-    """What a safetensors file says of itself: its tensors without their values (on torch's meta device)."""
-
-    tensors: dict[str, torch.Tensor]
-    metadata: dict[str, str]
-
-
 def read(path: str | os.PathLike[str]) -> AdapterTensors:
     """Read and check an adapter file of either layout; safetensors, or a pickle holding nothing but tensors.
 
@@ -126,7 +115,7 @@ def read(path: str | os.PathLike[str]) -> AdapterTensors:
     loaded. Raises SunFileError for anything that is not a complete, finite SUN adapter.
     """
     path = Path(path)
-    if _kind(path) == "pickle":
+    if kind_of(path) == "pickle":
         return _parsed(_read_pickle(path), {}, path)
     header = header_of(path)
     _parsed(header.tensors, header.metadata, path, header_only=True)
@@ -139,30 +128,10 @@ def peek(path: str | os.PathLike[str]) -> AdapterTensors:
     A pickle has no header and is read. Raises SunFileError.
     """
     path = Path(path)
-    if _kind(path) == "pickle":
+    if kind_of(path) == "pickle":
         return _parsed(_read_pickle(path), {}, path)
     header = header_of(path)
     return _parsed(header.tensors, header.metadata, path, header_only=True)
-
-
-def header_of(path: str | os.PathLike[str]) -> Header:
-    """The header of any safetensors file. Raises SunFileError for other files and damaged ones."""
-    path = Path(path)
-    if _kind(path) == "pickle":
-        raise SunFileError(
-            f"{_name(path)} is a pickle, not a safetensors file. Pickles can run code; convert it first."
-        )
-    try:
-        # "np": nothing is made of the file but its header; "pt" would reserve memory for all of it
-        with safe_open(str(path), framework="np") as content:
-            slices = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118 (not a dict)
-            tensors = {
-                key: torch.empty(part.get_shape(), dtype=_STORED.get(part.get_dtype(), torch.uint8), device="meta")
-                for key, part in slices.items()
-            }
-            return Header(tensors, content.metadata() or {})
-    except Exception as error:  # a damaged header makes it raise anything
-        raise _damaged(path, error) from error
 
 
 def parse(
@@ -252,75 +221,15 @@ def text_width_name(width: int) -> str:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-_STORED = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-
-
 def _parsed(
     tensors: Mapping[str, Any], metadata: Mapping[str, str], path: Path, header_only: bool = False
 ) -> AdapterTensors:
-    content = parse(tensors, metadata, _name(path), header_only=header_only)
+    content = parse(tensors, metadata, name_of(path), header_only=header_only)
     return replace(content, info=replace(content.info, path=path))
 
 
-def _kind(path: Path) -> Literal["safetensors", "pickle"]:
-    """What a regular file is by its first bytes. Raises SunFileError for what is neither."""
-    name = _name(path)
-    try:
-        with open_regular(path) as file:
-            head = file.read(64)
-    except ReadError as error:
-        raise SunFileError(str(error)) from error
-    except FileNotFoundError:
-        raise SunFileError(f"{name} does not exist. Check the path.") from None
-    except OSError as error:
-        raise SunFileError(f"{name} cannot be read: {error.strerror or error}.") from error
-    if not head:
-        raise SunFileError(f"{name} is empty. Get it again.")
-    if head.startswith(b"version https://git-lfs"):
-        raise SunFileError(f"{name} is a Git LFS pointer, not the file itself. Run `git lfs pull`.")
-    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")) and head[8:9] != b"{":
-        return "pickle"
-    if head[8:9] != b"{" or int.from_bytes(head[:8], "little") > 100_000_000:
-        raise SunFileError(f"{name} is not a safetensors file. Choose a SUN adapter (.safetensors).")
-    return "safetensors"
-
-
-def values_of(path: Path, header: Header) -> dict[str, torch.Tensor]:
-    """The tensors of a file whose header was found right. Raises SunFileError for a damaged file."""
-    try:
-        with safe_open(str(path), framework="pt") as tensors:
-            # clone: what safetensors returns is mapped from the file, which may be replaced later
-            return {key: tensors.get_tensor(key).clone() for key in header.tensors}
-    except Exception as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> SunFileError:
-    size = path.stat().st_size if path.is_file() else 0
-    with open_regular(path) as file:
-        header = int.from_bytes(file.read(8), "little")
-    truncated = size < 8 + header or "incomplete" in str(error).lower()
-    state, reason = ("truncated", "") if truncated else ("damaged", f": {_short(str(error))}")
-    return SunFileError(
-        f"{_name(path)} is a {state} safetensors file ({size:,} bytes{reason}). Download or copy it again."
-    )
-
-
 def _read_pickle(path: Path) -> Mapping[str, Any]:
-    name = _name(path)
+    name = name_of(path)
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     if version < SAFE_PICKLES:
         raise SunFileError(
@@ -445,7 +354,7 @@ def _check_tensors(
             shape = (width, text) if part.endswith(".weight") else (2, width) if part in GUIDANCE_PARTS else (width,)
             if tuple(value.shape) != shape or value.numel() == 0:
                 raise SunFileError(
-                    f"{where}: {key} has shape {_clip(str(list(value.shape)))} where {list(shape)} belongs. "
+                    f"{where}: {key} has shape {clip(str(list(value.shape)))} where {list(shape)} belongs. "
                     "The file mixes models or is damaged; choose another."
                 )
             if value.dtype not in DTYPES:
@@ -464,7 +373,7 @@ def _check_declared(metadata: Mapping[str, str], layers: Sequence[Mapping[str, t
     for key, found in {"text_width": str(text_width), "layers": str(len(layers)), "branches": branches}.items():
         if metadata.get(key, found) != found:
             raise SunFileError(
-                f"{where} should have {key} = {_short(metadata[key])} by its own header, but has {found}. "
+                f"{where} should have {key} = {short(metadata[key])} by its own header, but has {found}. "
                 "The file is incomplete or was edited; get it again."
             )
     if text_width in FOREIGN_TEXT_WIDTHS and "text_width" not in metadata:
@@ -482,7 +391,7 @@ _OWN_KEYS = ("format", "base_model", "w", "stage_length", "branches", "layers", 
 def _info_from_metadata(metadata: Mapping[str, str], where: str) -> SunInfo:
     stated = metadata.get("format", FORMAT)
     if stated.startswith("sun-adapter-") and stated != FORMAT:
-        raise SunFileError(f"{where} has format {_short(stated)}; this version reads {FORMAT}. Update SUN.")
+        raise SunFileError(f"{where} has format {short(stated)}; this version reads {FORMAT}. Update SUN.")
     notes = {key: value for key, value in metadata.items() if key not in _OWN_KEYS}
     if stated != FORMAT:
         notes["format"] = stated  # other tools' mark, "pt"
@@ -496,7 +405,7 @@ def _info_from_metadata(metadata: Mapping[str, str], where: str) -> SunInfo:
             value = math.nan
         if not least <= value <= most:
             raise SunFileError(
-                f"{where}: header entry {key} = {_short(metadata[key])} is not a number from {least:g} to {most:g}."
+                f"{where}: header entry {key} = {short(metadata[key])} is not a number from {least:g} to {most:g}."
             )
         return value
 
@@ -508,9 +417,9 @@ def _info_from_metadata(metadata: Mapping[str, str], where: str) -> SunInfo:
         raise SunFileError(f"{where}: header entry 'training' is not a JSON object. Get the file again.")
     guidance_range(training, where)
     if metadata.get("normalized", "true") not in ("true", "false"):
-        raise SunFileError(f"{where}: header entry normalized = {_short(metadata['normalized'])} is not true or false.")
+        raise SunFileError(f"{where}: header entry normalized = {short(metadata['normalized'])} is not true or false.")
     return SunInfo(
-        base_model=_clip(printable(metadata.get("base_model", "")), 200),
+        base_model=clip(printable(metadata.get("base_model", "")), 200),
         guidance_scale=number("w", 0, 1000),
         stage_length=number("stage_length", 0.001, 1),  # a step is at least one of the 1000 timesteps
         normalized=metadata.get("normalized") != "false",
@@ -530,7 +439,7 @@ def guidance_range(training: Mapping[str, Any], where: str = "The adapter") -> t
         if plain and 0 < low <= high <= 1000:
             return float(low), float(high)
     raise SunFileError(
-        f"{where}: guidance_range = {_clip(printable(repr(stated)))} in header entry 'training' is not two numbers "
+        f"{where}: guidance_range = {clip(printable(repr(stated)))} in header entry 'training' is not two numbers "
         "above 0. Get the file again."
     )
 
@@ -566,20 +475,8 @@ def _finite(value: Any) -> Any:
 
 
 def _some(keys: Sequence[str], limit: int = 3) -> str:
-    return ", ".join(_short(key) for key in keys[:limit]) + (", ..." if len(keys) > limit else "")
+    return ", ".join(short(key) for key in keys[:limit]) + (", ..." if len(keys) > limit else "")
 
 
 def _keys(keys: Sequence[str]) -> str:
     return f"{len(keys)} key" + ("s" if len(keys) > 1 else "")
-
-
-def _clip(text: str, limit: int = 80) -> str:
-    return text if len(text) <= limit else text[:limit] + "..."
-
-
-def _short(text: str, limit: int = 80) -> str:
-    return repr(_clip(text, limit))
-
-
-def _name(path: Path) -> str:
-    return printable(str(path))

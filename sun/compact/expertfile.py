@@ -12,8 +12,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..common.atomic import write_atomically
+from ..common.errors import SunFileError
 from ..common.reading import ReadError, parse_json, printable
-from ..files import DTYPES, SunFileError, header_of, values_of
+from ..common.weights import DTYPES, header_of, values_of
 from .experts import ExpertConv, Experts
 from .structure import CompactError, Shape
 
@@ -22,6 +23,7 @@ SUFFIX = ".experts.safetensors"
 """``compact.safetensors`` has its experts in ``compact.experts.safetensors``."""
 IN_FOLDER = "experts.safetensors"
 """Name in the folder of a training, whose folder ``unet`` holds the compact U-Net."""
+WHAT = "a file of experts"
 _NAME = re.compile(r"((?:down|up)_blocks\.\d{1,2}\.resnets\.\d{1,2}\.conv[12])\.(.+)")
 _PARTS = ("kernels", "biases", "centre", "squeeze.weight", "squeeze.bias", "choose.weight", "choose.bias")
 
@@ -52,7 +54,7 @@ def read_experts(path: str | os.PathLike[str]) -> Experts:
     """The experts in a file, in its number format. Raises CompactError for what is no complete, finite file of them."""
     where = printable(str(path))
     try:
-        header = header_of(path)
+        header = header_of(path, WHAT)
         layers, shape, temperature = _layout(header.tensors, header.metadata, where)
         tensors = values_of(Path(path), header)
     except (SunFileError, ReadError) as error:

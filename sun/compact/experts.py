@@ -160,9 +160,8 @@ class Alike:
 
 def alike_of(x: Tensor) -> Alike:
     """Which rows of a call's inputs x [N, C, h, w] are one picture's: those with the same latents."""
-    if not torch.compiler.is_compiling():
-        if passes := passes_of(x):
-            return Alike(passes)
+    if not torch.compiler.is_compiling() and (passes := passes_of(x)):
+        return Alike(passes)
     flat = x.flatten(1)
     return Alike(same=(flat[:, None] == flat[None]).all(2).float())
 

@@ -91,7 +91,7 @@ def test_nothing_of_the_pack_failed_to_load(server: Server) -> None:
     assert {name for name in info if name.startswith("SUN_")} == {
         "SUN_LoadAdapter", "SUN_Apply", "SUN_Sampler", "SUN_Scheduler", "SUN_Guider", "SUN_AdapterInfo",
         "SUN_LoadEmojiDiffusion", "SUN_LoadEmojiControlNet", "SUN_ApplyLtcAccel", "SUN_ApplyFeatureInheritance",
-        "SUN_SwitchUNets", "SUN_ControlNetReadsBoth",
+        "SUN_SwitchUNets", "SUN_ControlNetReadsBoth", "SUN_ApplyExperts",
     }  # fmt: skip
     assert "IMPORT FAILED" not in "\n".join(
         line for line in server.log.read_text().splitlines() if "custom_nodes/SUN" in line

@@ -307,7 +307,7 @@ def test_a_foreign_checkpoint_is_known_by_its_header(tmp_path: Path, monkeypatch
 
 def test_the_facts_of_many_adapters_load_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     paths = [adapter(tmp_path / f"{i}.safetensors") for i in range(5)]
-    monkeypatch.setattr(files, "_values", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr(files, "values_of", lambda *_: pytest.fail("the weights were read"))
     assert len([adapter_facts(path) for path in paths]) == 5
 
 
