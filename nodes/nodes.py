@@ -69,6 +69,16 @@ def effect_inputs() -> list[io.Input]:
     ]
 
 
+def steps_input() -> io.Input:
+    return io.Int.Input(
+        "steps",
+        default=4,
+        min=1,
+        max=50,
+        tooltip="U-Net calls. SUN is trained for 4; 1 to 12 work, more than 8 seldom help.",
+    )
+
+
 def denoise_mode_input(optional: bool) -> io.Input:
     return io.Combo.Input(
         "denoise_mode",
@@ -281,13 +291,7 @@ class SunSampler(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="The noise to start from. The same seed gives the same picture.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=4,
-                    min=1,
-                    max=50,
-                    tooltip="U-Net calls. SUN is trained for 4; 1 to 12 work, more than 8 seldom help.",
-                ),
+                steps_input(),
                 io.Float.Input(
                     "denoise",
                     default=1.0,
@@ -356,13 +360,7 @@ class SunScheduler(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model that is sampled: its noise schedule decides the sigmas."),
-                io.Int.Input(
-                    "steps",
-                    default=4,
-                    min=1,
-                    max=50,
-                    tooltip="U-Net calls. SUN is trained for 4; 1 to 12 work, more than 8 seldom help.",
-                ),
+                steps_input(),
                 io.Float.Input(
                     "denoise",
                     default=1.0,

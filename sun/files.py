@@ -92,6 +92,7 @@ class AdapterTensors:
 
     @property
     def positive(self) -> bool:
+        """With the positive branch."""
         return "to_k_pos.weight" in self.layers[0]
 
     @property
@@ -101,10 +102,12 @@ class AdapterTensors:
 
     @property
     def channels(self) -> tuple[int, ...]:
+        """Width C of each layer."""
         return tuple(layer["to_k_neg.weight"].shape[0] for layer in self.layers)
 
     @property
     def text_width(self) -> int:
+        """Width of the text states."""
         return self.layers[0]["to_k_neg.weight"].shape[1]
 
 
@@ -141,9 +144,10 @@ def parse(
     *,
     header_only: bool = False,
 ) -> AdapterTensors:
-    """Check a state dict of either layout and put it in order. ``where`` names it in errors (SunFileError).
+    """Check a state dict of either layout and put it in order.
 
-    header_only: the tensors are those of a :class:`Header`, so their values cannot be checked.
+    where: how errors name it. header_only: the tensors are those of a :class:`Header`, so their values cannot be
+    checked. Raises SunFileError for anything that is not a complete, finite SUN adapter.
     """
     info = _info_from_metadata(metadata or {}, where)
     state_dict = _unwrapped(state_dict)

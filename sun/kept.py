@@ -90,9 +90,10 @@ class SunRun:
     ) -> AdapterTexts:
         """``adapter.texts(...)`` at this run's strength, computed now or kept from an earlier step.
 
-        mask: over the positive text. guidance: what ``adapter.guidance`` makes of w for the rows of this call; by
-        default of the run's. key: names these texts among the several of a run (regions, sub-prompts); one set is
-        kept for each.
+        negatives: (weight, embeddings [B, L, text_width]). positive: [B, L, text_width], for adapters with that branch.
+        mask: over the positive text, as ``Branch.mask``. guidance: what ``adapter.guidance`` makes of w for the rows of
+        this call, [1 or B, 2]; by default of the run's. key: names these texts among the several of a run (regions,
+        sub-prompts); one set is kept for each. Raises ValueError as ``adapter.guidance`` and ``adapter.texts`` do.
         """
         if guidance is None:
             guidance = adapter.guidance(self.guidance)

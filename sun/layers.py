@@ -58,6 +58,8 @@ def layers_from_structure(
     attention: which stages have cross-attention; by default all but the last one, as in SD 1.x.
     depth: transformer blocks in each attention, per stage (SD 1.x: 1). mid_depth: the same for the middle
     (default: the last stage's).
+
+    Raises ValueError where the other settings do not name as many stages as ``channels``.
     """
     stages = len(channels)
     per_block = [layers_per_block] * stages if isinstance(layers_per_block, int) else list(layers_per_block)

@@ -50,7 +50,7 @@ def check_prediction(kind: str, final_alpha_cumprod: float, adapter: bool = True
 def clean_latents(
     kind: str, output: torch.Tensor, x: torch.Tensor, a: torch.Tensor | float, s: torch.Tensor | float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x0, eps), the clean latents and the noise in ``x`` = a x0 + s eps by a model's ``output``; all of one shape.
+    """(x0, eps), the clean latents and the noise in ``x`` = a x0 + s eps by a model's ``output``; all [B, C, h, w].
 
     Only ``epsilon`` divides by a, and only ``sample`` by s, which is nowhere 0. Raises PredictionError.
     """

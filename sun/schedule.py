@@ -69,6 +69,7 @@ def ddim_step(
 ) -> torch.Tensor:
     """Step from time t to the cleaner time s along the DDIM trajectory, eta 0 (Eq. 9).
 
-    ``x`` and ``eps`` have the same shape; the coefficients are numbers or broadcast against it.
+    x, eps: latents and predicted noise [B, C, h, w]. a_t, s_t, a_s, s_s: what :func:`alpha_sigma` gives for t and s,
+    numbers or broadcasting against ``x``. Returns latents of the shape of ``x``.
     """
     return a_s * (x - s_t * eps) / a_t + s_s * eps

@@ -7,8 +7,6 @@ object holds is replaced, and only until its sampling ends, fails or is interrup
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,6 +24,7 @@ from ..sun.ltc.kdiffusion import SOLVERS, SamplerRun, kind_of, solver_of
 from ..sun.ltc.keep import running, summary
 from . import infotext, switching
 from .hosts import family
+from .sampler import function_replaced
 
 # Written by the hosts themselves in the space of variance 1, where a step with eta 0 is one of Euler.
 OWN_SOLVERS = {**SOLVERS, "ddim": "euler"}
@@ -40,15 +39,11 @@ def tables_folder() -> Path:
 def sampling(p: Any, settings: SkipSettings | LtcSettings, calibration: str) -> Iterator[None]:
     """Lets p.sampler skip steps. Raises LtcError where the paper's settings cannot be, saying which samplers can."""
     infotext.forget_counts(p)
-    sampler = p.sampler
-    function = getattr(sampler, "func", None)
-    if not callable(function):
-        raise unknown_sampler(p.sampler_name)
     runs: list[SamplerRun | SkipRun] = []
 
-    @functools.wraps(function)  # hosts ask it for its parameters
-    def skipping(denoiser: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        given = inspect.signature(function).bind(denoiser, *args, **kwargs).arguments
+    def skipping(
+        function: Callable[..., torch.Tensor], given: Mapping[str, Any], denoiser: Any, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         name = getattr(function, "__name__", "")
         levels = tuple(map(float, levels_of(name, denoiser, given)))
         with ExitStack() as stack:
@@ -61,12 +56,8 @@ def sampling(p: Any, settings: SkipSettings | LtcSettings, calibration: str) -> 
         tell(p, run)
         return samples
 
-    sampler.func = skipping
-    try:
+    with function_replaced(p, skipping, unknown_sampler(p.sampler_name)):
         yield
-    finally:
-        if sampler.func is skipping:
-            sampler.func = function
     if not runs:
         raise unknown_sampler(p.sampler_name)  # it samples by something else than its function
 

@@ -11,6 +11,8 @@ import importlib
 import inspect
 import logging
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +25,31 @@ log = logging.getLogger(__name__)
 SAMPLER = "SUN"
 SCHEDULE = "sun_trailing"
 SCHEDULE_LABEL = "SUN Trailing"
+
+
+@contextmanager
+def function_replaced(p: Any, around: Callable[..., torch.Tensor], unknown: Exception) -> Iterator[None]:
+    """While p.sampler samples, its function is `around(function, given, denoiser, *args, **kwargs)`.
+
+    given: all arguments by name. Only what this one sampler object holds is replaced. Raises `unknown` for a sampler
+    that has no function.
+    """
+    sampler = p.sampler
+    function = getattr(sampler, "func", None)
+    if not callable(function):
+        raise unknown
+
+    @functools.wraps(function)  # hosts ask it for its parameters
+    def replaced(denoiser: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        given = inspect.signature(function).bind(denoiser, *args, **kwargs).arguments
+        return around(function, given, denoiser, *args, **kwargs)
+
+    sampler.func = replaced
+    try:
+        yield
+    finally:
+        if sampler.func is replaced:
+            sampler.func = function
 
 
 def sigmas_at(table: torch.Tensor, timesteps: list[int]) -> torch.Tensor:

@@ -7,11 +7,10 @@ Which of the two a call goes to is settled where the sampler asks for a noise le
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from ..sun.switching import Border, Switching, SwitchingError, Traits, check_pai
 from ..sun.switching.slim import Slim, is_unet_name, slim, unet_weights
 from . import folders
 from .hosts import family
+from .sampler import function_replaced
 
 log = logging.getLogger(__name__)
 
@@ -232,15 +232,11 @@ def _say_what_is_left_out(p: Any, run: WebuiSwitching) -> None:
 @contextmanager
 def _levels_of(p: Any, run: WebuiSwitching) -> Iterator[None]:
     """Learns the run's noise levels from the call of the sampler's function, and each call's from its denoiser."""
-    sampler = p.sampler
-    function = getattr(sampler, "func", None)
-    if not callable(function):
-        raise _unknown(p.sampler_name)
     begun: list[bool] = []
 
-    @functools.wraps(function)  # hosts ask it for its parameters
-    def switching(denoiser: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        given = inspect.signature(function).bind(denoiser, *args, **kwargs).arguments
+    def switching(
+        function: Callable[..., torch.Tensor], given: Mapping[str, Any], denoiser: Any, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         # Timesteps are in rising order, the first of them where the run ends.
         levels = given["timesteps"][1:] if given.get("timesteps") is not None else given.get("sigmas")
         if levels is None:
@@ -251,12 +247,10 @@ def _levels_of(p: Any, run: WebuiSwitching) -> Iterator[None]:
         run.border = run.switching.border(map(float, levels))
         return function(_Choosing(denoiser, run), *args, **kwargs)
 
-    sampler.func = switching
     try:
-        yield
+        with function_replaced(p, switching, _unknown(p.sampler_name)):
+            yield
     finally:
-        if sampler.func is switching:
-            sampler.func = function
         run.small_runs = False
     if not begun and not (shared.state.interrupted or shared.state.skipped):
         raise _unknown(p.sampler_name)

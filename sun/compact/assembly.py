@@ -65,7 +65,10 @@ def check_plain(unet: Any) -> None:
 
 
 def weights_for(original: Mapping[str, Tensor], wanted: Mapping[str, Tensor], stays: Kept) -> dict[str, Tensor]:
-    """The original's tensors under the names of what stays; ``wanted`` has the new U-Net's names and shapes."""
+    """The original's tensors under the names of what stays; ``wanted`` has the new U-Net's names and shapes.
+
+    Raises CompactError where the original lacks one or it has another shape.
+    """
     found = {}
     for name, target in wanted.items():
         tensor = original.get(old_name(name, stays))
@@ -76,7 +79,10 @@ def weights_for(original: Mapping[str, Tensor], wanted: Mapping[str, Tensor], st
 
 
 def weights_by_plan(original: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
-    """The weights of the assembled U-Net, all of them by diffusers' names, without building either."""
+    """The weights of the assembled U-Net, all of them by diffusers' names, without building either.
+
+    Raises CompactError for a plan that contradicts itself or weights of another shape than it says.
+    """
     stays = plan.kept
     named = ((new_name(old, stays), tensor) for old, tensor in original.items())
     return {name: _as_wide_as_needed(name, tensor, stays) for name, tensor in named if name is not None}

@@ -69,7 +69,7 @@ def _resnet(rest: str) -> str:
 
 
 def unet_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], prefix: str = UNET) -> dict[str, Tensor]:
-    """A diffusers U-Net's tensors under LDM's names, with the prefix they have in a checkpoint."""
+    """A diffusers U-Net's tensors under LDM's names, with the prefix they have in a checkpoint. Raises CompactError."""
     shape = shape_of(config)
     return {prefix + ldm_name(name, shape): tensor for name, tensor in tensors.items()}
 

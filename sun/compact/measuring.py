@@ -92,7 +92,7 @@ def random_state(unet: Any, height: int, width: int, batch: int = 1, tokens: int
 def part_seconds(unet: Any, shape: Shape, state: State, repeats: int = 3) -> dict[str, float]:
     """Median seconds of one call (``whole``) and of what each candidate runs in it, after one call to warm up.
 
-    The modules are timed inside whole calls, so one run gives all candidates.
+    repeats: calls the medians are over. The modules are timed inside whole calls, so one run gives all candidates.
     """
     timer = _Timer(unet, state.x.device)
     runs: list[dict[str, float]] = []

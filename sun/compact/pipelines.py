@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +126,11 @@ def save_folder(unet: Any, folder: str | os.PathLike[str]) -> None:
     file = Path(folder) / "config.json"
     settings = {key: value for key, value in read_json(file).items() if key != "_name_or_path"}
     write_json(file, settings)
+
+
+def save_unet(unet: Any, tensors: Mapping[str, torch.Tensor], folder: str | os.PathLike[str]) -> None:
+    """Write a U-Net of the configuration of ``unet`` with these weights as :func:`save_folder` does. Raises OSError."""
+    with torch.device("meta"):
+        made = type(unet).from_config(dict(unet.config))
+    made.load_state_dict(tensors, assign=True)
+    save_folder(made, folder)

@@ -48,9 +48,11 @@ class Shape:
 
     @property
     def stages(self) -> int:
+        """How many there are."""
         return len(self.widths)
 
     def as_json(self) -> dict[str, Any]:
+        """As :meth:`from_json` reads it."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod

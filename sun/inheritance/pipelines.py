@@ -114,7 +114,7 @@ def attach(target: Any, plan: Plan | str = "balanced", *, steps: int = 0) -> Non
     plans. Calls with T2I-Adapter residuals run in full. A run begins when the timestep rises, so a bare U-Net needs no
     telling.
 
-    Raises InheritanceError for a plan that does not fit the U-Net, TypeError for another target.
+    Raises InheritanceError for a plan that is none or does not fit the U-Net, and for another target.
     """
     unet = _unet_of(target)
     user = _User(parse_plan(plan) if isinstance(plan, str) else plan, steps)
@@ -132,7 +132,7 @@ def attach(target: Any, plan: Plan | str = "balanced", *, steps: int = 0) -> Non
 def detach(target: Any) -> None:
     """Take feature inheritance off; without it, do nothing.
 
-    Detaching a U-Net that pipelines share detaches it for all of them.
+    Detaching a U-Net that pipelines share detaches it for all of them. Raises InheritanceError for another target.
     """
     attachment: _Attachment | None = _unet_of(target).__dict__.get("_inheritance")
     if isinstance(target, DiffusionPipeline):

@@ -54,7 +54,10 @@ class Plan:
             raise InheritanceError(f"mode takes {', '.join(MODES)} and power 1 or more, not {self.mode}, {self.power}.")
 
     def is_key(self, step: int, steps: int = 0) -> bool:
-        """Whether step number ``step`` of ``steps`` is a full one. A uniform plan needs no number of steps."""
+        """Whether step number ``step`` (from 0) of ``steps`` is a full one.
+
+        A uniform plan and one with ``keys`` need no number of steps; another raises InheritanceError without.
+        """
         if self.keys:
             return step == 0 or step in self.keys
         if self.mode == "uniform":

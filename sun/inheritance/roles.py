@@ -83,10 +83,12 @@ class Feature:
     kept: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def keep(self, step: int, value: Tensor, forecast: bool) -> None:
+        """Keep a key step's ``value`` [B, ...]; for a forecast the one before it too."""
         # A copy: hosts add control residuals to what a part gave, in place.
         self.kept = [(step, value.detach().clone()), *(self.kept[:1] if forecast else [])]
 
     def value(self, step: int, forecast: float) -> Tensor:
+        """[B, ...] for an inherit step: the last value, carried on along its last change by ``forecast`` of it."""
         (last, value), *earlier = self.kept
         if not earlier or not forecast:
             return value.clone()
@@ -95,6 +97,7 @@ class Feature:
 
     @property
     def bytes(self) -> int:
+        """Of what is kept."""
         return sum(tensor.numel() * tensor.element_size() for _, tensor in self.kept)
 
 

@@ -26,7 +26,9 @@ def run_calibration(
 
     ``run`` calls what it is given with the key of each batch to get the batch's run. The first pass measures angles
     on trajectories without skips and chooses the steps; the second fits the coefficients, each on the errors of the
-    skips before it. A table without coefficients means that no step turns little enough.
+    skips before it. find_bias: also one factor on all coefficients (:func:`bisect_bias`). progress: is told what is
+    going on. A table without coefficients means that no step turns little enough. Raises ValueError where the batches
+    had different schedules.
     """
     measured: dict[LtcKey, Measurements] = {}
 

@@ -51,7 +51,7 @@ class Forecast:
         return len(self._seen) >= min(self.terms, 2)
 
     def suits(self, x: Tensor) -> bool:
-        """Whether what was seen has the form of latents ``x``."""
+        """Whether what was seen has the form of latents ``x`` [B, ...]."""
         return bool(self._seen) and self._seen[0][1].shape == x.shape
 
     def see(self, sigma: float, x: Tensor, denoised: Tensor) -> None:

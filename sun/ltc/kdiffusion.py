@@ -104,6 +104,7 @@ class SamplerRun:
 
     @property
     def counts(self) -> Counts:
+        """What became of the run so far, in steps."""
         return self.run.counts
 
     def denoised(self, _sigma: float, x: Tensor, model: Callable[[], Tensor], _state: object = None) -> Tensor:

@@ -67,11 +67,11 @@ class Outputs:
         return (*(self.sigma(time) for time in once), 0.0)
 
     def latents(self, sigma: float, sample: Tensor) -> Tensor:
-        """Latents x0 + sigma * noise of the scheduler's own."""
+        """Latents x0 + sigma * noise [B, ...], float32, of the scheduler's own."""
         return sample.float() * ((1 + sigma * sigma) ** 0.5 if self.unit_variance else 1.0)
 
     def denoised(self, sigma: float, x: Tensor, output: Tensor) -> Tensor:
-        """x0 of the model's ``output`` at latents ``x``."""
+        """x0 [B, ...], float32, of the model's ``output`` at latents ``x``, both [B, ...]."""
         output = output.float()
         if self.flow or self.prediction == "epsilon":
             return x - sigma * output
@@ -81,7 +81,7 @@ class Outputs:
         return x / variance - output * (sigma / variance**0.5)
 
     def output(self, sigma: float, x: Tensor, denoised: Tensor) -> Tensor:
-        """The model's output that means ``denoised``."""
+        """The model's output [B, ...] that means ``denoised`` at latents ``x``, both [B, ...]."""
         if self.prediction == "sample" and not self.flow:
             return denoised
         noise = (x - denoised) / sigma

@@ -85,8 +85,8 @@ def attach(
     has no table of its own does not measure itself, but raises LtcError.
 
     May be called before or after ``sun.attach`` and ``sun.inheritance.attach``; calling it again replaces the settings.
-    Raises LtcError for presets and settings there are not, and for the paper's with a scheduler that adds noise or is
-    not supported; TypeError if this is no diffusers pipeline.
+    Raises LtcError for presets and settings there are not, for a pipeline without U-Net or transformer, and for the
+    paper's settings with a scheduler that adds noise or is not supported; TypeError if this is no diffusers pipeline.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"LTC-Accel attaches to a diffusers pipeline, not to a {type(pipe).__name__}.")
@@ -159,7 +159,9 @@ def calibrate(
 
     Two passes: the first measures the angles and chooses the steps to skip, the second fits the coefficients on
     trajectories that have the skips before. options: those of the pipeline, as num_inference_steps and guidance_scale.
-    find_bias: also look for one factor on all coefficients that brings the results nearest to the unaccelerated ones.
+    batch: pictures at a time; seed: of the first picture, the next have the next ones. find_bias: also look for one
+    factor on all coefficients that brings the results nearest to the unaccelerated ones. progress: is told what is
+    going on.
     Raises LtcError if LTC-Accel is not attached or no step can be skipped.
     """
     state: _Attachment | None = pipe.__dict__.get("_ltc")

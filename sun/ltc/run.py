@@ -94,7 +94,7 @@ class LtcRun:
         self.complete = i == self.steps - 1
 
     def target(self, i: int) -> Tensor:
-        """x_{i+1} of a skipped step: x_i + sum of c D."""
+        """x_{i+1} [B, ...] of a skipped step: x_i + sum of c D."""
         assert self.table is not None
         self.skips_made += 1
         return self._extrapolate(c * self.table.bias for c in self.table.coefficients[i])
@@ -106,7 +106,7 @@ class LtcRun:
         return self._extrapolate(self.fits[i].coefficients())
 
     def finish(self, x: Tensor) -> None:
-        """Note the latents after the last step and let go of everything."""
+        """Note the latents [B, ...] after the last step and let go of everything."""
         self._transition(self.steps - 1, x)
         self._latents, self._directions = None, []
 

@@ -98,7 +98,10 @@ class Stepper:
         return self.run is not None and self.run.skips(step)
 
     def step(self, model_output: Tensor | None, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """``scheduler.step``. For a skipped step ``model_output`` only tells the number format, or is None."""
+        """``scheduler.step``. For a skipped step ``model_output`` only tells the number format, or is None.
+
+        Raises LtcError where the step is asked to add noise (eta, s_churn).
+        """
         if kwargs.get("eta"):
             raise noise_added(f"eta = {kwargs['eta']:g}")
         if kwargs.get("s_churn"):

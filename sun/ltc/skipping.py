@@ -68,6 +68,7 @@ class SkipRun:
 
     @property
     def counts(self) -> Counts:
+        """What became of the run so far, in calls."""
         return Counts(self.made, self.made + self.answered, self.guarded, self.why)
 
     def skips(self, sigma: float, state: Hashable = None) -> bool:
@@ -94,7 +95,7 @@ class SkipRun:
         return made
 
     def suits(self, x: Tensor) -> bool:
-        """Whether what was seen has the form of latents ``x``."""
+        """Whether what was seen has the form of latents ``x`` [B, ...]."""
         return self._forecast.suits(x)
 
     def answer(self, sigma: float, x: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ class SkipRun:
         return self._forecast.denoised(sigma, x)
 
     def see(self, sigma: float, x: Tensor, denoised: Tensor) -> None:
-        """Note a call that was made."""
+        """Note a call that was made: ``denoised`` [B, ...] at latents ``x`` [B, ...]."""
         self.made += 1
         step, at_node = self._place(sigma)
         self._step, self._skips = step, False

@@ -39,6 +39,7 @@ class LtcKey:
 
     @property
     def steps(self) -> int:
+        """Steps of a run."""
         return len(self.sigmas) - 1
 
     @property
@@ -80,6 +81,7 @@ class LtcTable:
         return self.key.steps - len(self.coefficients)
 
     def to_json(self) -> dict[str, Any]:
+        """As :meth:`from_json` reads it, and people do."""
         return {
             "format": FORMAT,
             "model": self.key.model,

@@ -11,14 +11,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import (
-    StableDiffusionControlNetImg2ImgPipeline,
-    StableDiffusionControlNetInpaintPipeline,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
-)
 from PIL import Image
 
 from .. import __version__
@@ -39,6 +31,7 @@ from ..ltc.pipelines import detach as detach_ltc
 from ..ltc.pipelines import last_run
 from ..ltc.presets import PAPER, preset
 from ..pipelines.attach import attach, detach
+from ..pipelines.kinds import PIPELINES
 from ..pipelines.loading import (
     ModelError,
     is_inpainting,
@@ -550,18 +543,8 @@ def _mode(loaded: Loaded, rows: Sequence[Recipe]) -> tuple[type, dict[str, Any],
         control = _opened(open_image, [row.control for row in rows], size)
         inputs |= {"control_image" if recipe.init else "image": control}
         inputs |= {"controlnet_conditioning_scale": recipe.control_scale}
-    pipe_class = _CLASSES[bool(loaded.controlnet), bool(recipe.init), bool(recipe.mask)]
+    pipe_class = PIPELINES[bool(loaded.controlnet), bool(recipe.init), bool(recipe.mask)]
     return pipe_class, inputs, _steps_run(recipe)
-
-
-_CLASSES: dict[tuple[bool, bool, bool], Any] = {
-    (False, False, False): StableDiffusionPipeline,
-    (False, True, False): StableDiffusionImg2ImgPipeline,
-    (False, True, True): StableDiffusionInpaintPipeline,
-    (True, False, False): StableDiffusionControlNetPipeline,
-    (True, True, False): StableDiffusionControlNetImg2ImgPipeline,
-    (True, True, True): StableDiffusionControlNetInpaintPipeline,
-}
 
 
 def _kept_steps(recipe: Recipe) -> tuple[int, int]:

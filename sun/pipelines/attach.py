@@ -103,7 +103,7 @@ def attach(
 def detach(target: Any) -> None:
     """Take the adapter off and restore class, scheduler and attention processors; without one, do nothing.
 
-    Detaching a U-Net that pipelines share detaches it for all of them.
+    Detaching a U-Net that pipelines share detaches it for all of them. Raises TypeError for another target.
     """
     pipe, unet = pipeline_and_unet(target)
     if pipe is None:
@@ -125,7 +125,7 @@ def _describe(unet: Any) -> str:
 
 
 def pipeline_and_unet(target: Any) -> tuple[Any, Any]:
-    """Return (pipeline or None, U-Net), looking through torch.compile's wrapper."""
+    """Return (pipeline or None, U-Net), looking through torch.compile's wrapper. Raises TypeError for other targets."""
     pipe: Any = target if isinstance(target, DiffusionPipeline) else None
     unet = target if pipe is None else getattr(pipe, "unet", None)
     unet = getattr(unet, "_orig_mod", unet)

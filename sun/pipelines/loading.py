@@ -73,7 +73,10 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32, config:
 
 
 def load_unet(model: str | Path, dtype: torch.dtype | None = None) -> Any:
-    """Only the U-Net of a model as :func:`load_pipeline` takes it, or of a folder that diffusers saved a U-Net in."""
+    """Only the U-Net of a model as :func:`load_pipeline` takes it, or of a folder that diffusers saved a U-Net in.
+
+    Raises ModelError.
+    """
     path = model_path(model)
     if path.is_file():
         return _unet_of(path, *_content(path), SINGLE_FILE_CONFIG, dtype)

@@ -59,7 +59,10 @@ def of_one_length(groups: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
 
 
 def token_blocks(tokenizer: Any, text: str) -> list[list[int]]:
-    """Token ids of ``text`` in blocks of the tokenizer's length, each with its begin, end and padding; one at least."""
+    """Token ids of ``text`` in blocks of the tokenizer's length, each with its begin, end and padding; one at least.
+
+    Raises ValueError for a text longer than ``MAX_BLOCKS``.
+    """
     space = tokenizer.model_max_length - 2
     ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
     if len(ids) > MAX_BLOCKS * space:

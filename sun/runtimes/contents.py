@@ -69,10 +69,12 @@ class Contents:
 
     @property
     def parts(self) -> tuple[str, ...]:
+        """The graphs in the folder, by the names of their own folders."""
         return PARTS if self.controlnet else _ALWAYS
 
     @property
     def with_sun(self) -> bool:
+        """Whether an adapter is in the U-Net."""
         return self.adapter != "none"
 
 

@@ -107,7 +107,11 @@ class _Function(nn.Module):
 def unet_graph(
     unet: Any, adapter: SunAdapter | None, guided: bool, latent: tuple[int, int] | None, residuals: Sequence[Tensor]
 ) -> Graph:
-    """latent: (height, width) to fix, None for any. residuals: an example of a ControlNet's, of the same latents."""
+    """:class:`UNetWithSun` as a graph.
+
+    guided: the adapter's guidance scale is an input. latent: (height, width) to fix, None for any. residuals: an
+    example of a ControlNet's, [2, C, h, w] each, of the same latents.
+    """
     height, width = latent or _ODD
     text_width = unet.config.cross_attention_dim
     inputs = {

@@ -8,19 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    StableDiffusionControlNetImg2ImgPipeline,
-    StableDiffusionControlNetInpaintPipeline,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
-)
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from ..common.reading import ReadError, printable, read_json
 from ..pipelines import GUIDANCE, NEGATIVE
+from ..pipelines.kinds import PIPELINES
 from ..pipelines.schedulers import make_scheduler
 from ..pipelines.text import encode_prompts
 from . import engines
@@ -28,14 +22,6 @@ from .contents import Contents, ExportError, read_contents
 from .stand_ins import STRENGTH, AutoencoderStandIn, ControlNetStandIn, TextEncoderStandIn, UNetStandIn
 
 REFERENCE_STEPS = 25
-_CLASSES: dict[tuple[bool, bool, bool], Any] = {  # (control picture, picture, mask)
-    (False, False, False): StableDiffusionPipeline,
-    (False, True, False): StableDiffusionImg2ImgPipeline,
-    (False, True, True): StableDiffusionInpaintPipeline,
-    (True, False, False): StableDiffusionControlNetPipeline,
-    (True, True, False): StableDiffusionControlNetImg2ImgPipeline,
-    (True, True, True): StableDiffusionControlNetInpaintPipeline,
-}
 
 
 def load_exported(
@@ -96,6 +82,7 @@ class ExportedPipeline:
 
     @property
     def scheduler(self) -> Any:
+        """diffusers' scheduler of every kind of run."""
         return self.pipe.scheduler
 
     @scheduler.setter
@@ -171,7 +158,10 @@ class ExportedPipeline:
         return states[0], states[1]
 
     def steering(self, negative: Tensor, strength: float, guidance: float | None) -> dict[str, Any]:
-        """How the pipelines are told of the negative text states: arguments of their call. Raises ValueError."""
+        """How the pipelines are told of the negative text states [B, L, D]: arguments of their call.
+
+        strength: of SUN. guidance: the scale w, for adapters that take one; None is their own. Raises ValueError.
+        """
         contents = self.contents
         if not contents.with_sun:
             return {"guidance_scale": 7.5 if guidance is None else guidance}
@@ -196,7 +186,7 @@ class ExportedPipeline:
 
     def pipeline_for(self, control: bool, image: bool, mask: bool) -> Any:
         """diffusers' pipeline for a kind of run, of the runtime's parts."""
-        kind = _CLASSES[control, image, mask]
+        kind = PIPELINES[control, image, mask]
         accepted = inspect.signature(kind.__init__).parameters
         parts = {**self.pipe.components, "controlnet": self.controlnet}
         pipe = kind(**{k: v for k, v in parts.items() if k in accepted}, requires_safety_checker=False)

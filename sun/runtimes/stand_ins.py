@@ -60,7 +60,8 @@ def _tensors(arrays: list[np.ndarray]) -> list[Tensor]:
 
 class UNetStandIn(_StandIn):
     """``UNet2DConditionModel`` with SUN in it. cross_attention_kwargs: ``sun_negative`` [B or 1, L, D],
-    ``sun_strength`` and ``sun_guidance``; without a negative it is the plain U-Net."""
+    ``sun_strength`` and ``sun_guidance``; without a negative it is the plain U-Net. A call raises ValueError for what
+    the graph does not take."""
 
     def __init__(self, config: Mapping[str, Any], run: Run, inputs: list[str]) -> None:
         super().__init__(FrozenDict(config))
@@ -128,7 +129,7 @@ def residual_shapes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 
 class TextEncoderStandIn(_StandIn):
-    """``CLIPTextModel``, of which the last states are known."""
+    """``CLIPTextModel``, of which the last states [B, L, D] are known: a call for others raises ValueError."""
 
     def __init__(self, config: Any, run: Run) -> None:
         super().__init__(config)
@@ -162,7 +163,7 @@ class AutoencoderStandIn(_StandIn):
 
 
 class ControlNetStandIn(ControlNetModel):
-    """A ``ControlNetModel``, for which diffusers' pipelines look by class."""
+    """A ``ControlNetModel``, for which diffusers' pipelines look by class. Guess mode raises ValueError."""
 
     def __init__(self, config: Mapping[str, Any], run: Run) -> None:
         nn.Module.__init__(self)

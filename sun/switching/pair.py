@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,13 +94,21 @@ def layers_a_stage(unet: Any) -> tuple[int, ...]:
     """Layers of each stage on the way down, of a diffusers ``UNet2DConditionModel`` or a U-Net in LDM layout."""
     if hasattr(unet, "down_blocks"):
         return tuple(len(stage.resnets) for stage in unet.down_blocks)
-    counts = [0]
-    for block in list(unet.input_blocks)[1:]:
-        if hasattr(next(iter(block)), "in_layers"):
-            counts[-1] += 1
-        else:
-            counts.append(0)
-    return tuple(counts)
+    return tuple(map(len, ldm_stages(unet.input_blocks)))
+
+
+def ldm_stages(blocks: Iterable[Any]) -> list[list[int]]:
+    """Positions of the layers of each stage among the ``input_blocks`` of a U-Net in LDM layout.
+
+    The first block is a convolution, and a downsampler ends a stage.
+    """
+    stages: list[list[int]] = [[]]
+    for i, block in enumerate(blocks):
+        if i and hasattr(next(iter(block)), "in_layers"):
+            stages[-1].append(i)
+        elif i:
+            stages.append([])
+    return stages
 
 
 def residuals_for(large: Sequence[int], small: Sequence[int]) -> list[int]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .pair import ldm_stages
 from .plan import SwitchingError
 
 PREFIX = "model.diffusion_model."
@@ -89,7 +90,7 @@ def slim(large: Any, weights: Mapping[str, Tensor], forget: tuple[str, ...] = ()
 
 
 def unet_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The U-Net's part of a checkpoint, without prefix; of a file that is a U-Net alone, all of it."""
+    """The U-Net's part of a checkpoint by LDM's names, without prefix; of a file that is a U-Net alone, all of it."""
     own = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
     return own or {name: tensor for name, tensor in tensors.items() if is_unet_name(name)}
 
@@ -116,20 +117,9 @@ def _blocks(weights: Mapping[str, Tensor], kind: str) -> list[list[int]]:
     return [sorted(found[i]) for i in range(len(found))]
 
 
-def _stages(blocks: Iterable[Any]) -> list[list[int]]:
-    """Indices of the layers of each stage of ``large.input_blocks``; a downsampler ends a stage."""
-    stages: list[list[int]] = [[]]
-    for i, block in enumerate(blocks):
-        if i and hasattr(next(iter(block)), "in_layers"):
-            stages[-1].append(i)
-        elif i:
-            stages.append([])
-    return stages
-
-
 def _of_input(large: Any, downs: list[bool]) -> list[int]:
     """Which block of the large U-Net each of the small one's input blocks is like. downs: which are downsamplers."""
-    theirs = _stages(large.input_blocks)
+    theirs = ldm_stages(large.input_blocks)
     chosen, stage, layer = [0], 0, 0
     for down in downs[1:]:
         if down and stage < len(theirs) - 1:
@@ -145,7 +135,7 @@ def _of_input(large: Any, downs: list[bool]) -> list[int]:
 
 def _of_output(large: Any, layout: list[list[int]], chosen_in: list[int]) -> list[int]:
     """The same for output blocks: a stage's first and last slots are those of the large one, its widths demand it."""
-    theirs = _stages(large.input_blocks)
+    theirs = ldm_stages(large.input_blocks)
     counts = [sum(i in chosen_in for i in stage) for stage in theirs]
     kept = [stage for stage, count in enumerate(counts) if count]
     begin = {}
@@ -215,8 +205,8 @@ def _fill(made: Any, large: Any, weights: Mapping[str, Tensor]) -> None:
     """Put the weights in. Raises SwitchingError for any that is missing, left over, or of another shape."""
     like = next(large.parameters())
     wanted = {**dict(made.named_parameters()), **dict(made.named_buffers())}
-    fewer_stages = len(made.output_blocks) < len(large.output_blocks) and len(_stages(made.input_blocks)) < len(
-        _stages(large.input_blocks)
+    fewer_stages = len(made.output_blocks) < len(large.output_blocks) and len(ldm_stages(made.input_blocks)) < len(
+        ldm_stages(large.input_blocks)
     )
 
     def fits(name: str) -> bool:

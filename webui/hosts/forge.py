@@ -97,7 +97,7 @@ def modifier(run: WebuiRun, kernel: Attend) -> Callable[..., tuple[Any, ...]]:
         attn2 = dict(replace.get("attn2", {}))
         for position, layer in enumerate(run.layers):
             prior = attn2.get(layer.comfy, attn2.get(layer.comfy[:2]))
-            attn2[layer.comfy] = sun_attention(run, position, kernel, prior)  # asked for before (block, id)
+            attn2[layer.comfy] = replacement(run, position, kernel, prior)  # asked for before (block, id)
         transformer |= {"patches": patches, "patches_replace": {**replace, "attn2": attn2}}
         options["transformer_options"] = transformer
         # At scale 1 the host leaves the unconditional prompt out, the second pass of hires fix included.
@@ -121,7 +121,7 @@ def remember_text(n: Any, context: Any, value: Any, extra: dict[str, Any]) -> tu
     return n, context, value
 
 
-def sun_attention(run: WebuiRun, position: int, kernel: Attend, prior: Callable[..., Any] | None) -> Callable[..., Any]:
+def replacement(run: WebuiRun, position: int, kernel: Attend, prior: Callable[..., Any] | None) -> Callable[..., Any]:
     """The attn2 replacement of one layer: (q, k, v, extra_options) -> Z before to_out."""
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:

@@ -10,15 +10,13 @@ every model, and takes no negative prompt: the two things an adapter avoids.
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from ...compact.pipelines import save_unet
 from ...pipelines.schedulers import make_scheduler
 from ...training.config import RunConfig, SunTrainConfig, check_settings
 from ...training.data.negative_phrases import NegativePrompts
@@ -127,13 +125,7 @@ def save_student(work: Distillation, unet: Any) -> None:
     state = work.run.averaged_state("student")
     if not work.run.accelerator.is_main_process:
         return
-    with torch.device("meta"):
-        half = UNet2DConditionModel.from_config(unet.config)
-    half.load_state_dict({name.removeprefix("unet."): weight.half() for name, weight in state.items()}, assign=True)
-    folder = work.run.folder / "unet"
-    half.save_pretrained(folder)
-    file = folder / "config.json"  # diffusers writes where the base model was on this machine
-    settings = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
-    file.write_text(json.dumps(settings, indent=2) + "\n")
+    tensors = {name.removeprefix("unet."): weight.half() for name, weight in state.items()}
+    save_unet(unet, tensors, work.run.folder / "unet")
     count = sum(weight.numel() for weight in state.values())
     work.write_card("Guided distillation", USAGE, {"method": "guided distillation", "parameters": count})

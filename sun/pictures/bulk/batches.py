@@ -61,7 +61,7 @@ class TextCache:
         return kept
 
     def pair(self, prompt: str, negative: str) -> tuple[Tensor, Tensor]:
-        """States of both, of one length: the shorter repeated."""
+        """States [L, D] of both, of one length: the shorter repeated. Raises ValueError."""
         found = [self.states(prompt), self.states(negative)]
         length = math.lcm(*(len(states) for states in found))
         first, second = (states.repeat(length // len(states), 1) for states in found)

@@ -70,6 +70,7 @@ class Watch:
         self._seen: dict[str, tuple[str, float]] = {}
 
     def alive(self, name: str) -> bool:
+        """Whether a process lives: known of this machine's, and of others by whether their files still change."""
         try:
             text = (self.folder / name).read_text() if name else ""
         except FileNotFoundError:

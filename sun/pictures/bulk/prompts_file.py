@@ -58,7 +58,10 @@ class PromptsFile:
 
     @classmethod
     def read(cls, path: Path, every: int, on_bytes: Callable[[int, int], None] | None = None) -> PromptsFile:
-        """Read ``path`` once, remembering the place of each ``every``-th row. ``on_bytes(done, size)`` now and then."""
+        """Read ``path`` once, remembering the place of each ``every``-th row. ``on_bytes(done, size)`` now and then.
+
+        Raises ReadError for what is no file of prompts, or changes meanwhile, and OSError.
+        """
         form = form_of(path)
         with open_regular(path) as handle:
             stamp = _stamp(handle)

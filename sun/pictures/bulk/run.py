@@ -47,19 +47,23 @@ class Plan:
 
     @property
     def blocks_a_shard(self) -> int:
+        """Blocks in each shard but perhaps the last."""
         return -(-self.shard // self.block)
 
     @property
     def blocks(self) -> int:
+        """Blocks in all."""
         whole, rest = divmod(self.rows, self.shard)
         return whole * self.blocks_a_shard + -(-rest // self.block)
 
     def rows_of(self, block: int) -> range:
+        """The rows of a block."""
         shard, part = divmod(block, self.blocks_a_shard)
         first = shard * self.shard + part * self.block
         return range(first, min(first + self.block, (shard + 1) * self.shard, self.rows))
 
     def blocks_of(self, shard: int) -> range:
+        """The blocks of a shard."""
         first = shard * self.blocks_a_shard
         return range(first, min(first + self.blocks_a_shard, self.blocks))
 
@@ -140,11 +144,13 @@ class RunFolder:
         return good, bad
 
     def output(self, worker: Worker) -> Output:
+        """Where a process of the run puts its pictures."""
         if not self.settings.shards:
             return PictureFolder(self.folder)
         return Shards(self.folder, self.state / "parts", worker.name, self.plan.blocks_a_shard)
 
     def claims(self, worker: Worker, start: float | None = None, watch: Watch | None = None) -> Claims:
+        """What a process takes its blocks from. start: where it looks first, as a share of them (default: anywhere)."""
         watch = watch or Watch(self.state / "workers")
         return Claims(self.state / "blocks", self.plan.blocks, worker, watch, start)
 
@@ -212,11 +218,14 @@ def parsed(prompts: PromptsFile, base: Recipe, first: int, last: int) -> Iterato
 class Drawer(Protocol):
     """What draws; :class:`sun.pictures.bulk.batches.Drawing` does."""
 
-    def complete(self, rows: Sequence[Row]) -> tuple[list[Row], list[Failure]]: ...
+    def complete(self, rows: Sequence[Row]) -> tuple[list[Row], list[Failure]]:
+        """The rows with every default filled in, and those that cannot be drawn."""
 
-    def batches(self, rows: Sequence[Row]) -> list[list[Row]]: ...
+    def batches(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """The complete rows of a block as they are drawn together: the same whoever asks."""
 
-    def draw(self, batch: Sequence[Row]) -> tuple[list[Any], list[Failure]]: ...
+    def draw(self, batch: Sequence[Row]) -> tuple[list[Any], list[Failure]]:
+        """Pictures of a batch, and the rows of which there is none."""
 
 
 class Process:

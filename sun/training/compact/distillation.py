@@ -17,7 +17,7 @@ from ...compact.assembly import assemble
 from ...compact.attaching import experts_for, settle, watching
 from ...compact.expertfile import IN_FOLDER, write_experts
 from ...compact.experts import Experts
-from ...compact.pipelines import save_folder
+from ...compact.pipelines import save_unet
 from ...compact.planfile import Plan, read_plan, write_plan
 from ...compact.planning import plan as make_plan
 from ..algorithm import NoiseSchedule
@@ -227,14 +227,6 @@ def save_student(config: CompactTrainConfig, run: TrainingRun, plan: Plan, stude
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def save_unet(unet: Any, tensors: dict[str, Tensor], folder: Path) -> None:
-    """A U-Net of this configuration with these weights, as a folder."""
-    with torch.device("meta"):
-        made = type(unet).from_config(dict(unet.config))
-    made.load_state_dict(tensors, assign=True)
-    save_folder(made, folder)
 
 
 def write_card(

@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ...compact.structure import kept, named_list, new_config, shape_of
 from ..compact.settings import CompactTrainConfig, is_list
 from ..compact.stages import Watcher, feature_loss
-from ..config import DTYPES
-from .benchmark import GIB, Models, random_sd15
-from .estimate import LiveMemory, cpu_attention
+from .benchmark import Models, random_sd15
+from .estimate import counted_precision, made_in, step_cost
 
 
 def estimate_compact(config: CompactTrainConfig, make: Callable[[], Models] = random_sd15) -> dict[str, Any]:
@@ -28,11 +26,7 @@ def estimate_compact(config: CompactTrainConfig, make: Callable[[], Models] = ra
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        torch.set_default_dtype(DTYPES[config.run.frozen])
-        try:
-            parts = make()
-        finally:
-            torch.set_default_dtype(torch.float32)
+        parts = made_in(config.run.frozen, make)
         parts.unet.requires_grad_(False).eval()
         shape = shape_of(parts.unet.config)
         names = named_list(config.plan, shape) if is_list(config.plan) else ()
@@ -40,28 +34,14 @@ def estimate_compact(config: CompactTrainConfig, make: Callable[[], Models] = ra
         small = type(parts.unet).from_config(settings).train()
         if config.gradient_checkpointing:
             small.enable_gradient_checkpointing()
-        memory, flops = LiveMemory(), FlopCounterMode(display=False, custom_mapping=cpu_attention())
-        for module in (parts.unet, parts.text_encoder, small, *([] if config.cache else [parts.vae])):
-            memory.add_module(module)
-        precision = "bf16" if config.run.precision == "auto" else config.run.precision
-        cast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
-        with memory, flops:
-            moment = torch.uint8 if config.run.optimizer == "8bit" else torch.float32
-            kinds = [moment, moment] + [torch.float32] * bool(config.run.ema_decay)
-            held: list[Tensor] = [torch.zeros_like(p, dtype=kind) for p in small.parameters() for kind in kinds]
-            with cast:
-                loss = _loss(config, parts, small)
-            loss.backward()
-            del held
+        frozen = [parts.unet, parts.text_encoder, *([] if config.cache else [parts.vae])]
+        cost = step_cost(config.run, frozen, small, lambda: _loss(config, parts, small))
     return {
-        "measured": False,
-        "memory_gib": round(memory.peak / GIB, 3),
-        "trained_parameters": sum(p.numel() for p in small.parameters()),
-        "tflop_per_picture": round(flops.get_total_flops() / config.run.batch_size / 1e12, 6),
+        **cost,
         "plan": config.plan,
         "batch_size": config.run.batch_size,
         "accumulate": config.run.accumulate,
-        "precision": precision,
+        "precision": counted_precision(config.run),
         "frozen": config.run.frozen,
         "optimizer": config.run.optimizer,
         "resolution": config.resolution,

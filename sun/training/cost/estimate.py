@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ...common.devices import AUTO
 from ...pipelines.attach import attach
 from ...surgery import from_unet
 from ..algorithm import NoiseSchedule, step_noise, teacher_rollout
-from ..config import DTYPES, SunTrainConfig
+from ..config import DTYPES, RunConfig, SunTrainConfig
 from ..student import Student, Teacher
 from .benchmark import GIB, Models, freeze, random_batch, random_sd15, settings_of
 
@@ -63,41 +63,62 @@ def estimate(config: SunTrainConfig, make: Callable[[], Models] = random_sd15) -
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        torch.set_default_dtype(DTYPES[config.run.frozen])  # made in it, since such tensors cannot be converted
-        try:
-            parts = make()
-        finally:
-            torch.set_default_dtype(torch.float32)
+        parts = made_in(config.run.frozen, make)
         freeze(config, parts)
         adapter = from_unet(parts.unet, positive=config.positive_branch, dtype=torch.float32)
         adapter.to = lambda *_, **__: adapter  # type: ignore[method-assign]  # torch cannot "move" such tensors either
         attach(parts.unet, adapter.train())
-        memory, flops = LiveMemory(), FlopCounterMode(display=False, custom_mapping=cpu_attention())
-        for module in (parts.unet, parts.text_encoder, adapter, *([] if config.cache else [parts.vae])):
-            memory.add_module(module)
-        precision = "bf16" if config.run.precision == AUTO else config.run.precision
-        # The CPU's autocast stands for both half formats: each takes 2 bytes.
-        cast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
-        with memory, flops:
-            held = _optimizer_state(config, adapter)
-            with cast:
-                loss = _loss_of_first_stage(config, parts, Student(parts.unet, adapter))
-            loss.backward()
-            del held
+        frozen = [parts.unet, parts.text_encoder, *([] if config.cache else [parts.vae])]
+        student = Student(parts.unet, adapter)
+        cost = step_cost(config.run, frozen, adapter, lambda: _loss_of_first_stage(config, parts, student))
+    return {**cost, **settings_of(config, "sd15", counted_precision(config.run))}
+
+
+def made_in(frozen: str, make: Callable[[], Models]) -> Models:
+    """Models made in a number format, since tensors without content cannot be converted."""
+    torch.set_default_dtype(DTYPES[frozen])
+    try:
+        return make()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def counted_precision(run: RunConfig) -> str:
+    """The number format that is counted with: of a card that has bf16, where the settings leave it open."""
+    return "bf16" if run.precision == AUTO else run.precision
+
+
+def step_cost(
+    run: RunConfig, frozen: Sequence[nn.Module], trained: nn.Module, loss_of: Callable[[], Tensor]
+) -> dict[str, Any]:
+    """``memory_gib``, ``trained_parameters`` and ``tflop_per_picture`` of a step, within FakeTensorMode.
+
+    frozen, trained: the modules in memory. loss_of: the loss of a batch, in autocast.
+    """
+    memory, flops = LiveMemory(), FlopCounterMode(display=False, custom_mapping=cpu_attention())
+    for module in (*frozen, trained):
+        memory.add_module(module)
+    # The CPU's autocast stands for both half formats: each takes 2 bytes.
+    cast = torch.autocast("cpu", torch.bfloat16, enabled=counted_precision(run) != "fp32")
+    with memory, flops:
+        held = _optimizer_state(run, trained)
+        with cast:
+            loss = loss_of()
+        loss.backward()
+        del held
     return {
         "measured": False,
         "memory_gib": round(memory.peak / GIB, 3),
-        "trained_parameters": sum(p.numel() for p in adapter.parameters()),
-        "tflop_per_picture": round(flops.get_total_flops() / config.run.batch_size / 1e12, 6),
-        **settings_of(config, "sd15", precision),
+        "trained_parameters": sum(p.numel() for p in trained.parameters()),
+        "tflop_per_picture": round(flops.get_total_flops() / run.batch_size / 1e12, 6),
     }
 
 
-def _optimizer_state(config: SunTrainConfig, adapter: nn.Module) -> list[Tensor]:
+def _optimizer_state(run: RunConfig, module: nn.Module) -> list[Tensor]:
     """What AdamW (two moments, of one byte each for 8bit) and EMA keep for each parameter."""
-    moment = torch.uint8 if config.run.optimizer == "8bit" else torch.float32
-    kinds = [moment, moment] + [torch.float32] * bool(config.run.ema_decay)
-    return [torch.zeros_like(p, dtype=kind) for p in adapter.parameters() for kind in kinds]
+    moment = torch.uint8 if run.optimizer == "8bit" else torch.float32
+    kinds = [moment, moment] + [torch.float32] * bool(run.ema_decay)
+    return [torch.zeros_like(p, dtype=kind) for p in module.parameters() for kind in kinds]
 
 
 def _loss_of_first_stage(config: SunTrainConfig, parts: Models, student: nn.Module) -> Tensor:
