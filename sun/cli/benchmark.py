@@ -1,4 +1,4 @@
-"""``sun bench``, ``sun train-benchmark``."""
+"""``sun bench``, ``sun bench-compact``, ``sun train-benchmark``."""
 
 from __future__ import annotations
 
@@ -149,6 +149,67 @@ def _bench_table(report: dict[str, dict[str, Any]]) -> Table:
     for name, row in report.items():
         table.add_row(name, *(f"{row[key]:.4g}" if key in row else "" for key in heads))
     return table
+
+
+@app.command(
+    "bench-compact",
+    epilog="""Examples:
+
+sun bench-compact
+
+sun bench-compact --plans "pair.0.1, shallow, shallow+experts, plan.json" --rounds 5 --json compact.json""",
+)
+def bench_compact(
+    plans: Annotated[
+        str,
+        typer.Option(
+            help="What to measure, with commas: lists, plans' files or parts (pair.0.1 pair.1.1); +experts behind one."
+        ),
+    ] = "pair.0.1,shallow,shallow+experts,bk-base",
+    size: Annotated[int, typer.Option(help="Pixels of the square pictures. (default: 512, with --emoji 128)")] = 0,
+    batch: Annotated[int, typer.Option(help="Pictures a call, of two rows each.", min=1)] = 1,
+    emoji: Annotated[
+        bool, typer.Option("--emoji", help="Measure the shipped small model, not one of Stable Diffusion 1.5's size.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(help="Calls of each; the figures are medians over them.", min=1)] = 3,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps, or auto.")] = "auto",
+    dtype: Precision = Dtype.auto,
+    figures: Json = None,
+) -> None:
+    """Measure a U-Net call of compact U-Nets beside the original's, each with the two rows of guidance.
+
+    All take turns in this process, on random weights of Stable Diffusion 1.5's size (nothing is downloaded). Experts
+    are untrained, which costs what trained ones cost.
+    """
+    import torch
+
+    from ..common.devices import pick_device, pick_dtype
+    from ..evaluation.compact_speed import candidates, measure
+    from ..training.cost.benchmark import models_of
+
+    pixels, place = size or (128 if emoji else 512), pick_device(device)
+    if pixels < 64 or pixels % 64:
+        raise typer.BadParameter(f"{pixels} is not a multiple of 64", param_hint="--size")
+    unet = models_of(SHIPPED if emoji else "sd15").unet.requires_grad_(False).eval()
+    torch.nn.Module.to(unet, place, pick_dtype(dtype.value, place))  # diffusers' own warns of every cast
+    compact = candidates(unet, [name.strip() for name in plans.split(",") if name.strip()])
+    calls, done = (rounds + 1) * (len(compact) + 1), 0
+    with progress_bar("measuring") as progress:
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            progress(done, calls)
+
+        progress(0, calls)
+        found = measure(unet, compact, pixels // 8, batch, rounds, advance)
+    write_json(figures, found)
+    table = Table("U-Net", title="a call with guidance's two rows a picture")
+    for head in ("s", "times as fast", "in arithmetic"):
+        table.add_column(head, justify="right")
+    for name, row in found["unets"].items():
+        table.add_row(name, *(f"{row[key]:.4g}" for key in ("seconds", "speedup", "speedup_in_arithmetic")))
+    out.print(table)
 
 
 @app.command(

@@ -97,3 +97,26 @@ def test_help_teaches(sun: Run) -> None:
     text = sun("bench", "--help").output
     for words in ("unet_call_ratio", "12.5", "--emoji", "--batch", "sun bench --json bench.json"):
         assert words in text
+
+
+def test_compact_unets_are_measured_beside_the_original(sun: Run, tmp_path: Path) -> None:
+    target = tmp_path / "compact.json"
+    plans = "pair.1.1 pair.2.1,pair.1.1 pair.2.1+experts,bk-base"
+    result = sun(
+        "bench-compact", "--emoji", "--size", 64, "--rounds", 1, "--device", "cpu", "--plans", plans, "--json", target
+    )
+    report = json.loads(target.read_text())
+    assert report["machine"]["latent"] == [2, 4, 8, 8]
+    assert report["machine"]["seconds"] == "processor time"
+    rows = report["unets"]
+    assert list(rows) == ["original", *plans.split(",")]
+    work = [rows[name]["speedup_in_arithmetic"] for name in rows]
+    assert work[0] == 1.0 < work[2] < work[1] < work[3]  # experts cost a little arithmetic, the longer list saves more
+    assert all(row["seconds"] > 0 and row["speedup"] > 0 for row in rows.values())
+    assert "bk-base" in result.output
+
+
+@pytest.mark.parametrize("plans", ["nothing", "pair.9.1", "none.json", "", "transformers.1+experts"])
+def test_what_is_no_compact_unet_is_said(sun: Run, plans: str) -> None:
+    result = sun("bench-compact", "--emoji", "--size", 64, "--plans", plans, code=2)
+    assert "error" in result.output

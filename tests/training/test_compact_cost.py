@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from sun.common.settings import apply, read_config
+from sun.compact import CompactError, Plan, shape_of, write_plan
+from sun.compact.structure import named_list
 from sun.training.compact.settings import CompactTrainConfig, check_compact
 from sun.training.cost.benchmark import Models
 from sun.training.cost.distilling import estimate_compact
+
+EMOJI_PLAN = Path(__file__).resolve().parents[2] / "sun" / "models" / "emoji-compact" / "plan.json"
 
 
 def tiny() -> Models:
@@ -22,7 +28,9 @@ def tiny() -> Models:
     return Models(unet, CLIPTextModel(text), AutoencoderTiny(), torch.linspace(1, 0.01, 1000))
 
 
-def test_a_smaller_student_and_fewer_pictures_cost_less() -> None:
+def test_a_smaller_student_costs_less_and_experts_more(tmp_path: Path) -> None:
+    """A plan's file is read, and one of another U-Net refused: costs are computed of Stable Diffusion 1.5's."""
+
     def cost(**values: object) -> dict:
         settings = {"resolution": 64, "cache": "latents+text", "plan": "shallow", **values}
         return estimate_compact(apply(CompactTrainConfig(), {**settings, "run": {"batch_size": 2}}), tiny)
@@ -31,11 +39,16 @@ def test_a_smaller_student_and_fewer_pictures_cost_less() -> None:
     assert base["trained_parameters"] < shallow["trained_parameters"]
     assert base["tflop_per_picture"] < shallow["tflop_per_picture"]
     assert 0 < base["memory_gib"] < shallow["memory_gib"]
+    shape = shape_of(tiny().unet.config)
+    file = write_plan(Plan(named_list("bk-base", shape), shape), tmp_path / "plan.json")
+    mixing = cost(plan=str(file), experts=4)
+    assert base["trained_parameters"] < mixing["trained_parameters"] < shallow["trained_parameters"] * 2
+    assert mixing["memory_gib"] > base["memory_gib"]
+    with pytest.raises(CompactError, match=r"another U-Net than Stable Diffusion 1\.5's"):
+        cost(plan=str(EMOJI_PLAN))
 
 
 @pytest.mark.parametrize("name", ["compact-sd15-24gb", "compact-sd15-4xa100", "compact-emoji"])
 def test_presets_are_settings_that_can_work(name: str) -> None:
-    from pathlib import Path
-
     file = Path(__file__).resolve().parents[2] / "configs" / f"{name}.toml"
     check_compact(apply(CompactTrainConfig(), read_config(file)))

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...compact.structure import kept, named_list, new_config, shape_of
+from ...compact.attaching import experts_for, put_on
+from ...compact.planfile import Plan, read_plan
+from ...compact.structure import named_list, new_config, shape_of
 from ..compact.settings import CompactTrainConfig, is_list
 from ..compact.stages import Watcher, feature_loss
 from .benchmark import Models, random_sd15
@@ -21,7 +23,7 @@ def estimate_compact(config: CompactTrainConfig, make: Callable[[], Models] = ra
     ``memory_gib`` counts every tensor alive at the worst moment; the device's runtime and the allocator need about
     1 GiB more. ``tflop_per_picture`` is the arithmetic of one picture: a device's sustained TFLOP/s divided by it gives
     pictures a second. What the teacher draws where there are no pictures comes on top (``teacher_steps`` calls of two
-    rows, over ``target_reuse``). Raises CompactError for a list SD 1.5 has not.
+    rows, over ``target_reuse``). Raises CompactError for a list SD 1.5 has not, and for a plan of another U-Net.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -29,16 +31,23 @@ def estimate_compact(config: CompactTrainConfig, make: Callable[[], Models] = ra
         parts = made_in(config.run.frozen, make)
         parts.unet.requires_grad_(False).eval()
         shape = shape_of(parts.unet.config)
-        names = named_list(config.plan, shape) if is_list(config.plan) else ()
-        settings = {**new_config(dict(parts.unet.config), kept(shape, names)), "_use_default_values": []}
+        plan = Plan(named_list(config.plan, shape), shape) if is_list(config.plan) else read_plan(config.plan)
+        plan.check(shape, "Stable Diffusion 1.5's, of which this is computed")
+        settings = {**new_config(dict(parts.unet.config), plan.kept), "_use_default_values": []}
         small = type(parts.unet).from_config(settings).train()
         if config.gradient_checkpointing:
             small.enable_gradient_checkpointing()
+        trained = nn.ModuleList([small])
+        if config.experts:
+            experts = experts_for(parts.unet, small, plan, config.experts, config.router_width)
+            put_on(small, experts)
+            trained.append(experts)
         frozen = [parts.unet, parts.text_encoder, *([] if config.cache else [parts.vae])]
-        cost = step_cost(config.run, frozen, small, lambda: _loss(config, parts, small))
+        cost = step_cost(config.run, frozen, trained, lambda: _loss(config, parts, small))
     return {
         **cost,
         "plan": config.plan,
+        "experts": config.experts,
         "batch_size": config.run.batch_size,
         "accumulate": config.run.accumulate,
         "precision": counted_precision(config.run),
