@@ -10,6 +10,8 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from typer.testing import Result
 
+from sun.compact import assemble, experts_for, plan, read_experts, write_experts
+
 Run = Callable[..., Result]
 
 
@@ -19,10 +21,10 @@ def test_plan_assemble_and_write(sun: Run, model_folder: Path, tmp_path: Path) -
     planned = sun("assemble", "--model", model_folder, "--budget", 0.9, "--states", 2, "--captions", captions,
                   "--steps", 2, "--plan-only", tmp_path / "plan.json")  # fmt: skip
     assert "add up to" in planned.output
-    plan = json.loads((tmp_path / "plan.json").read_text())
-    assert plan["chosen"] == "knapsack"
-    assert plan["remove"]
-    assert plan["share"] <= 0.9
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["chosen"] == "knapsack"
+    assert written["remove"]
+    assert written["share"] <= 0.9
     done = sun("assemble", "--model", model_folder, "--plan", tmp_path / "plan.json", "--out", tmp_path / "unet",
                "--single-file", tmp_path / "x.safetensors", "--dtype", "float16")  # fmt: skip
     assert "U-Net alone" in done.output
@@ -31,6 +33,19 @@ def test_plan_assemble_and_write(sun: Run, model_folder: Path, tmp_path: Path) -
         names = list(content.keys())
         assert content.get_slice(names[0]).get_dtype() == "F16"
     assert len(names) == len(small.state_dict())
+
+
+def test_experts_of_a_training_lie_beside_what_is_written(sun: Run, model_folder: Path, tmp_path: Path) -> None:
+    sun("assemble", "--model", model_folder, "--plan", "bk-base", "--out", tmp_path / "run" / "unet")
+    unet = UNet2DConditionModel.from_pretrained(model_folder / "unet")
+    chosen = plan(unet, named="bk-base")
+    experts = experts_for(unet, assemble(unet, chosen), chosen)
+    write_experts(experts, tmp_path / "run" / "experts.safetensors")
+    done = sun("assemble", "--model", model_folder, "--plan", "bk-base", "--trained", tmp_path / "run" / "unet",
+               "--single-file", tmp_path / "small.safetensors", "--out", tmp_path / "folder")  # fmt: skip
+    assert done.output.count("its experts") == 2
+    for file in (tmp_path / "small.experts.safetensors", tmp_path / "folder" / "experts.safetensors"):
+        assert {name for name, _ in read_experts(file).by_name()} == {name for name, _ in experts.by_name()}
 
 
 def test_wrong_input_is_a_sentence(sun: Run, model_folder: Path, tmp_path: Path) -> None:
@@ -54,7 +69,7 @@ def test_wrong_input_is_a_sentence(sun: Run, model_folder: Path, tmp_path: Path)
     assert "another plan or model" in other.output
     again = sun("assemble", "--model", tmp_path / "shallow", "--plan", "bk-base", "--plan-only", tmp_path / "q.json")
     assert "pair.2.1" in again.output  # what is left can be made smaller still
-    plan = tmp_path / "for-the-original.json"
-    sun(*common, "--plan", "shallow", "--plan-only", plan)
-    refused = sun("assemble", "--model", tmp_path / "shallow", "--plan", plan, "--out", tmp_path / "o", code=2)
+    file = tmp_path / "for-the-original.json"
+    sun(*common, "--plan", "shallow", "--plan-only", file)
+    refused = sun("assemble", "--model", tmp_path / "shallow", "--plan", file, "--out", tmp_path / "o", code=2)
     assert "compact already: give the original" in refused.output

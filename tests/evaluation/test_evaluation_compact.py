@@ -11,7 +11,7 @@ import torch
 from tiny import make_adapter
 
 from sun.common.settings import ConfigError
-from sun.compact import assemble, plan, save_folder
+from sun.compact import assemble, experts_for, plan, save_folder, write_experts
 from sun.evaluation.checks import check_models
 from sun.evaluation.config import EvaluateConfig, ModelSpec
 from sun.evaluation.measured import asset_fingerprint
@@ -44,6 +44,13 @@ def test_compact_u_nets_draw_in_the_original_s_place(make_pipeline: Callable[...
     with_sun = drawn(made, "compact+sun[saved]-2")
     torch.testing.assert_close(with_sun, drawn(sampler(small, adapter=adapter.for_unet(small)), "sun-2"), **close)
     assert all(torch.equal(before[name], tensor) for name, tensor in unet.state_dict().items())
+    experts = experts_for(unet, small, plan(unet, named="shallow"))
+    torch.nn.init.normal_(next(iter(experts.by_name()))[1].choose.bias)
+    write_experts(experts, tmp_path / "experts.safetensors", torch.float32)  # the folder is a run's now
+    mixing = sampler(unet, adapter=adapter, unets={"run": str(tmp_path), "saved": unets["saved"]})
+    torch.testing.assert_close(drawn(mixing, "compact[saved]-3"), saved, **close)
+    assert (drawn(mixing, "compact[run]-3") - saved).abs().max() > 1e-3
+    assert asset_fingerprint(mixing, "compact[run]-3") != asset_fingerprint(mixing, "compact[saved]-3")
     prints = {asset_fingerprint(made, f"compact[{name}]-3") for name in unets}
     assert len(prints | {asset_fingerprint(made, "compact+sun[saved]-3")}) == 4
 
