@@ -59,12 +59,8 @@ def assemble(
 
     The result is an ordinary U-Net; train it with `sun train-compact` before you use it: undistilled it draws badly.
     """
-    if not (folder or single_file or plan_only):
-        raise typer.BadParameter("say what to write: --out, --single-file or --plan-only")
-    _check_targets(folder, single_file, plan_only)
+    _check_targets(folder, single_file, plan_only, trained)
     _check_numbers(size, guidance)
-    if trained is not None and folder is None and single_file is None:
-        raise typer.BadParameter("its weights go into --out or --single-file: give one", param_hint="--trained")
     if states and not captions and world_of(model) != EMOJI:
         raise typer.BadParameter("--states needs --captions: what the model is to draw", param_hint="--states")
 
@@ -98,7 +94,9 @@ def _check_numbers(size: int, guidance: float) -> None:
         raise typer.BadParameter(f"{guidance} guides nothing; give a number above 0", param_hint="--guidance")
 
 
-def _check_targets(folder: Path | None, single_file: Path | None, plan_only: Path | None) -> None:
+def _check_targets(folder: Path | None, single_file: Path | None, plan_only: Path | None, trained: Path | None) -> None:
+    if not (folder or single_file or plan_only):
+        raise typer.BadParameter("say what to write: --out, --single-file or --plan-only")
     for path, option in ((single_file, "--single-file"), (plan_only, "--plan-only")):
         if path is not None:
             check_target(path, option)
@@ -106,6 +104,8 @@ def _check_targets(folder: Path | None, single_file: Path | None, plan_only: Pat
         check_folder(folder)
     if single_file is not None and single_file.suffix != ".safetensors":
         raise typer.BadParameter(f"{single_file} should end in .safetensors", param_hint="--single-file")
+    if trained is not None and folder is None and single_file is None:
+        raise typer.BadParameter("its weights go into --out or --single-file: give one", param_hint="--trained")
 
 
 def _unet_and_states(
