@@ -45,7 +45,8 @@ def sampling(p: Any, settings: SkipSettings | LtcSettings, calibration: str) -> 
         function: Callable[..., torch.Tensor], given: Mapping[str, Any], denoiser: Any, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         name = getattr(function, "__name__", "")
-        levels = tuple(map(float, levels_of(name, denoiser, given)))
+        known = levels_of(name, denoiser, given)
+        levels = tuple(map(float, known)) if known is not None else ()
         with ExitStack() as stack:
             run = open_run(p, stack, name, given, levels, settings, calibration)
             runs.append(run)
@@ -68,10 +69,12 @@ def open_run(
 ) -> SamplerRun | SkipRun:  # fmt: skip
     """The run of one sampling by the function `name`, which is called with what is `given`."""
     label, both = label_of(p.sampler), switching.current(p)
-    first = None if both is None else both.switching.switches_at(len(levels) - 1)
+    first = None if both is None or not levels else both.switching.switches_at(len(levels) - 1)
     anew = set() if first is None else {first}  # another U-Net takes over there
     if isinstance(settings, SkipSettings):
         noisy, why = kind_of(name, given, label)
+        if not levels:
+            why = why or f"{label} chooses its noise levels itself"
         return SkipRun(levels, settings, noisy=noisy, refused=why, anew=anew)
     solver = solver_of(name, given, OWN_SOLVERS, label)
     unet, loras = family.of(p.sd_model).unet_of(p.sd_model), loras_of(p)
@@ -131,12 +134,12 @@ def guidance(p: Any, given: Mapping[str, Any]) -> float:
     return float(getattr(p, "hr_cfg", scale) if getattr(p, "is_hr_pass", False) else scale)
 
 
-def levels_of(name: str, denoiser: Any, given: Mapping[str, Any]) -> Sequence[float]:
-    """Noise levels [N + 1] of the steps that a sampler's function is about to make."""
+def levels_of(name: str, denoiser: Any, given: Mapping[str, Any]) -> Sequence[float] | None:
+    """Noise levels [N + 1] of the steps that a sampler's function is about to make; None where it chooses them itself,
+    as DPM fast does, which is told the first and the last one."""
     timesteps = given.get("timesteps")
     if timesteps is None:
-        levels: Sequence[float] = given["sigmas"]
-        return levels
+        return given.get("sigmas")
     table = sigmas_of(denoiser)
     if name == "unipc":  # takes from its timesteps how many they are, and goes evenly from the last one that is trained
         return [*(table(float(t)) for t in torch.linspace(len(table) - 1, 0, len(timesteps) + 1)[:-1]), 0.0]

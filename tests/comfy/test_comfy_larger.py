@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,6 +81,72 @@ def test_larger_models_skip_a_third_and_are_restored(host: SimpleNamespace, run:
     assert 0 < (fast - plain).norm() < 0.7 * plain.norm()
     assert torch.equal(sample(model), plain)
     assert len(calls) == STEPS * passes
+
+
+def test_one_patched_model_through_all_that_a_graph_does_with_it(
+    host: SimpleNamespace, run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the node says is what was called: few and many steps, a start picture, a mask, a second pass at another
+    size, a batch, texts of other lengths, a sampler without a name, and a run after one that broke off."""
+    told: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(host.part("nodes.notices"), "tell", lambda _node, text, **values: told.append((text, values)))
+    plain, latent, last = make("SDXL")
+    model = host.nodes["SUN_ApplyLtcAccel"].execute(plain, "balanced").result[0]
+    calls: list[int] = []
+    last.register_forward_hook(lambda *_: calls.append(1))
+    text = torch.randn(1, 5, TEXT, generator=torch.manual_seed(1))
+
+    def texts(*lengths: int) -> list[Any]:
+        return [[[text.repeat(1, n, 1), {"pooled_output": text[:, 0]}]] for n in lengths]
+
+    def said() -> tuple[int, int]:
+        ((kind, values),) = told
+        assert kind == ("ltc_real" if values["calls"] == values["steps"] else "ltc_saved")
+        assert values["saved"] == round(100 - 100 * values["calls"] / values["steps"])
+        assert len(calls) == values["calls"]
+        told.clear()
+        return values["calls"], values["steps"]
+
+    def draw(steps: int, both: list[Any] | None = None, start: Any = latent, **options: Any) -> tuple[int, int]:
+        calls.clear()
+        assert run.ksampler(model, *(both or texts(1, 1)), start=start, steps=steps, **options).isfinite().all()
+        return said()
+
+    assert [draw(steps) for steps in (1, 2, 3, 4)] == [(1, 1), (2, 2), (3, 3), (4, 4)]
+    start = {"samples": 0.2 * torch.randn(1, 4, 8, 8, generator=torch.manual_seed(3))}
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 32:] = 1
+    for options in (
+        {"start": start, "denoise": 0.3},
+        {"start": {**start, "noise_mask": mask}, "denoise": 0.6, "name": "euler_ancestral"},
+        {"start": {"samples": torch.zeros(2, 4, 16, 8)}, "name": "dpmpp_2m"},  # a batch, at another size
+        {"both": texts(1, 3), "cfg": 1.0},
+        {"name": "dpmpp_3m_sde"},
+    ):
+        saved, steps = draw(STEPS, **options)
+        assert (saved < steps, steps) == (True, STEPS), options
+    whole = run.ksampler(model, *texts(1, 1), start=latent, steps=STEPS)
+    told.clear()
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = last.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        run.ksampler(model, *texts(1, 1), start=latent, steps=STEPS)
+    handle.remove()
+    assert told == []
+    assert "sun_ltc" not in model.model_options["transformer_options"]
+    calls.clear()
+    assert torch.equal(run.ksampler(model, *texts(1, 1), start=latent, steps=STEPS), whole)
+    said()
+
+    samplers, calls[:] = host.comfy.samplers, []
+    nameless = samplers.KSAMPLER(functools.partial(host.comfy.k_diffusion.sampling.sample_lms))
+    sigmas = samplers.calculate_sigmas(plain.get_model_object("model_sampling"), "simple", STEPS)
+    noise, empty = torch.randn(1, 4, 8, 8, generator=torch.manual_seed(7)), torch.zeros(1, 4, 8, 8)
+    host.comfy.sample.sample_custom(model, noise, 1.0, nameless, sigmas, *texts(1, 1), empty, disable_pbar=True)
+    assert said() == (8, STEPS)
 
 
 def test_sdxl_switches_with_a_unet_of_ssd_1b_s_kind(host: SimpleNamespace, run: SimpleNamespace, caplog: Any) -> None:

@@ -235,6 +235,19 @@ def test_a_sampler_without_a_name_is_looked_at_for_fresh_noise() -> None:
         assert run.counts.calls == ALWAYS.calls(20)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4, 15, 1000])
+def test_every_level_of_a_run_of_any_length_is_known_again(steps: int) -> None:
+    """From the highest of Stable Diffusion to the lowest, in the spacing of Karras, as float32 gives them back."""
+    ramp = torch.linspace(14.6146 ** (1 / 7), 0.0292 ** (1 / 7), steps, dtype=torch.float64) ** 7
+    run = SkipRun([*ramp.tolist(), 0.0], ALWAYS, noisy=False)
+    for sigma in ramp.float().tolist():
+        x = torch.full((1, 4), sigma)
+        run.denoised(sigma, x, lambda x=x: 0.5 * x)
+    assert run.counts.calls == ALWAYS.calls(steps)
+    assert (run.why == "") == (len(ALWAYS.skipped(steps)) > 0)
+    assert ("one step is too few" in run.why) == (steps == 1)
+
+
 def test_another_prompt_in_the_middle_of_a_run_is_a_real_step_and_what_was_seen_is_forgotten() -> None:
     run = SkipRun(LEVELS, ALWAYS)
     made = []

@@ -108,6 +108,17 @@ def test_prompt_editing_is_a_real_step_and_what_was_said_before_it_is_forgotten(
     assert len(calls(family, {"ltc": True}, **fields)[0]) == 13
 
 
+def test_a_sampler_that_chooses_its_levels_itself_runs_in_full_and_says_so(family: Any) -> None:
+    """DPM fast and DPM adaptive are told the first and the last level alone."""
+    fields = {**PICTURE, "steps": 12, "sampler_name": "DPM fast"}
+    result = family.run({"ltc": True}, **fields)
+    assert result.errors == []
+    assert "12 of 12 calls, 0 % saved (DPM fast chooses its noise levels itself)" in result.comments
+    assert torch.equal(result.images, family.run(None, **fields).images)
+    with pytest.raises(ValueError, match="does not know the sampler DPM fast"):
+        family.run({"ltc": True, "preset": "paper"}, **fields)
+
+
 def test_where_nothing_was_skipped_the_page_says_why(family: Any) -> None:
     result = family.run({"ltc": True}, **{**PICTURE, "steps": 4})
     assert "4 of 4 calls, 0 % saved (4 steps are too few to skip one of)" in result.comments

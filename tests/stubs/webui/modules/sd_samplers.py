@@ -10,6 +10,7 @@ from . import sd_samplers_common, sd_samplers_kdiffusion, sd_samplers_timesteps
 K_DIFFUSION = (
     ("DPM++ 2M", "sample_dpmpp_2m", {}), ("Euler", "sample_euler", {}), ("Euler a", "sample_euler_ancestral", {}),
     ("Heun", "sample_heun", {"second_order": True}), ("DPM2", "sample_dpm_2", {"second_order": True}),
+    ("DPM fast", "sample_dpm_fast", {}),
 )  # fmt: skip
 all_samplers = [
     *(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,6 +87,15 @@ def sample_dpmpp_2m(
     return x
 
 
+def sample_dpm_fast(
+    model: Any, x: Any, sigma_min: float, sigma_max: float, n: int, extra_args: Any = None, callback: Any = None,
+    disable: Any = None,
+) -> torch.Tensor:  # fmt: skip
+    """Levels of its own, as k-diffusion's has them; here with steps of Euler."""
+    sigmas = torch.logspace(math.log10(sigma_max), math.log10(sigma_min), n)
+    return sample_euler(model, x, torch.cat([sigmas, torch.zeros(1)]), extra_args)
+
+
 class KDiffusionSampler(sd_samplers_common.Sampler):
     def __init__(self, funcname: str, sd_model: Any) -> None:
         super().__init__()
@@ -112,8 +123,14 @@ class KDiffusionSampler(sd_samplers_common.Sampler):
             n=steps, sigma_min=float(table[0]), sigma_max=float(table[-1]), inner_model=self.model_wrap, device="cpu"
         )
 
+    def levels_for_function(self, steps: int, sigmas: torch.Tensor) -> dict[str, Any]:
+        if "sigmas" in inspect.signature(self.func).parameters:
+            return {"sigmas": sigmas}
+        table = self.model_wrap.sigmas
+        return {"sigma_min": float(table[0]), "sigma_max": float(table[-1]), "n": steps}
+
     def _launch(self, p: Any, steps: int, x: Any, sigmas: Any, cond: Any, uncond: Any, image_cond: Any) -> Any:
-        extra = self.initialize(p, x, cond, uncond, image_cond) | {"sigmas": sigmas}
+        extra = self.initialize(p, x, cond, uncond, image_cond) | self.levels_for_function(steps, sigmas)
         return self.launch_sampling(
             steps,
             lambda: self.func(
