@@ -305,6 +305,8 @@ def _unet_of(path: Path, names: set[str], header: dict[str, str], folder: Path, 
 
 def _refuse_compact(path: Path, names: set[str], folder: Path) -> None:
     """Raise ModelError for a U-Net with fewer layers than ``folder`` describes: it is not damaged, but assembled."""
+    if f"{_LDM_UNET}label_emb.0.0.weight" in names:
+        return  # of SDXL, which has fewer stages
     layers, n = [0], 1
     while any(f"{_LDM_UNET}input_blocks.{n}.0.{part}.weight" in names for part in ("in_layers.2", "op")):
         if f"{_LDM_UNET}input_blocks.{n}.0.op.weight" in names:

@@ -45,12 +45,15 @@ def watched(pair: SimpleNamespace):
         handle.remove()
 
 
-def test_share_0_and_1_are_each_model_alone(run: SimpleNamespace, pair: SimpleNamespace, switch) -> None:
+def test_share_0_and_1_are_each_model_alone(host, run: SimpleNamespace, pair: SimpleNamespace, switch) -> None:
     def draw(model: Any, name: str = "dpmpp_2m") -> torch.Tensor:
         return run.ksampler(model, cfg=3.0, name=name)
 
     assert torch.equal(draw(switch(0.0)), draw(pair.large))
-    assert torch.equal(draw(switch(1.0)), draw(pair.small))
+    both = switch(1.0)
+    assert torch.equal(draw(both), draw(pair.small))
+    host.comfy.model_management.unload_all_models()
+    assert torch.equal(draw(both), draw(pair.small))
     # What a sampler itself does to predictions (CFG++) it does to those of either.
     assert torch.equal(draw(switch(1.0), "euler_cfg_pp"), draw(pair.small, "euler_cfg_pp"))
     assert not torch.equal(draw(pair.small, "euler_cfg_pp"), draw(pair.small, "euler"))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from sun.compact import CompactError, Plan, assemble, plan, save_folder, save_single_file, shape_of
 from sun.compact.ldm import UNET, a1111_config, unet_tensors, vae_tensors, why_no_config
-from sun.pipelines.loading import ModelError, load_pipeline
+from sun.pipelines.loading import ModelError, load_pipeline, load_unet
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.append(str(REPOSITORY / "tests" / "cli"))  # the LDM names written independently, for the command line's tests
@@ -97,6 +97,12 @@ def test_a_checkpoint_holds_every_part(make_pipeline: Callable[..., Any], tmp_pa
     half = tmp_path / "half.safetensors"
     save_single_file(small, half, tmp_path / "model", torch.float16)
     assert {t.dtype for t in load_file(half).values()} == {torch.float16}
+
+
+def test_a_whole_u_net_of_another_family_is_not_called_compact(tmp_path: Path) -> None:
+    save_single_file(family_unet("sdxl"), tmp_path / "xl.safetensors")
+    with pytest.raises(ModelError, match="Give --config a diffusers folder of the same architecture"):
+        load_unet(tmp_path / "xl.safetensors")
 
 
 def test_names_of_an_autoencoder_are_those_of_checkpoints() -> None:

@@ -243,6 +243,10 @@ def test_files_that_do_not_fit_get_a_sentence(family: Any, small: Any, host: Sim
         ),
         "flat": (small | {key: torch.zeros(9)}, "holds no U-Net"),
         "middle": (small | {"model.diffusion_model.middle_block.x.y": torch.zeros(1)}, "not the loaded model's with"),
+        "texts": (
+            {n: torch.zeros(len(w), 24) if n.endswith("attn2.to_k.weight") else w for n, w in small.items()},
+            "takes texts 24 wide, the large one 16",
+        ),
         "lora": ({"lora_unet_x.lora_up.weight": torch.zeros(1)}, "holds no U-Net"),
         "velocity": (small | {"v_pred": torch.zeros(1)}, "predicts v, the large one the noise"),
     }
