@@ -1,11 +1,11 @@
 # make demo   pictures in 4 steps beside the 25-step reference, in demo/
-# make test   linter, types and every test, a real ComfyUI included
+# make test   linter, types and the tests, a real ComfyUI included; make test-slow runs the long ones, make test-all both
 # Each makes its own virtual environment once; a second call starts at once.
 
 PYTHON ?= python3
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-floors lint chromium clean
+.PHONY: help demo test test-slow test-all test-floors lint chromium clean
 
 DEMO := .venv-demo
 TEST := .venv-test
@@ -20,7 +20,7 @@ export DO_NOT_TRACK := 1
 export PYTHONUTF8 := 1
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */|/' | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 # constraints.txt pins versions that need it; pip's own message would not say so.
 CHECK_PYTHON = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -65,10 +65,13 @@ chromium:
 # in one of them.
 PYTEST = $(TEST)/bin/python -m pytest -c tests/pytest.ini -n 2 --dist loadfile --no-loadscope-reorder tests
 
-test: lint chromium ## linter, types and every test
-	$(PYTEST)
+test: lint chromium ## linter, types and all tests but those marked slow
+	$(PYTEST) -m "not slow"
 
-test-all: lint chromium ## the same with ten times the random inputs, and memory over 200 runs
+test-slow: $(TEST)/.installed chromium ## the others: whole chains, killed processes, further variants
+	$(PYTEST) -m slow
+
+test-all: lint chromium ## every test, with ten times the random inputs and memory over 200 runs
 	SUN_FUZZ_EXAMPLES=2000 SUN_MEMORY_RUNS=200 $(PYTEST)
 
 FLOORS := .venv-floors

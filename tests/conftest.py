@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,24 @@ os.environ.pop("COLUMNS", None)  # given to test processes; rich would keep that
 
 import pytest
 import torch
-from tiny import TEXT_WIDTH, CallLog, make_adapter, make_unet
+from tiny import TEXT_WIDTH, CallLog, make_adapter, make_short_unet, make_unet
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-texts", action="store_true", help="write locales/en/nodeDefs.json from the nodes")
     parser.addoption("--screenshots", metavar="DIR", help="the browser tests write screenshots to this folder")
+
+
+_modules_at_last_freeze = 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What imports made stays; else the collector looks through all of it again every few tests."""
+    global _modules_at_last_freeze
+    if len(sys.modules) > _modules_at_last_freeze + 200:
+        gc.freeze()
+        _modules_at_last_freeze = len(sys.modules)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -92,6 +106,19 @@ def make_pipeline(tokenizer_folder: Path) -> Callable[..., Any]:
         pipe = cls(**parts)
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_short_pipeline(make_pipeline: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, with a U-Net of two stages with a layer each unless another is given.
+
+    Modules whose tests need no more of a U-Net name it ``make_pipeline``.
+    """
+
+    def make(cls: Any = None, unet: Any = None, seed: int = 0) -> Any:
+        return make_pipeline(cls, make_short_unet(seed) if unet is None else unet, seed)
 
     return make
 

@@ -13,7 +13,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == Path(__file__).parent:
             item.add_marker(pytest.mark.comfy)
-            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")

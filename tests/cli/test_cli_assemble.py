@@ -15,17 +15,17 @@ from sun.compact import assemble, experts_for, plan, read_experts, write_experts
 Run = Callable[..., Result]
 
 
-def test_plan_assemble_and_write(sun: Run, model_folder: Path, tmp_path: Path) -> None:
+def test_plan_assemble_and_write(sun: Run, full_depth_folder: Path, tmp_path: Path) -> None:
     captions = tmp_path / "captions.txt"
     captions.write_text("a\n\nb\n")
-    planned = sun("assemble", "--model", model_folder, "--budget", 0.9, "--states", 2, "--captions", captions,
+    planned = sun("assemble", "--model", full_depth_folder, "--budget", 0.9, "--states", 2, "--captions", captions,
                   "--steps", 2, "--plan-only", tmp_path / "plan.json")  # fmt: skip
     assert "add up to" in planned.output
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["chosen"] == "knapsack"
     assert written["remove"]
     assert written["share"] <= 0.9
-    done = sun("assemble", "--model", model_folder, "--plan", tmp_path / "plan.json", "--out", tmp_path / "unet",
+    done = sun("assemble", "--model", full_depth_folder, "--plan", tmp_path / "plan.json", "--out", tmp_path / "unet",
                "--single-file", tmp_path / "x.safetensors", "--dtype", "float16")  # fmt: skip
     assert "U-Net alone" in done.output
     small = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
@@ -35,21 +35,21 @@ def test_plan_assemble_and_write(sun: Run, model_folder: Path, tmp_path: Path) -
     assert len(names) == len(small.state_dict())
 
 
-def test_experts_of_a_training_lie_beside_what_is_written(sun: Run, model_folder: Path, tmp_path: Path) -> None:
-    sun("assemble", "--model", model_folder, "--plan", "bk-base", "--out", tmp_path / "run" / "unet")
-    unet = UNet2DConditionModel.from_pretrained(model_folder / "unet")
+def test_experts_of_a_training_lie_beside_what_is_written(sun: Run, full_depth_folder: Path, tmp_path: Path) -> None:
+    sun("assemble", "--model", full_depth_folder, "--plan", "bk-base", "--out", tmp_path / "run" / "unet")
+    unet = UNet2DConditionModel.from_pretrained(full_depth_folder / "unet")
     chosen = plan(unet, named="bk-base")
     experts = experts_for(unet, assemble(unet, chosen), chosen)
     write_experts(experts, tmp_path / "run" / "experts.safetensors")
-    done = sun("assemble", "--model", model_folder, "--plan", "bk-base", "--trained", tmp_path / "run" / "unet",
+    done = sun("assemble", "--model", full_depth_folder, "--plan", "bk-base", "--trained", tmp_path / "run" / "unet",
                "--single-file", tmp_path / "small.safetensors", "--out", tmp_path / "folder")  # fmt: skip
     assert done.output.count("its experts") == 2
     for file in (tmp_path / "small.experts.safetensors", tmp_path / "folder" / "experts.safetensors"):
         assert {name for name, _ in read_experts(file).by_name()} == {name for name, _ in experts.by_name()}
 
 
-def test_wrong_input_is_a_sentence(sun: Run, model_folder: Path, tmp_path: Path) -> None:
-    common = ("assemble", "--model", model_folder)
+def test_wrong_input_is_a_sentence(sun: Run, full_depth_folder: Path, tmp_path: Path) -> None:
+    common = ("assemble", "--model", full_depth_folder)
     assert "say what to write" in sun(*common, code=2).output
     assert "--captions" in sun(*common, "--states", 2, "--plan-only", tmp_path / "p.json", code=2).output
     assert "cannot be met" in sun(*common, "--budget", 0.01, "--plan-only", tmp_path / "p.json", code=2).output

@@ -82,7 +82,7 @@ def test_inspect_tells_all_of_an_adapter(sun: Run, adapter_file: Path, tmp_path:
     assert report["text_width"] == 16
     assert report["layout"] == "sun"
     assert report["parameters"] == sum(p.numel() for p in SunAdapter.load(adapter_file).parameters())
-    assert len(report["layers"]) == 16
+    assert len(report["layers"]) == 4
     assert report["sha256"] in result.output
     assert "down_blocks.0.attentions.0" in result.output
 

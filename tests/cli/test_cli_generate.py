@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import make_adapter
+from tiny import make_adapter, make_short_unet, make_unet
 from typer.testing import Result
 
 from sun.pictures.draw import changes_since, complete, generate, load, noise
@@ -205,9 +205,11 @@ def test_a_controlnet_steers_text_image_and_mask_runs(
     assert (pixels(tmp_path / "0.0.png") != pixels(tmp_path / "1.0.png")).any()
 
 
-def test_loras_are_applied_with_their_weights(tiny: Run, tmp_path: Path, make_pipeline: Callable[..., Any]) -> None:
+def test_loras_are_applied_with_their_weights(
+    tiny: Run, tmp_path: Path, make_short_pipeline: Callable[..., Any]
+) -> None:
     lora = tmp_path / "lora.safetensors"
-    _save_lora(make_pipeline(), lora)
+    _save_lora(make_short_pipeline(), lora)
     for weight in ("0", "1", "-1"):
         tiny("generate", "a", "--lora", f"{lora}:{weight}", "--seed", 1, "--out", tmp_path / f"{weight}.png")
     tiny("generate", "a", "--seed", 1, "--out", tmp_path / "plain.png")
@@ -235,10 +237,8 @@ def test_without_an_adapter_guidance_costs_two_calls_a_step(sun: Run, tmp_path: 
     assert "4 U-Net calls" in sun(*common, "--guidance", 1).output
 
 
-def test_an_adapter_that_takes_the_guidance_scale_gets_it(
-    sun: Run, tmp_path: Path, model_folder: Path, make_pipeline: Callable[..., Any]
-) -> None:
-    made = from_unet(make_pipeline().unet, w=4.0, guided=True)
+def test_an_adapter_that_takes_the_guidance_scale_gets_it(sun: Run, tmp_path: Path, model_folder: Path) -> None:
+    made = from_unet(make_short_unet(), w=4.0, guided=True)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if name.endswith("_w"):
@@ -318,8 +318,6 @@ def test_the_shipped_model_is_the_default(sun: Run, tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_another_model_is_refused_in_a_sentence(sun: Run, tmp_path: Path, model_folder: Path) -> None:
-    from tiny import make_unet
-
     other = tmp_path / "other.safetensors"
     make_adapter(make_unet(text_width=24)).save(other)
     result = sun("generate", "a", "--model", model_folder, "--adapter", other, "--out", tmp_path / "x.png", code=2)
@@ -328,18 +326,18 @@ def test_an_adapter_of_another_model_is_refused_in_a_sentence(sun: Run, tmp_path
 
 
 def test_a_second_unet_makes_a_share_of_the_steps(
-    tiny: Run, sun: Run, model_folder: Path, make_pipeline: Callable[..., Any], tmp_path: Path
+    sun: Run, full_depth_folder: Path, full_depth_adapter: Path, tmp_path: Path
 ) -> None:
     """The PNG makes its picture again; SUN is on both U-Nets; what does not fit gets a sentence."""
     from diffusers import UNet2DConditionModel
 
-    config = dict(make_pipeline().unet.config)
+    config = dict(make_unet().config)
     torch.manual_seed(3)
     UNet2DConditionModel.from_config(config | {"layers_per_block": (1, 1, 1, 1)}).save_pretrained(tmp_path / "small")
     wide = config | {"block_out_channels": (8, 16, 24, 32)}
     UNet2DConditionModel.from_config(wide).save_pretrained(tmp_path / "other" / "unet")
     (tmp_path / "other" / "model_index.json").write_text("{}")
-    model = ("--model", model_folder, "--adapter", "none")
+    model = ("--model", full_depth_folder, "--adapter", "none")
     plain = ("generate", "a cat", "--seed", 3, "--steps", 5, *model, "--scheduler", "dpmpp_2m")
     result = sun(*plain, "--switch", tmp_path / "small", "--share", 0.6, "--out", tmp_path / "x.png")
     assert "10 U-Net calls (6 of them of the small one)" in result.output
@@ -356,11 +354,12 @@ def test_a_second_unet_makes_a_share_of_the_steps(
     assert f"LTC-Accel: {calls[0] // 2} of 8 calls" in result.output  # of either U-Net, two rows of guidance a call
     assert 0 < calls[1] < calls[0] < 16
 
-    result = tiny("generate", "a cat", "--switch", tmp_path / "small", "--out", tmp_path / "s.png")
+    with_sun = ("generate", "a cat", "--model", full_depth_folder, "--adapter", full_depth_adapter)
+    result = sun(*with_sun, "--switch", tmp_path / "small", "--out", tmp_path / "s.png")
     assert "4 U-Net calls (2 of them of the small one)" in result.output  # SUN on both
-    result = tiny("generate", "a cat", "--switch", tmp_path / "other", "--out", tmp_path / "s.png", code=2)
+    result = sun(*with_sun, "--switch", tmp_path / "other", "--out", tmp_path / "s.png", code=2)
     assert "--adapter none" in result.output
-    result = tiny("generate", "a cat", "--switch", tmp_path / "nowhere", "--out", tmp_path / "s.png", code=2)
+    result = sun(*with_sun, "--switch", tmp_path / "nowhere", "--out", tmp_path / "s.png", code=2)
     assert "nowhere" in result.output
 
 

@@ -332,7 +332,7 @@ def test_single_files_of_other_kinds_are_named(single, tmp_path, channels, words
 
 
 def test_an_inpainting_checkpoint_draws_under_a_mask_and_nothing_else(
-    sun: Run, single: tuple[Path, Path], tmp_path: Path, photo: Path, adapter_file: Path
+    sun: Run, single: tuple[Path, Path], tmp_path: Path, photo: Path, full_depth_adapter: Path
 ) -> None:
     folder, file = single
     nine = _change(file, lambda t: _wider(t, 9), tmp_path / "x.safetensors")
@@ -344,7 +344,7 @@ def test_an_inpainting_checkpoint_draws_under_a_mask_and_nothing_else(
         "--config",
         folder,
         "--adapter",
-        adapter_file,
+        full_depth_adapter,
         "--seed",
         1,
         "--out",
@@ -361,7 +361,7 @@ def test_an_inpainting_checkpoint_draws_under_a_mask_and_nothing_else(
         ("compare", "a", "--out", tmp_path / "y.png"),
         ("calibrate", "a", "--steps", 4, "--out", tmp_path / "t"),
     ):
-        given = ("--adapter", adapter_file) if command[0] == "compare" else ()
+        given = ("--adapter", full_depth_adapter) if command[0] == "compare" else ()
         assert "inpainting model" in sun(*command, "--model", nine, "--config", folder, *given, code=2).output
 
 

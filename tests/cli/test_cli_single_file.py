@@ -32,10 +32,10 @@ def both(make_pipeline: Callable[..., Any], tmp_path_factory: pytest.TempPathFac
 
 
 def test_a_single_file_gives_the_pictures_of_its_diffusers_folder(
-    sun: Run, both: tuple[Path, Path], adapter_file: Path, tmp_path: Path
+    sun: Run, both: tuple[Path, Path], full_depth_adapter: Path, tmp_path: Path
 ) -> None:
     folder, file = both
-    common = ("generate", "a cat", "--negative", "dog", "--adapter", adapter_file, "--seed", 2)
+    common = ("generate", "a cat", "--negative", "dog", "--adapter", full_depth_adapter, "--seed", 2)
     sun(*common, "--model", folder, "--out", tmp_path / "x.png")
     sun(*common, "--model", file, "--config", folder, "--out", tmp_path / "y.png")
     a, b = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("x.png", "y.png"))

@@ -44,7 +44,7 @@ def test_bk_s_lists_make_u_nets_of_the_published_sizes(name: str, parameters: in
     assert small.config.layers_per_block == 1
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", ["sd1", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "sd1")])
 def test_every_candidate_alone_leaves_an_ordinary_u_net(kind: str, tmp_path: Path) -> None:
     """It runs before any training, and a folder of it is read by diffusers' own class with the same result."""
     unet = family_unet(kind)

@@ -16,6 +16,7 @@ from sun.cli import app
 from sun.common.settings import ConfigError
 from sun.evaluation.checks import check
 from sun.evaluation.config import EvaluateConfig
+from sun.evaluation.names import REFERENCE
 
 ROW = {"unet_calls": 4.0, "seconds": 0.1, "paired_mse": 0.05, "set_distance": 1.5}
 MODEL = {
@@ -106,6 +107,18 @@ def test_a_table_is_no_text() -> None:
     assert "--config file" in result.output
 
 
+DEFAULT_CALLS = {"ddim-4": 8, "dpmpp-4": 8, "cond-25": 25, "sun-4": 4, "sun-8": 8}
+"""U-Net calls a picture of the methods that are measured when none is named."""
+
+
+def test_what_is_measured_by_default() -> None:
+    """tests/evaluation/test_evaluation.py measures a tiny model."""
+    settings = EvaluateConfig()
+    assert settings.methods == tuple(DEFAULT_CALLS)
+    assert (settings.model, REFERENCE.text) == ("emoji", "dpmpp-25")
+
+
+@pytest.mark.slow  # five methods of the shipped model, 25 steps among them
 def test_the_shipped_model_is_measured_by_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_reference: str
 ) -> None:
@@ -118,8 +131,7 @@ def test_the_shipped_model_is_measured_by_default(
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     found = json.loads(target.read_text())
-    calls = {"ddim-4": 8, "dpmpp-4": 8, "cond-25": 25, "sun-4": 4, "sun-8": 8}
-    assert {name: row["unet_calls"] for name, row in found["methods"].items()} == calls
+    assert {name: row["unet_calls"] for name, row in found["methods"].items()} == DEFAULT_CALLS
     for row in found["methods"].values():
         assert {"seconds", "paired_mse", "set_distance"} <= set(row)
     assert found["guidance_scale"] == 4.0

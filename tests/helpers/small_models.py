@@ -106,15 +106,14 @@ def short_reference(monkeypatch: pytest.MonkeyPatch) -> str:
     return short.text
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _save_model(folder: Path, layers_per_block: int) -> Path:
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tiny-model")
     tokenizer = build_tokenizer(EMOJIS, 700, folder / "vocabulary")
     text_encoder = build_text_encoder(BaseConfig(text_width=32, text_layers=1), tokenizer)
     unet = UNet2DConditionModel(
-        sample_size=4, block_out_channels=(32, 32, 32, 32), cross_attention_dim=32, attention_head_dim=2
-    )
+        sample_size=4, block_out_channels=(32, 32, 32, 32), cross_attention_dim=32, attention_head_dim=2,
+        layers_per_block=layers_per_block, norm_num_groups=8,
+    )  # fmt: skip
     vae = AutoencoderTiny(
         encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
         num_encoder_blocks=(1, 1, 1, 1), num_decoder_blocks=(1, 1, 1, 1), scaling_factor=0.5,
@@ -124,6 +123,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder / "model")  # fmt: skip
     return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of Stable Diffusion's stages with one layer each, which is where most of a test's seconds go."""
+    return _save_model(tmp_path_factory.mktemp("tiny-model"), 1)
+
+
+@pytest.fixture(scope="session")
+def full_depth_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with Stable Diffusion's two layers a stage, as plans of compact U-Nets count them."""
+    return _save_model(tmp_path_factory.mktemp("full-depth-model"), 2)
 
 
 @pytest.fixture(scope="session")

@@ -173,8 +173,8 @@ def test_a_new_controlnet_changes_nothing(tiny_model: Path) -> None:
     assert not any(float(t.abs().max()) for t in [*down, mid])
 
 
-def test_names_are_those_of_an_ldm_controlnet(tiny_model: Path) -> None:
-    controlnet = build_controlnet(load(tiny_model).unet, 4)
+def test_names_are_those_of_an_ldm_controlnet(full_depth_model: Path) -> None:
+    controlnet = build_controlnet(load(full_depth_model).unet, 4)
     names = {
         "conv_in.up": "input_blocks.0.0.up",
         "time_embedding.linear_2.down": "time_embed.2.down",

@@ -27,6 +27,11 @@ from sun.ltc.pipelines import _skipping, _stepper
 FIXED = sun.ltc.LtcSettings(tau=0)
 
 
+@pytest.fixture(scope="session")
+def make_pipeline(make_short_pipeline: Callable[..., Any]) -> Callable[..., Any]:
+    return make_short_pipeline
+
+
 @pytest.fixture
 def pipe(make_pipeline: Callable[..., Any]) -> Any:
     made = make_pipeline()

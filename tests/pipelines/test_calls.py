@@ -33,6 +33,11 @@ from sun.surgery import from_unet
 ASKED = [("a cat", "a dog", 1), ("a tree", "blue", 2), ("red", "", 3)]
 
 
+@pytest.fixture(scope="session")
+def make_pipeline(make_short_pipeline: Callable[..., Any]) -> Callable[..., Any]:
+    return make_short_pipeline
+
+
 def draw(
     pipe: Any, prompt: str = "a cat", negative: str = "a dog", seed: int = 1, steps: int = 4, **options: Any
 ) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TEXT_WIDTH, make_adapter
+from tiny import make_adapter, make_short_unet
 
 import sun
 
@@ -24,24 +24,8 @@ def compiler() -> Iterator[Any]:
     torch._dynamo.reset()
 
 
-def small_unet() -> Any:
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    ).eval()
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("compiled_first", [True, False])
+@pytest.mark.parametrize("compiled_first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_compiled_pipeline_is_compiled_once(
     make_pipeline: Callable[..., Any], compiler: Any, compiled_first: bool
 ) -> None:
@@ -57,7 +41,7 @@ def test_a_compiled_pipeline_is_compiled_once(
         options = {"num_inference_steps": steps, "latents": latents, "output_type": "latent"}
         return pipe(prompt, negative_prompt=negative, **options).images
 
-    unet = small_unet()
+    unet = make_short_unet()
     adapter = make_adapter(unet)
     pipe = make_pipeline(unet=unet)
     sun.attach(pipe, adapter)

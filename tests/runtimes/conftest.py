@@ -9,27 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TEXT_WIDTH, make_adapter
+from tiny import make_adapter, make_short_unet
 
 from sun.runtimes.contents import Contents
 from sun.runtimes.export import ExportSettings, export
-
-
-def small_unet(in_channels: int = 4) -> Any:
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=in_channels,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    ).eval()
 
 
 @pytest.fixture(scope="session")
@@ -38,11 +21,11 @@ def files(make_pipeline: Callable[..., Any], tmp_path_factory: pytest.TempPathFa
     from diffusers import StableDiffusionControlNetPipeline
 
     folder = tmp_path_factory.mktemp("files")
-    make_pipeline(unet=small_unet()).save_pretrained(folder / "model")
-    make_pipeline(StableDiffusionControlNetPipeline, unet=small_unet()).controlnet.save_pretrained(
+    make_pipeline(unet=make_short_unet()).save_pretrained(folder / "model")
+    make_pipeline(StableDiffusionControlNetPipeline, unet=make_short_unet()).controlnet.save_pretrained(
         folder / "controlnet"
     )
-    make_adapter(small_unet()).save(folder / "adapter.safetensors")
+    make_adapter(make_short_unet()).save(folder / "adapter.safetensors")
     _guided().save(folder / "guided.safetensors")
     return folder
 
@@ -50,7 +33,7 @@ def files(make_pipeline: Callable[..., Any], tmp_path_factory: pytest.TempPathFa
 def _guided() -> Any:
     from sun.surgery import from_unet
 
-    adapter = from_unet(small_unet(), positive=True, alpha=0.4, w=4.0, guided=True)
+    adapter = from_unet(make_short_unet(), positive=True, alpha=0.4, w=4.0, guided=True)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in adapter.parameters():

@@ -47,7 +47,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", ["openvino", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_four_steps_are_torch_s_at_any_size_and_batch(exported: Exported, files: Path, runtime: str) -> None:
     folder, contents = exported(runtime, "guided.safetensors", controlnet=str(files / "controlnet"))
     assert contents.agreement["latents"] <= 1e-4
@@ -133,7 +133,10 @@ def test_loras_are_part_of_the_weights(exported: Exported, files: Path, tmp_path
         latents_of(changed, size=(64, 64))
 
 
-@pytest.mark.parametrize(("runtime", "weights"), [("openvino", "fp16"), ("openvino", "int8"), ("onnx", "fp16")])
+@pytest.mark.parametrize(
+    ("runtime", "weights"),
+    [pytest.param("openvino", "fp16", marks=pytest.mark.slow), ("openvino", "int8"), ("onnx", "fp16")],
+)
 def test_smaller_weights_say_what_they_cost(exported: Exported, files: Path, runtime: str, weights: str) -> None:
     """Those of ONNX Runtime in int8 are tested on the command line below."""
     whole = exported(runtime, "guided.safetensors", controlnet=str(files / "controlnet"))[0]

@@ -22,7 +22,7 @@ PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("sd15-*.toml"))
 
 def config(**settings: object) -> SunTrainConfig:
     run = RunConfig(batch_size=2, accumulate=2, precision="fp32")
-    return SunTrainConfig(**{"run": run, "substeps": 2, "guidance_scale": 3.0, "resolution": 128, **settings})
+    return SunTrainConfig(**{"run": run, "substeps": 2, "guidance_scale": 3.0, "resolution": 64, **settings})
 
 
 def small() -> Models:
@@ -30,8 +30,10 @@ def small() -> Models:
         vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
     )
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(32, 32, 32, 32), cross_attention_dim=32, attention_head_dim=2
-    )
+        sample_size=8, block_out_channels=(32, 32), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=1, cross_attention_dim=32,
+        attention_head_dim=2,
+    )  # fmt: skip
     return Models(unet, CLIPTextModel(text), AutoencoderKL(), torch.linspace(0.99, 0.01, 1000))
 
 

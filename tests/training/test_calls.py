@@ -31,7 +31,7 @@ def run_config(output: Path, **run: Any) -> RunConfig:
 
 
 def shared(model: Path, data: Path) -> dict[str, Any]:
-    return {"model": str(model), "data": str(data), "resolution": 128, "guidance_scale": 3.0}
+    return {"model": str(model), "data": str(data), "resolution": 64, "guidance_scale": 3.0}
 
 
 def sun_calls(

@@ -39,7 +39,7 @@ def settings(model: Path, data: Path, output: Path, **run: Any) -> dict[str, Any
     return {
         "run": {"output": str(output), **shared, **run}, "model": str(model), "data": str(data), "substeps": 2,
         "replace_probability": 0.5, "max_negative_phrases": 5, "guidance_scale": 3.0, "target_reuse": 2,
-        "resolution": 128,
+        "resolution": 64,
     }  # fmt: skip
 
 
@@ -101,6 +101,7 @@ def test_two_processes_one_killed_and_resumed_train_what_one_process_trains(
     assert distance(one, two) < 0.05 * distance(one, start)
 
 
+@pytest.mark.slow  # a process of its own
 def test_accelerate_launch_trains_from_a_config(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
     """The command the presets and the guide name, whole. On CPUs accelerate starts several processes only with MPI."""
     values = settings(tiny_model, pictures, tmp_path / "run", steps=1)
@@ -139,6 +140,7 @@ def _any_precision() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.slow  # bf16, which CPUs count slowly in; test_benchmark.py measures a preset
 @pytest.mark.usefixtures("_any_precision")
 def test_the_preset_for_a_small_card_trains(
     tiny_model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -34,7 +34,7 @@ def settings(model: Path, output: Path, captions: Path | str = "", **values: Any
         "precision": "fp32",
         "checkpoint_minutes": 0.0,
     }
-    shared = {"model": str(model), "resolution": 128, "incubation": 0.5, "teacher_steps": 2, "target_reuse": 2}
+    shared = {"model": str(model), "resolution": 64, "incubation": 0.5, "teacher_steps": 2, "target_reuse": 2}
     return apply(CompactTrainConfig(), {**shared, "captions": str(captions), **values, "run": run})
 
 
@@ -53,9 +53,9 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(2, 4, 16, 16, generator=generator), torch.tensor([900, 40]), torch.randn(2, 77, 32)
 
 
-def test_a_stage_inside_the_original_is_the_original_without_that_pair(tiny_model: Path) -> None:
+def test_a_stage_inside_the_original_is_the_original_without_that_pair(full_depth_model: Path) -> None:
     """Every slimmed stage, of every list with several; and only its own parameters get a gradient."""
-    unet = load(tiny_model / "unet").requires_grad_(False)
+    unet = load(full_depth_model / "unet").requires_grad_(False)
     x, t, text = batch()
     for name in ("bk-base", "bk-tiny"):
         chosen = plan(unet, named=name)
@@ -79,8 +79,8 @@ def test_a_stage_inside_the_original_is_the_original_without_that_pair(tiny_mode
     assert not any(p.requires_grad for p in unet.parameters())
 
 
-def test_the_features_loss_is_relative_and_leaves_out_what_only_one_has(tiny_model: Path) -> None:
-    unet = load(tiny_model / "unet")
+def test_the_features_loss_is_relative_and_leaves_out_what_only_one_has(full_depth_model: Path) -> None:
+    unet = load(full_depth_model / "unet")
     watcher = Watcher(unet)
     with torch.no_grad():
         unet(*batch())
@@ -96,18 +96,20 @@ def test_the_features_loss_is_relative_and_leaves_out_what_only_one_has(tiny_mod
 
 
 @pytest.mark.parametrize("inputs", ["noised", "trajectories"])
-def test_a_run_on_the_teacher_s_own_pictures(tiny_model: Path, captions: Path, tmp_path: Path, inputs: str) -> None:
+def test_a_run_on_the_teacher_s_own_pictures(
+    full_depth_model: Path, captions: Path, tmp_path: Path, inputs: str
+) -> None:
     """What trains when, what is written, that the original's folder is as before, that no machine's path travels."""
-    before = load(tiny_model / "unet").state_dict()
+    before = load(full_depth_model / "unet").state_dict()
     noise = 0.0 if inputs == "trajectories" else 1.0
-    config = settings(tiny_model, tmp_path / "run", captions, inputs=inputs, noise_weight=noise)
+    config = settings(full_depth_model, tmp_path / "run", captions, inputs=inputs, noise_weight=noise)
     folder = train_compact(config)
     trained, chosen = load(folder / "unet"), read_plan(folder / "plan.json")
-    start = assemble(load(tiny_model / "unet"), chosen).state_dict()
+    start = assemble(load(full_depth_model / "unet"), chosen).state_dict()
     assert trained.config.layers_per_block == [1, 1, 2, 2]
     moved = {n for n, t in trained.state_dict().items() if float((t.float() - start[n]).abs().max()) > 1e-3}
     assert {n.split(".")[0] for n in moved} >= {"conv_in", "down_blocks", "up_blocks", "mid_block", "conv_out"}
-    assert all(torch.equal(before[n], t) for n, t in load(tiny_model / "unet").state_dict().items())
+    assert all(torch.equal(before[n], t) for n, t in load(full_depth_model / "unet").state_dict().items())
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert {"stage", "final"} <= set(rows[0]["losses"])
     assert ("noise" in rows[-1]["losses"]) == (inputs == "noised")
@@ -116,18 +118,21 @@ def test_a_run_on_the_teacher_s_own_pictures(tiny_model: Path, captions: Path, t
         assert str(tmp_path) not in (folder / file).read_text()
 
 
-def test_pictures_train_it_too(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
-    folder = train_compact(settings(tiny_model, tmp_path / "run", data=str(pictures), incubation=0.0, plan="bk-tiny"))
+def test_pictures_train_it_too(full_depth_model: Path, pictures: Path, tmp_path: Path) -> None:
+    folder = train_compact(
+        settings(full_depth_model, tmp_path / "run", data=str(pictures), incubation=0.0, plan="bk-tiny")
+    )
     assert len(load(folder / "unet").down_blocks) == 3
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert set(rows[-1]["losses"]) == {"loss", "output", "feature", "noise"}
 
 
+@pytest.mark.slow  # test_distributed.py has it of SUN
 def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(
-    tiny_model: Path, captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    full_depth_model: Path, captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of incubation, with pictures of the teacher in the bank."""
-    whole = load(train_compact(settings(tiny_model, tmp_path / "whole", captions)) / "unet").state_dict()
+    whole = load(train_compact(settings(full_depth_model, tmp_path / "whole", captions)) / "unet").state_dict()
     update, calls = run_module.TrainingRun.update, []
 
     def interrupted(self: run_module.TrainingRun, *args: torch.Tensor, **named: torch.Tensor) -> None:
@@ -139,13 +144,13 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(
     with monkeypatch.context() as patch:
         patch.setattr(run_module.TrainingRun, "update", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train_compact(settings(tiny_model, tmp_path / "parts", captions))
-    parts = load(train_compact(settings(tiny_model, tmp_path / "parts", captions)) / "unet").state_dict()
+            train_compact(settings(full_depth_model, tmp_path / "parts", captions))
+    parts = load(train_compact(settings(full_depth_model, tmp_path / "parts", captions)) / "unet").state_dict()
     assert all(torch.equal(whole[name], tensor) for name, tensor in parts.items())
 
 
 def test_experts_train_with_it(
-    tiny_model: Path, captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    full_depth_model: Path, captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stage by stage, then all; the files make what was trained, and the U-Net's own has the mean of the routings."""
     drawn, given = [], batch()
@@ -155,11 +160,15 @@ def test_experts_train_with_it(
             drawn.append(small(*given).sample)
 
     monkeypatch.setattr(distillation, "sample_grid", draw)
-    folder = train_compact(settings(tiny_model, tmp_path / "run", captions, experts=3, router_width=8))
+    folder = train_compact(settings(full_depth_model, tmp_path / "run", captions, experts=3, router_width=8))
     experts, small = read_experts(folder / "experts.safetensors"), load(folder / "unet").float()
     assert experts.temperature == pytest.approx(1)
     start = experts_for(
-        load(tiny_model / "unet"), assemble(load(tiny_model / "unet"), plan_of(folder)), plan_of(folder), 3, 8
+        load(full_depth_model / "unet"),
+        assemble(load(full_depth_model / "unet"), plan_of(folder)),
+        plan_of(folder),
+        3,
+        8,
     )
     new, old = experts.state_dict(), start.state_dict()
     assert new.keys() == old.keys()
@@ -184,7 +193,7 @@ def test_the_temperature_falls_to_one() -> None:
     assert temperature_at(apply(config, {"temperature_share": 0.0}), 0.0) == 1.0
 
 
-def test_the_semantic_term_compares_pictures(tiny_model: Path, captions: Path, tmp_path: Path) -> None:
+def test_the_semantic_term_compares_pictures(full_depth_model: Path, captions: Path, tmp_path: Path) -> None:
     from transformers import CLIPConfig, CLIPModel
 
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -192,8 +201,8 @@ def test_the_semantic_term_compares_pictures(tiny_model: Path, captions: Path, t
     clip = CLIPModel(CLIPConfig(vision_config=vision, text_config={**small, "vocab_size": 9}, projection_dim=8))
     clip.save_pretrained(tmp_path / "clip")
     config = settings(
-        tiny_model, tmp_path / "run", captions, incubation=0.0, semantic_weight=0.1, semantic_until=1.0,
-        semantic_model=str(tmp_path / "clip"),
+        full_depth_model, tmp_path / "run", captions, incubation=0.0, semantic_weight=0.1, semantic_until=1.0,
+        resolution=128, semantic_model=str(tmp_path / "clip"),
     )  # fmt: skip
     config.run.steps = 1
     folder = train_compact(config)
@@ -223,11 +232,11 @@ def test_settings_that_cannot_work_are_refused(values: dict[str, Any], words: st
         check_compact(apply(CompactTrainConfig(), values))
 
 
-def test_missing_files_are_named(tiny_model: Path, tmp_path: Path) -> None:
+def test_missing_files_are_named(full_depth_model: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"plan\.json"):
-        train_compact(settings(tiny_model, tmp_path / "run", "emoji", plan=str(tmp_path / "plan.json")))
+        train_compact(settings(full_depth_model, tmp_path / "run", "emoji", plan=str(tmp_path / "plan.json")))
     with pytest.raises(FileNotFoundError, match="give a text file with one a line"):
-        train_compact(settings(tiny_model, tmp_path / "run", tmp_path / "none.txt"))
+        train_compact(settings(full_depth_model, tmp_path / "run", tmp_path / "none.txt"))
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(ConfigError, match="has no caption"):
-        train_compact(settings(tiny_model, tmp_path / "run", tmp_path / "empty.txt"))
+        train_compact(settings(full_depth_model, tmp_path / "run", tmp_path / "empty.txt"))

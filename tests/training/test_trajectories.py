@@ -180,7 +180,7 @@ def test_training_on_trajectories(
     run = RunConfig(output=str(tmp_path / "run"), steps=3, batch_size=3, precision="fp32", ema_decay=0.5, lr=1e-3)
     config = SunTrainConfig(
         run=run, model=str(tiny_model), data=str(pictures), substeps=2, guidance_scale=3.0, trajectories=True,
-        resolution=128, replace_probability=0.5, replace_depth=3, target_reuse=2, rollout_probability=rollout,
+        resolution=64, replace_probability=0.5, replace_depth=3, target_reuse=2, rollout_probability=rollout,
         stage_start_probability=starts, msc_error=error,
     )  # fmt: skip
     adapter = sun.SunAdapter.load(train_sun(config))
@@ -195,7 +195,7 @@ def test_an_adapter_that_takes_the_guidance_scale(
     run = RunConfig(output=str(tmp_path / "run"), steps=2, batch_size=3, precision="fp32", lr=1e-2)
     config = SunTrainConfig(
         run=run, model=str(tiny_model), data=str(pictures), substeps=2, guidance_scale=3.0, guidance_range=(1.0, 8.0),
-        trajectories=trajectories, resolution=128, replace_probability=0.5, target_reuse=2,
+        trajectories=trajectories, resolution=64, replace_probability=0.5, target_reuse=2,
     )  # fmt: skip
     adapter = sun.SunAdapter.load(train_sun(config))
     assert adapter.guided
@@ -207,7 +207,7 @@ def test_an_adapter_that_takes_the_guidance_scale(
 def test_a_fixed_adapter_is_trained_on_to_take_the_guidance_scale(
     tiny_model: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    settings = {"model": str(tiny_model), "data": str(pictures), "substeps": 2, "resolution": 128}
+    settings = {"model": str(tiny_model), "data": str(pictures), "substeps": 2, "resolution": 64}
     fixed, guided = (
         RunConfig(output=str(tmp_path / name), steps=2, batch_size=3, precision="fp32", lr=1e-2) for name in "ab"
     )
@@ -271,7 +271,7 @@ def test_the_file_says_what_the_adapter_is_that_training_went_on_from(
     run = RunConfig(output=str(tmp_path / "run"), steps=1, batch_size=2, precision="fp32")
     path = train_sun(
         SunTrainConfig(
-            run=run, model=str(tiny_model), data=str(pictures), substeps=1, resolution=128,
+            run=run, model=str(tiny_model), data=str(pictures), substeps=1, resolution=64,
             init_adapter=str(tmp_path / "first.safetensors"),
         )
     )  # fmt: skip
@@ -303,7 +303,8 @@ def test_fine_tunes_take_turns_with_the_base(tiny_model: Path, fine_tune: Path, 
     with pytest.raises(ConfigError, match="nowhere is not a diffusers folder"):
         FrozenModels(unet, [str(tmp_path / "nowhere")])
     UNet2DConditionModel(
-        sample_size=4, block_out_channels=(32, 64, 32, 32), cross_attention_dim=32, attention_head_dim=2
+        sample_size=4, block_out_channels=(32, 64, 32, 32), cross_attention_dim=32, attention_head_dim=2,
+        layers_per_block=1,
     ).save_pretrained(tmp_path / "wide" / "unet")  # fmt: skip
     with pytest.raises(ConfigError, match="wide has other layers than the base's"):
         FrozenModels(unet, [str(tmp_path / "wide")])
@@ -324,7 +325,7 @@ def test_training_on_a_fine_tune_too(
     def train(name: str, steps: int, **settings: object) -> dict[str, torch.Tensor]:
         run = RunConfig(output=str(tmp_path / name), steps=steps, batch_size=2, precision="fp32", lr=1e-2)
         config = SunTrainConfig(
-            run=run, model=str(tiny_model), data=str(pictures), substeps=2, resolution=128, trajectories=True,
+            run=run, model=str(tiny_model), data=str(pictures), substeps=2, resolution=64, trajectories=True,
             target_reuse=2, bank_size=4, **settings,
         )  # fmt: skip
         return sun.SunAdapter.load(train_sun(config)).state_dict()

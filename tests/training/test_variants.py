@@ -61,7 +61,7 @@ def test_the_ablations_can_be_read() -> None:
 def test_the_command_trains_each_once(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
     run = {"output": str(tmp_path / "runs"), "steps": 2, "batch_size": 2, "precision": "fp32", "sample_minutes": 60}
     file = tmp_path / "variants.json"
-    settings = {"model": str(tiny_model), "data": str(pictures), "resolution": 128, "substeps": 1, "run": run}
+    settings = {"model": str(tiny_model), "data": str(pictures), "resolution": 64, "substeps": 1, "run": run}
     file.write_text(json.dumps({**settings, "variants": {"both": {}, "one": {"positive_branch": False}}}))
     for _ in range(2):
         result = CliRunner().invoke(app, ["train-variants", "--config", str(file)])
