@@ -46,7 +46,7 @@ def picture() -> str:
 
 def test_adapters_are_listed_with_what_they_are(client: TestClient) -> None:
     items = {item["name"]: item for item in client.get("/sun/v1/adapters").json()}
-    assert items[ADAPTER]["layers"] == 16
+    assert items[ADAPTER]["layers"] == 10
     assert items[ADAPTER]["text_width"] == 16
     assert items[ADAPTER]["positive"] is True
 

@@ -20,6 +20,11 @@ SHAPE = Shape(STAGES, (2, 2, 2, 2), (1, 1, 1, 0), 1, WIDTH, (4, 4))
 NAMES = ("down_blocks.1.resnets.0.conv2", "up_blocks.2.resnets.1.conv1")
 
 
+@pytest.fixture(scope="module")
+def blocks() -> tuple[int, ...]:
+    return SHAPE.layers
+
+
 def some_experts(unet: Any) -> Experts:
     """Random ones, as if the loaded U-Net were a compact one."""
     torch.manual_seed(1)

@@ -97,8 +97,9 @@ def requests(seed: int) -> list[tuple[str, bytes]]:
 
 
 @pytest.mark.parametrize("family", ["a1111"], indirect=True)
-def test_no_mutated_request_is_an_error_of_the_server(client: TestClient, host: Any) -> None:
-    sent = requests(7)
+@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.slow)])
+def test_no_mutated_request_is_an_error_of_the_server(client: TestClient, host: Any, every: int) -> None:
+    sent = requests(7)[::every]
     counts: dict[int, int] = {}
     for route, body in sent:
         answer = client.post(f"/sun/v1/{route}", content=body, headers={"Content-Type": "application/json"})
@@ -107,9 +108,9 @@ def test_no_mutated_request_is_an_error_of_the_server(client: TestClient, host: 
         assert str(host.models_path) not in answer.text
         assert str(host.repository) not in answer.text
         assert answer.json() is not None
-    assert len(sent) > 500
-    assert counts[200] > 50, "too few were valid to say anything"
-    assert counts[422] > 200
+    assert len(sent) > 500 / every
+    assert counts[200] > 50 / every, "too few were valid to say anything"
+    assert counts[422] > 200 / every
     assert client.post("/sun/v1/txt2img", json={**BODY, "adapter": ADAPTER}).status_code == 200
 
 

@@ -14,6 +14,11 @@ SUN = {"adapter": ADAPTER}
 TRAINED = [999, 749, 499, 249]
 
 
+@pytest.fixture(scope="module")
+def blocks() -> tuple[int, ...]:
+    return (2, 2, 2, 2)
+
+
 def latent(seed: int = 5, rows: int = 1) -> torch.Tensor:
     return torch.randn((rows, 4, 8, 8), generator=torch.Generator().manual_seed(seed))
 

@@ -17,6 +17,11 @@ PICTURE = {"prompt": "a cat", "negative_prompt": "a dog", "seed": 3, "steps": 5,
 LAYERS = (1, 1, 2, 1)
 
 
+@pytest.fixture(scope="module")
+def blocks() -> tuple[int, ...]:
+    return (2, 2, 2, 2)
+
+
 def small_weights(unet: Any, layers: tuple[int, ...] = LAYERS, seed: int = 1) -> dict[str, torch.Tensor]:
     """Weights of a U-Net with fewer layers a stage, near those of `unet` (the last slots of its stages on the way up
     go on, as in BK-SDM), by the names of a checkpoint."""

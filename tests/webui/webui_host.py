@@ -47,6 +47,7 @@ def stand_in_host(models_path: Path, without: Sequence[str] = ()) -> Iterator[Si
             stub=importlib.import_module,
             load_model=load_model,
             process=process,
+            blocks=None,
         )
     finally:
         sys.path.remove(str(STUBS))
@@ -141,7 +142,8 @@ def hooks_on(unet: Any) -> int:
 
 def make_unet(host: SimpleNamespace, channels: int = 4) -> Any:
     torch.manual_seed(0)
-    return host.stub("ldm_unet").UNet(STAGES, WIDTH, heads=2, groups=4, channels=channels).eval().requires_grad_(False)
+    unet = host.stub("ldm_unet").UNet(STAGES, WIDTH, heads=2, groups=4, channels=channels, blocks=host.blocks)
+    return unet.eval().requires_grad_(False)
 
 
 def make_sdxl(host: SimpleNamespace, depths: tuple[int, ...] = (0, 2, 3), middle: int = 3, seed: int = 0) -> Any:
