@@ -41,8 +41,11 @@ def is_experts(name: str) -> bool:
     return Path(name).name.endswith((SUFFIX, IN_FOLDER))
 
 
-def find(name: str) -> Path:
-    """The file behind a name of the list. Raises FileNotFoundError that lists every path searched."""
+def find(name: str, what: str = "SUN adapter") -> Path:
+    """The file behind a name of the list. Raises FileNotFoundError that lists every path searched.
+
+    what: is looked for, for the message.
+    """
     if name == SHIPPED:
         if EMOJI_SUN.is_file():
             return EMOJI_SUN
@@ -54,7 +57,7 @@ def find(name: str) -> Path:
     if path is None:
         searched = "\n".join(f"  {folder}" for folder in folder_paths.get_folder_paths(FOLDER))
         raise FileNotFoundError(
-            f"No SUN adapter named {name!r}. Searched:\n{searched}\n"
+            f"No {what} named {name!r}. Searched:\n{searched}\n"
             f"Put the .safetensors file into one of these folders (or name another under `sun:` in "
             f"extra_model_paths.yaml), then press R in ComfyUI to refresh the list."
         )

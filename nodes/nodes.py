@@ -664,12 +664,20 @@ class ApplyExperts(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, experts: str) -> io.NodeOutput:
-        return io.NodeOutput(experts_patch.apply(model, folders.find(experts)))
+    def validate_inputs(cls, experts: str) -> bool | str:
+        try:
+            folders.find(experts, "file of experts")
+        except FileNotFoundError as error:
+            return str(error)
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, experts: str, **_: Any) -> str:
         return folders.fingerprint(folders.find(experts))
+
+    @classmethod
+    def execute(cls, model: Any, experts: str) -> io.NodeOutput:
+        return io.NodeOutput(experts_patch.apply(model, folders.find(experts, "file of experts")))
 
 
 # ----------------------------------------------------------------------------------------------------- Emoji Diffusion

@@ -121,3 +121,5 @@ def test_another_model_is_refused(emoji: SimpleNamespace, apply: Any, host: Simp
         wrong.unlink()
     with pytest.raises(FileNotFoundError):
         apply(name="../secret.safetensors")
+    # a user without any such file has an empty list, and is told where they belong
+    assert "No file of experts named ''" in host.nodes["SUN_ApplyExperts"].validate_inputs(experts="")
