@@ -108,7 +108,7 @@ def random_extras(
 # ------------------------------------------------------------------------------------------------------------- running
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run(host: SimpleNamespace, emoji: SimpleNamespace, adapter: SimpleNamespace) -> SimpleNamespace:
     """Short names for what the tests do with nodes."""
 

@@ -167,6 +167,7 @@ def test_the_fingerprint_is_that_of_diffusers(host: SimpleNamespace, emoji: Simp
     assert fingerprint(emoji.model.model.diffusion_model) == fingerprint(unet)
 
 
+@pytest.mark.slow  # 14 runs; ltc/test_ltc_pipelines.py has the same in diffusers
 def test_tables_of_runs_with_sun_and_with_loras_are_kept_apart(
     host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace, apply
 ) -> None:

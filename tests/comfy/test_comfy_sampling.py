@@ -160,8 +160,18 @@ def test_seed_repeats(run: SimpleNamespace) -> None:
     assert not torch.equal(run.sun(model, seed=3), run.sun(model, seed=4))
 
 
-@pytest.mark.parametrize("adapter_dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("model_dtype", [torch.float16, torch.bfloat16, torch.float32])
+FORMATS = (torch.float16, torch.bfloat16, torch.float32)
+USUAL = ((torch.float16, torch.float32), (torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("model_dtype", "adapter_dtype"),
+    [
+        pytest.param(model, adapter, marks=[] if (model, adapter) in USUAL else [pytest.mark.slow])
+        for model in FORMATS
+        for adapter in FORMATS
+    ],
+)
 def test_weights_of_any_dtype_mix(host, run, emoji_folder, adapter_file, model_dtype, adapter_dtype) -> None:
     """Half precision on either side gives the float32 picture within that precision."""
     model = host.part("nodes.emoji_model").load_unet(emoji_folder)

@@ -20,8 +20,6 @@ from workflows import to_prompt
 
 from sun.shipped import EMOJI_SUN
 
-pytestmark = pytest.mark.slow
-
 WORKFLOWS = REPOSITORY / "example_workflows"
 PICTURE_TOLERANCE = 2  # of 255: ComfyUI cuts fractions of a grey level off, `sun generate` rounds them
 
@@ -184,6 +182,7 @@ def random_sd15(path: Path) -> None:
     save_file(tensors, path)
 
 
+@pytest.mark.slow  # weights of 4 GB
 def test_the_sd15_workflow_runs_on_stock_loaders(server: Server, host: Any) -> None:
     """Random weights: CheckpointLoaderSimple, the authors' file layout, 16 layers at text width 768."""
     from sun import SunAdapter

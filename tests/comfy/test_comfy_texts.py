@@ -204,10 +204,12 @@ def clean_compiler(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> It
     torch._dynamo.reset()
 
 
+@pytest.mark.slow  # two compilations; core/test_kept.py has a small one
 @pytest.mark.usefixtures("clean_compiler")
-def test_compiling_does_not_happen_again_at_each_step(
+def test_a_compiled_unet_is_compiled_once_and_holds_no_projections(
     host: SimpleNamespace, run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """K and V enter the compiled U-Net; computed inside they would be computed at every step."""
     after_steps, compiled = [], compile_and_record(run.apply())
     monkeypatch.setattr(
         host.comfy.utils, "PROGRESS_BAR_HOOK", lambda *_, **__: after_steps.append(len(compiled.graphs))
@@ -220,17 +222,10 @@ def test_compiling_does_not_happen_again_at_each_step(
     assert len(compiled.graphs) == after_steps[0]  # nor for the next prompt
     torch.testing.assert_close(again, run.sun(run.apply(), negative=run.encode("yellow"), seed=8), rtol=1e-3, atol=1e-3)
 
+    def products(graphs: list) -> int:
+        return sum("linear" in str(node.target) for graph in graphs for node in graph.graph.nodes)
 
-@pytest.mark.usefixtures("clean_compiler")
-def test_the_compiled_unet_holds_no_projections(run: SimpleNamespace) -> None:
-    """K and V enter the compiled U-Net; computed inside they would be computed at every step."""
-
-    def products(model) -> int:
-        torch._dynamo.reset()
-        compiled = compile_and_record(model)
-        run.sun(compiled.model)
-        return sum("linear" in str(node.target) for graph in compiled.graphs for node in graph.graph.nodes)
-
-    plain = products(run.apply(strength=0.0))
-    assert plain > 0
-    assert products(run.apply()) == plain
+    torch._dynamo.reset()
+    plain = compile_and_record(run.apply(strength=0.0))
+    run.sun(plain.model, steps=1)
+    assert products(compiled.graphs) == products(plain.graphs) > 0

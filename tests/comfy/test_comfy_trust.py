@@ -22,9 +22,13 @@ def patched_state(model) -> dict[str, object]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("call", range(4))
-@pytest.mark.parametrize("where", ["attention", "out"])
-@pytest.mark.parametrize("kind", ["error", "memory"])
+PLACES = [(kind, where, call) for kind in ("error", "memory") for where in ("attention", "out") for call in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "where", "call"),
+    [pytest.param(*place, marks=[pytest.mark.slow] if place[2] in (1, 2) else []) for place in PLACES],
+)
 def test_the_next_run_is_right(
     host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace, adapter, kind: str, where: str, call: int
 ) -> None:
