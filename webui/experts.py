@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..sun.compact import Experts, read_experts
-from ..sun.compact.expertfile import experts_beside
-from ..sun.compact.experts import alike_of
+from ..sun.compact.expertfile import experts_beside, read_experts
+from ..sun.compact.experts import Experts, alike_of
 from ..sun.compact.ldm_experts import mixing_of
 from . import store
 from .hosts import family
