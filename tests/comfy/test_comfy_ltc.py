@@ -94,7 +94,7 @@ def test_presets_and_a_workflow_from_before_there_were_any(host: SimpleNamespace
         settings("paper", 0.5)
 
 
-@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "heun", "dpm_2"])
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "heun", pytest.param("dpm_2", marks=pytest.mark.slow)])
 def test_the_paper_s_first_run_is_plain_and_skips_go_where_they_should(
     host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace, apply, name: str
 ) -> None:

@@ -257,6 +257,7 @@ def test_the_graph_of_a_compiled_unet_holds_no_projections(graphs, first):
     torch.testing.assert_close(given, expected)
 
 
+@pytest.mark.slow  # two compilations; the one above has the U-Net's
 def test_a_pipeline_keeps_projections_out_of_its_compiled_unet(make_short_pipeline, graphs, made):
     """Whoever compiles after attaching gets them made before the graph too."""
     sun_pipe = make_short_pipeline()

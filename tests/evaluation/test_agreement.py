@@ -234,6 +234,7 @@ def test_agreement_is_in_the_figures_the_tables_and_a_plot(config: EvaluateConfi
     assert Image.open(plot).width > 100
 
 
+@pytest.mark.slow  # three reports; the figures have a quicker test
 def test_guidance_scales_are_really_drawn_and_kept(config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[str, float, int]] = []
     call = Sampler.__call__

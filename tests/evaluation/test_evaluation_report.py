@@ -123,6 +123,7 @@ def test_the_whole_report_is_checked_before_it_starts(config: EvaluateConfig, mo
         report(config)
 
 
+@pytest.mark.slow  # a second report; test_a_report_is_complete is the quick one
 def test_experiments_can_be_given_to_some_models_and_methods(config: EvaluateConfig, eye: None) -> None:
     config.measure, config.edits, config.edit_prompts = ("distances", "negatives", "edits"), ("img2img-0.5",), 2
     config.models["strong"] |= {"measure": ["distances"], "methods": ["sun-1"]}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,24 +30,33 @@ def tiny() -> Models:
     return Models(unet, CLIPTextModel(text), AutoencoderTiny(), torch.linspace(1, 0.01, 1000))
 
 
-def test_a_smaller_student_costs_less_and_experts_more(tmp_path: Path) -> None:
-    """A plan's file is read, and one of another U-Net refused: costs are computed of Stable Diffusion 1.5's."""
+@functools.cache
+def cost(**values: object) -> dict[str, Any]:
+    settings = {"resolution": 64, "cache": "latents+text", "plan": "shallow", **values}
+    return estimate_compact(apply(CompactTrainConfig(), {**settings, "run": {"batch_size": 2}}), tiny)
 
-    def cost(**values: object) -> dict:
-        settings = {"resolution": 64, "cache": "latents+text", "plan": "shallow", **values}
-        return estimate_compact(apply(CompactTrainConfig(), {**settings, "run": {"batch_size": 2}}), tiny)
 
+def test_a_smaller_student_costs_less() -> None:
     shallow, base = cost(), cost(plan="bk-base")
     assert base["trained_parameters"] < shallow["trained_parameters"]
     assert base["tflop_per_picture"] < shallow["tflop_per_picture"]
     assert 0 < base["memory_gib"] < shallow["memory_gib"]
+
+
+def test_a_plan_of_another_u_net_is_refused() -> None:
+    """Costs are computed of Stable Diffusion 1.5's."""
+    with pytest.raises(CompactError, match=r"another U-Net than Stable Diffusion 1\.5's"):
+        cost(plan=str(EMOJI_PLAN))
+
+
+@pytest.mark.slow  # a third computation of the same kind
+def test_experts_cost_more_and_a_plan_s_file_is_read(tmp_path: Path) -> None:
+    shallow, base = cost(), cost(plan="bk-base")
     shape = shape_of(tiny().unet.config)
     file = write_plan(Plan(named_list("bk-base", shape), shape), tmp_path / "plan.json")
     mixing = cost(plan=str(file), experts=4)
     assert base["trained_parameters"] < mixing["trained_parameters"] < shallow["trained_parameters"] * 2
     assert mixing["memory_gib"] > base["memory_gib"]
-    with pytest.raises(CompactError, match=r"another U-Net than Stable Diffusion 1\.5's"):
-        cost(plan=str(EMOJI_PLAN))
 
 
 @pytest.mark.parametrize("name", ["compact-sd15-24gb", "compact-sd15-4xa100", "compact-emoji"])
