@@ -132,7 +132,7 @@ def generate(
     switch: Annotated[
         str,
         typer.Option(
-            help="A compact model whose U-Net makes a share of the steps: a folder or a checkpoint.", metavar="PATH"
+            help="A compact model whose U-Net makes a share of the steps: its diffusers folder.", metavar="PATH"
         ),
     ] = "",
     share: Annotated[float, typer.Option(help="Of the steps, with --switch.", min=0.0, max=1.0)] = 0.4,

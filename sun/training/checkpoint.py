@@ -267,7 +267,7 @@ def restore(things: Mapping[str, Stateful], states: Mapping[str, Any], checkpoin
         except Exception as error:  # the state is somebody's data: anything may be wrong with it
             raise CheckpointError(
                 f"{checkpoint} cannot be resumed: its state of {name!r} does not fit ({type(error).__name__}: "
-                f"{str(error)[:200]}). Give another output folder, or start anew with --no-resume."
+                f"{' '.join(str(error).split())[:200]}). Give another output folder, or start anew with --no-resume."
             ) from error
 
 

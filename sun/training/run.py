@@ -7,7 +7,7 @@ import math
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -452,15 +452,18 @@ def _reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def start_run(config: Any, modules: dict[str, torch.nn.Module], unused: bool = False) -> TrainingRun:
+def start_run(
+    config: Any, modules: dict[str, torch.nn.Module], unused: bool = False, named: Mapping[str, Any] | None = None
+) -> TrainingRun:
     """The :class:`TrainingRun` of ``config.run``, with all settings kept beside it in ``config.json``.
 
-    Raises ConfigError if the folder holds a checkpoint of a run with other settings: going on there would end with the
-    old run's weights under the new run's name. The group ``run`` may change, and what only touches speed.
+    named: what files that the settings name hold, where a run can only go on with the same. Raises ConfigError if the
+    folder holds a checkpoint of a run with other settings: going on there would end with the old run's weights under
+    the new run's name. The group ``run`` may change, and what only touches speed.
     """
     settings = json.loads(json.dumps(asdict(config), default=str))
     settings.pop("allow_commands", None)  # said on the command line each time
-    run = TrainingRun(config.run, modules, settings, unused)
+    run = TrainingRun(config.run, modules, {**settings, **(named or {})}, unused)
     if run.accelerator.is_main_process:
         with run.writing("config.json"):
             text = json.dumps(settings, indent=2) + "\n"

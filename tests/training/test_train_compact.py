@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sun.common.settings import ConfigError, apply
-from sun.compact import Plan, assemble, attach_experts, experts_for, plan, read_experts, read_plan, shape_of
+from sun.compact import Plan, assemble, attach_experts, experts_for, plan, read_experts, read_plan, shape_of, write_plan
 from sun.training import run as run_module
 from sun.training.compact import distillation
 from sun.training.compact.distillation import temperature_at, train_compact
@@ -191,6 +191,19 @@ def test_the_temperature_falls_to_one() -> None:
     config = apply(CompactTrainConfig(), {"temperature": 10.0, "temperature_share": 0.2})
     assert [temperature_at(config, f) for f in (0.0, 0.1, 0.2, 1.0)] == [10.0, 5.5, 1.0, 1.0]
     assert temperature_at(apply(config, {"temperature_share": 0.0}), 0.0) == 1.0
+
+
+def test_a_run_does_not_go_on_by_a_plan_that_was_exchanged_under_its_name(
+    full_depth_model: Path, captions: Path, tmp_path: Path
+) -> None:
+    unet, file = load(full_depth_model / "unet"), tmp_path / "plan.json"
+    config = settings(full_depth_model, tmp_path / "run", captions, plan=str(file), incubation=0.0)
+    config.run.steps = 1
+    write_plan(plan(unet, named="bk-base"), file)
+    train_compact(config)
+    write_plan(plan(unet, named="shallow"), file)
+    with pytest.raises(ConfigError, match="other settings: the plan removes "):
+        train_compact(config)
 
 
 def test_the_semantic_term_compares_pictures(full_depth_model: Path, captions: Path, tmp_path: Path) -> None:

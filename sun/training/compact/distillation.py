@@ -48,7 +48,8 @@ def train_compact(config: CompactTrainConfig) -> Path:
     if experts is not None:
         experts.temperature = config.temperature
     student = CompactStudent(pipe.unet, small, plan, experts)
-    run = start_run(config, {"student": student}, unused=config.incubation > 0)
+    removed = {"the plan removes": list(plan.remove)}
+    run = start_run(config, {"student": student}, unused=config.incubation > 0, named=removed)
     if run.sharded and config.incubation:
         raise ConfigError("incubation trains one stage at a time, which FSDP's shards are not: set it 0, or use DDP.")
     pipe.vae.to(run.accelerator.device)
