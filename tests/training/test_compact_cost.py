@@ -51,11 +51,11 @@ def test_a_plan_of_another_u_net_is_refused() -> None:
 
 @pytest.mark.slow  # a third computation of the same kind
 def test_experts_cost_more_and_a_plan_s_file_is_read(tmp_path: Path) -> None:
-    shallow, base = cost(), cost(plan="bk-base")
+    base = cost(plan="bk-base")
     shape = shape_of(tiny().unet.config)
     file = write_plan(Plan(named_list("bk-base", shape), shape), tmp_path / "plan.json")
     mixing = cost(plan=str(file), experts=4)
-    assert base["trained_parameters"] < mixing["trained_parameters"] < shallow["trained_parameters"] * 2
+    assert mixing["trained_parameters"] > base["trained_parameters"]
     assert mixing["memory_gib"] > base["memory_gib"]
 
 
