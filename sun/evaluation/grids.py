@@ -48,7 +48,7 @@ def _save_rows(
         run = run_of(call)
         rows.append(to_images(evaluation.pixels(run["latents"][:count])))
         kind = "reference: " if call == REFERENCE else ""
-        labels.append(f"{kind}{call.title}, {float(run['unet_calls'].mean()):g} U-Net calls")
+        labels.append(f"{kind}{call.title}, {float(run['unet_calls'].mean()):.3g} U-Net calls")
     pairs = list(zip(evaluation.prompts.positives, evaluation.prompts.negatives, strict=True))[: len(rows[0])]
     captions = [f"{positive} (without: {negative})" if negative else positive for positive, negative in pairs]
     sheet = grid(

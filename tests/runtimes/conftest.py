@@ -15,6 +15,11 @@ from sun.runtimes.contents import Contents
 from sun.runtimes.export import ExportSettings, export
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """These run last: once OpenVINO and ONNX Runtime have their threads, a process that forks (DataLoader) crashes."""
+    items.sort(key=lambda item: item.path.parent == Path(__file__).parent)
+
+
 @pytest.fixture(scope="session")
 def files(make_pipeline: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``model``, ``controlnet``, ``adapter.safetensors`` and ``guided.safetensors`` in a folder."""
