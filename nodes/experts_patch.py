@@ -1,8 +1,8 @@
 """Experts of a compact U-Net in ComfyUI: they hang on a clone of the model and sit on its convolutions during a call.
 
-The experts are an additional model of the patcher, so ComfyUI brings them to the device with the U-Net. One wrapper,
-DIFFUSION_MODEL, puts them on for one call and takes them off again; ComfyUI's own convolutions do the work, with
-their number formats and LoRAs.
+The experts are an additional model of the patcher, so ComfyUI brings them to the device with the U-Net. APPLY_MODEL
+looks up those of the device that runs; DIFFUSION_MODEL puts them on for one call and takes them off again. ComfyUI's
+own convolutions do the work, with their number formats and LoRAs.
 """
 
 from __future__ import annotations
@@ -45,10 +45,9 @@ def apply(model: ModelPatcher, path: Path) -> ModelPatcher:
     patched.set_attachments(KEY, path.name)
     patched.set_additional_models(KEY, [patcher])
     merging.speak_up(patched)
-    patched.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, KEY)
-    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _diffusion_model)
-    patched.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
-    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model)
+    for kind, wrapper in ((WrappersMP.APPLY_MODEL, _apply_model), (WrappersMP.DIFFUSION_MODEL, _diffusion_model)):
+        patched.remove_wrappers_with_key(kind, KEY)
+        patched.add_wrapper_with_key(kind, KEY, wrapper)
     return patched
 
 

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .experts import Experts, alike_of, fold, make_experts, mean_routings, recentre
 from .measuring import State, noise_of
-from .mixing import Mixing
+from .mixing import Mixing, put_on
 from .planfile import Plan
 from .structure import CompactError, shape_of
 
@@ -33,17 +33,15 @@ def attach_experts(unet: Any, experts: Experts) -> Mixing:
     device and number format. Raises CompactError for experts of another U-Net.
     """
     unet = getattr(unet, "_orig_mod", unet)
-    shape = shape_of(unet.config)
-    if shape != experts.shape:
-        mine, theirs = experts.shape.as_json(), shape.as_json()
-        name = next(key for key in mine if mine[key] != theirs[key])
+    if found := experts.shape.difference(shape_of(unet.config)):
+        name, mine, theirs = found
         raise CompactError(
-            f"These experts are for another compact U-Net: its {name} is {mine[name]} there and {theirs[name]} here. "
+            f"These experts are for another compact U-Net: its {name} is {mine} there and {theirs} here. "
             "Take the U-Net they were trained with."
         )
     detach_experts(unet)
     like = unet.conv_in.weight
-    mixing = put_on(unet, experts.to(like.device, like.dtype))
+    mixing = mixing_of(unet, experts.to(like.device, like.dtype))
 
     def see(_unet: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else given["sample"]
@@ -53,18 +51,9 @@ def attach_experts(unet: Any, experts: Experts) -> Mixing:
     return mixing
 
 
-def put_on(unet: Any, experts: Experts) -> Mixing:
-    """Experts on the convolutions of a diffusers U-Net, which see every row of a call as a picture of its own."""
-    convolutions: dict[str, nn.Module] = {}
-    layers: dict[str, nn.Module] = {}
-    for name, _ in experts.by_name():
-        layer = name.rpartition(".")[0]
-        try:
-            conv, layers[name] = unet.get_submodule(name), unet.get_submodule(layer)
-        except AttributeError:
-            continue  # the experts say that it is not there
-        convolutions[name] = getattr(conv, "base_layer", conv)  # a LoRA of peft around it
-    return Mixing(experts, convolutions, layers)
+def mixing_of(unet: Any, experts: Experts) -> Mixing:
+    """Experts put on a diffusers U-Net, seeing every row of a call as a picture of its own. Raises CompactError."""
+    return put_on(unet, experts, lambda name: (name, name.rpartition(".")[0]))
 
 
 def detach_experts(unet: Any) -> bool:

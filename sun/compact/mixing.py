@@ -16,6 +16,23 @@ from torch import Tensor, nn
 from .experts import Alike, ExpertConv, Experts
 
 
+def put_on(unet: Any, experts: Experts, place_of: Callable[[str], tuple[str, str]]) -> Mixing:
+    """Experts on the convolutions of ``unet``, which see every row of a call as a picture of its own.
+
+    place_of: by diffusers' name of a convolution, the names in this U-Net of it and of the residual layer it is in.
+    Raises CompactError for a U-Net that the experts are not for.
+    """
+    convolutions, layers = {}, {}
+    for name, _ in experts.by_name():
+        conv, layer = place_of(name)
+        try:
+            found, layers[name] = unet.get_submodule(conv), unet.get_submodule(layer)
+        except AttributeError:
+            continue  # the experts say that it is not there
+        convolutions[name] = getattr(found, "base_layer", found)  # a LoRA of peft around it
+    return Mixing(experts, convolutions, layers)
+
+
 class Mixing:
     """Experts in use on one U-Net. ``alike`` is to be set before a call whose rows are several passes.
 

@@ -48,14 +48,14 @@ class Plan:
 
     def check(self, shape: Shape, what: str = "this U-Net") -> None:
         """Raise CompactError, naming what differs, unless the plan was made for a U-Net of this shape."""
-        if shape == self.shape:
+        found = self.shape.difference(shape)
+        if found is None:
             return
-        mine, theirs = self.shape.as_json(), shape.as_json()
-        name = next(key for key in mine if mine[key] != theirs[key])
+        name, mine, theirs = found
         compact = [a <= b for a, b in zip(shape.layers, self.shape.layers, strict=False)]
         hint = " It may be compact already: give the original." if name == "layers" and all(compact) else ""
         raise CompactError(
-            f"The plan is for another U-Net than {what}: its {name} is {mine[name]} there and {theirs[name]} "
+            f"The plan is for another U-Net than {what}: its {name} is {mine} there and {theirs} "
             f"here.{hint} Make a plan for {what}."
         )
 

@@ -55,6 +55,11 @@ class Shape:
         """As :meth:`from_json` reads it."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
+    def difference(self, other: Shape) -> tuple[str, Any, Any] | None:
+        """The first field that differs, as it is here and there; None for the same shape."""
+        mine, theirs = self.as_json(), other.as_json()
+        return next(((key, mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]), None)
+
     @classmethod
     def from_json(cls, content: Any, where: str) -> Shape:
         """The shape a plan's file states. Raises CompactError naming ``where``."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...compact.attaching import experts_for, put_on
+from ...compact.attaching import experts_for, mixing_of
 from ...compact.planfile import Plan, read_plan
 from ...compact.structure import named_list, new_config, shape_of
 from ..compact.settings import CompactTrainConfig, is_list
@@ -40,7 +40,7 @@ def estimate_compact(config: CompactTrainConfig, make: Callable[[], Models] = ra
         trained = nn.ModuleList([small])
         if config.experts:
             experts = experts_for(parts.unet, small, plan, config.experts, config.router_width)
-            put_on(small, experts)
+            mixing_of(small, experts)
             trained.append(experts)
         frozen = [parts.unet, parts.text_encoder, *([] if config.cache else [parts.vae])]
         cost = step_cost(config.run, frozen, trained, lambda: _loss(config, parts, small))
