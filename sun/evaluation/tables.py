@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+from ..common.markdown import number_table
 from ..common.settings import ConfigError
 from .agreement import PART_WORDS, PARTS
 from .names import parse_method
@@ -113,7 +114,7 @@ def _overview(models: dict[str, Any], key: str) -> str:
             cells.append(_cell(value, form, value is not None and value == best.get(column)))
         rows.append([family, *cells])
     rows.append(["floor", *(_cell(models[name].get("floor", {}).get(key), form) for name, _ in columns)])
-    return table(["method", *(f"{name}, {steps} steps" for name, steps in columns)], rows)
+    return number_table(["method", *(f"{name}, {steps} steps" for name, steps in columns)], rows)
 
 
 def _beside_sun(models: dict[str, Any]) -> str:
@@ -130,7 +131,8 @@ def _beside_sun(models: dict[str, Any]) -> str:
             rows.append(
                 [name, method, f"{row['unet_calls']:g} : {ours['unet_calls']:g}", *(f"{r:.2f}" for r in ratios)]
             )
-    return table(["model", "method", "calls, theirs : SUN's", "set distance", "paired MSE"], rows) if rows else ""
+    head = ["model", "method", "calls, theirs : SUN's", "set distance", "paired MSE"]
+    return number_table(head, rows) if rows else ""
 
 
 def _model(name: str, model: dict[str, Any]) -> str:
@@ -159,7 +161,7 @@ def _model(name: str, model: dict[str, Any]) -> str:
     if "unet_call" in model:
         calls = [[n, f"{r['seconds']:.4f}", f"{r['ratio']:.3f}"] for n, r in model["unet_call"].items()]
         machine = ", ".join(f"{k} {v}" for k, v in model["machine"].items())
-        parts.append(f"One step ({machine}):\n\n" + table(["method", "s / picture", "of a plain call"], calls))
+        parts.append(f"One step ({machine}):\n\n" + number_table(["method", "s / picture", "of a plain call"], calls))
     return "\n\n".join(parts)
 
 
@@ -183,7 +185,7 @@ def equal_time_tables(model: dict[str, Any]) -> list[str]:
             [method, *(_cell(row.get(key), form, False) for key, (_, form) in shown.items())]
             for method, row in rows.items()
         ]
-        parts.append(f"### Against {name}\n\n" + table(["method", *(head for head, _ in shown.values())], body))
+        parts.append(f"### Against {name}\n\n" + number_table(["method", *(head for head, _ in shown.values())], body))
     return parts
 
 
@@ -217,7 +219,7 @@ def _agreement(head: str, rows: dict[str, dict[str, Any]]) -> str:
         shares = [*row["agreement_sets"].values(), *(row["agreement_parts"][part] for part in PARTS)]
         body.append([name, whole, *(_cell(share, ".3f") for share in shares)])
     sets = ("without negatives", "with negatives")
-    return table([head, "right in all", *sets, *(PART_WORDS[part] for part in PARTS)], body)
+    return number_table([head, "right in all", *sets, *(PART_WORDS[part] for part in PARTS)], body)
 
 
 def _figures(rows: dict[str, dict[str, Any]], columns: dict[str, tuple[str, str, str]]) -> str:
@@ -231,7 +233,7 @@ def _figures(rows: dict[str, dict[str, Any]], columns: dict[str, tuple[str, str,
             leads = value is not None and value == best.get((key, _steps(name)))
             cells.append(_cell(value, columns[key][1], leads, _interval(row, key)))
         body.append([name, *cells])
-    return table(["method", *(columns[key][0] for key in shown)], body)
+    return number_table(["method", *(columns[key][0] for key in shown)], body)
 
 
 def _best(rows: dict[str, dict[str, Any]], key: str, better: str) -> Iterable[tuple[int, float]]:
@@ -267,9 +269,3 @@ def _cell(value: float | None, form: str, best: bool = False, interval: tuple[fl
         return ""
     text = f"**{value:{form}}**" if best else f"{value:{form}}"
     return f"{text} ({interval[0]:{form}}–{interval[1]:{form}})" if interval else text
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, numbers to the right."""
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

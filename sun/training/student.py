@@ -13,9 +13,9 @@ from ..files import SunInfo
 from ..shipped import EMOJI_SUN, SHIPPED
 from ..surgery import from_unet, widen
 from .algorithm import guided_noise
+from .card import name_of, progress_of
 from .config import SunTrainConfig
 from .run import TrainingRun
-from .state import describe_machine
 
 
 class Student(nn.Module):
@@ -86,9 +86,8 @@ def describe_training(
     """Put into the adapter's header what a reader needs to know of its training and of the ``earlier`` one."""
     settings = without_folders(config)
     info = adapter.info
-    info.base_model = "Emoji Diffusion" if config.model == SHIPPED else settings["model"]
+    info.base_model = name_of(config.model)
     info.guidance_scale, info.stage_length = config.guidance_scale, config.stage_length
     # What the adapter is; one to go on from brings its own.
     settings |= {"positive_branch": adapter.positive, "attention_normalization": info.normalized}
-    progress = {**run.facts(), "machine": describe_machine()}
-    info.training = {**settings, **progress, **({"from": earlier} if earlier else {})}
+    info.training = {**settings, **progress_of(run), **({"from": earlier} if earlier else {})}

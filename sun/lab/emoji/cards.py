@@ -1,14 +1,11 @@
-"""What the model cards of everything trained on emoji pictures have in common."""
+"""Data and licences of everything trained on emoji pictures, for its cards."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from ...common.settings import without_folders
 from ...training.run import TrainingRun
-from ...training.state import describe_machine
 from .sources import METADATA_PACKAGE, STYLES
 
 
@@ -29,24 +26,6 @@ def data_section(styles: tuple[str, ...]) -> str:
     )
 
 
-def training_section(run: TrainingRun, command: str) -> str:
-    """Markdown: the command and what the run says of itself."""
-    progress, config = run.progress, run.config
-    losses = ", ".join(f"{k} {v:.4f}" for k, v in progress.losses.items())
-    return (
-        f"## Training\n\n    {command}\n\n"
-        f"{progress.step} steps of batch {run.accelerator.num_processes} x {config.batch_size}, "
-        f"{progress.seconds / 60:.0f} minutes, learning rate {config.lr:g} ({config.lr_schedule}), seed {config.seed}, "
-        f"{run.precision}, on: {describe_machine()}. At the end: {losses}.\n"
-    )
-
-
 def settings_of(config: Any, run: TrainingRun) -> dict[str, Any]:
     """Settings and progress of a run for a file that travels: folders of this machine by their last name alone."""
     return {**without_folders(config), **run.facts()}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
-    return path

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...adapter import SunAdapter
+from ...common.markdown import table
 from ...common.settings import ConfigError
 from ...pictures.png import grid, to_images
 from ...pipelines.attach import attach, detach
@@ -135,10 +136,8 @@ def sheet(rows: Mapping[str, Tensor], count: int) -> Image.Image:
     return grid(images, min(count, len(next(iter(rows.values())))), list(rows))
 
 
-def table(figures: Mapping[str, float | Mapping[str, float]], head: str, format: Callable[[float], str]) -> str:
+def figure_table(figures: Mapping[str, float | Mapping[str, float]], head: str, format: Callable[[float], str]) -> str:
     """Markdown table: a row a method, a column a figure."""
     rows = {name: value if isinstance(value, Mapping) else {head: value} for name, value in figures.items()}
     columns = list(next(iter(rows.values())))
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(format(row[c]) for c in columns)} |" for name, row in rows.items()]
-    return "\n".join(lines) + "\n"
+    return table(["", *columns], ([name, *(format(row[c]) for c in columns)] for name, row in rows.items()))

@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from ...common.atomic import write_json
+from ...common.markdown import table
 from ...shipped import EMOJI_DIFFUSION
+from ...training.card import size_in_words, training_section, write_card
 from ...training.config import RunConfig
 from ...training.run import TrainingRun, start_run
-from .cards import data_section, licence_of, settings_of, training_section, write_json
+from .cards import data_section, licence_of, settings_of
 from .contrast import WEIGHTS, ContrastShape, EmojiContrast
 from .pairs import Pair, ScenePool, full_caption
 from .scenes import BACKGROUNDS, PLACES, Scene
@@ -125,7 +128,7 @@ def save_contrast(config: ContrastConfig, run: TrainingRun, pool: ScenePool) -> 
         model = EmojiContrast.load(folder).to(run.accelerator.device)
         figures = check_contrast(model, pool, config.check_scenes, config.candidates)
         write_json(folder / "figures.json", {**figures, "training": settings_of(config, run)})
-        (folder / "README.md").write_text(contrast_card(model, figures, config, run, folder))
+        write_contrast_card(model, figures, config, run, folder)
         mean = ", ".join(f"{k} {v:.3f}" for k, v in figures["mean"].items())
         run.say(f"step {run.progress.step}: {run.average_losses()}; held out: {mean}")
     return folder
@@ -225,37 +228,36 @@ def _choosing(
     return sum(right) / max(1, len(right))
 
 
-def contrast_card(
+def write_contrast_card(
     model: EmojiContrast, figures: dict[str, Any], config: ContrastConfig, run: TrainingRun, folder: Path
-) -> str:
-    """The model card, Markdown."""
-    names = list(figures["mean"])
-    rows = {"guessing": figures["chance"], **figures["styles"], "**mean**": figures["mean"]}
-    table = "".join(f"| {row} | " + " | ".join(f"{v[n]:.3f}" for n in names) + " |\n" for row, v in rows.items())
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    megabytes, side = (folder / WEIGHTS).stat().st_size / 1e6, model.shape.size
-    return f"""---
-license: {licence_of(config.styles)}
-library_name: speedupnet-sun
-pipeline_tag: zero-shot-image-classification
----
-
-# EmojiContrast
-
+) -> None:
+    size = size_in_words(model.parameters(), folder / WEIGHTS)
+    side = model.shape.size
+    about = f"""\
 Says how well a picture of emoji fits a text (`EmojiContrast.load().agreement(pixels, texts)`), and gives features to
-compare pictures by. {parameters:.2f} M parameters, {megabytes:.2f} MB in fp16; read at {side} x {side} pixels.
+compare pictures by. {size} in fp16; read at {side} x {side} pixels.
 Trained with CLIP's symmetric loss; a text that is also true of another picture of the batch is left out there.
 
 ## Held-out combinations
 
 {config.held_out:.0%} of the (emoji, background, size) combinations never occur in training. Share of right answers on
 {figures["scenes"]} such scenes a style: among {figures["candidates"]} captions or pictures; among the names of all
-emoji; among captions that differ in one thing alone.
-
-| | {" | ".join(n.replace("_", " ") for n in names)} |
-|---|{"---|" * len(names)}
-{table}
-{data_section(config.styles)}
-{training_section(run, "sun train-emoji contrast --config configs/emoji-contrast.toml")}
-Sizes: {asdict(config.shape)}.
-"""
+emoji; among captions that differ in one thing alone."""
+    names = list(figures["mean"])
+    rows = {"guessing": figures["chance"], **figures["styles"], "**mean**": figures["mean"]}
+    head = ["", *(name.replace("_", " ") for name in names)]
+    command = "sun train-emoji contrast --config configs/emoji-contrast.toml"
+    write_card(
+        folder,
+        "EmojiContrast",
+        [
+            about,
+            table(head, ([row, *(f"{value[n]:.3f}" for n in names)] for row, value in rows.items())),
+            data_section(config.styles),
+            training_section(run, command),
+            f"Sizes: {asdict(config.shape)}.",
+        ],
+        license=licence_of(config.styles),
+        library_name="speedupnet-sun",
+        pipeline_tag="zero-shot-image-classification",
+    )

@@ -18,50 +18,45 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...common.atomic import write_json
 from ...pictures.png import save_png, to_images
 from ...shipped import EMOJI_CONTROLNET
 from ...shipped.control_lora import OWN_LAYERS, controlnet_from_unet, to_control_lora
 from ...shipped.edges import find_edges
 from ...shipped.lowrank import add_low_rank, changes_of
+from ...training.card import name_of, size_in_words, training_section, write_card
 from ...training.config import RunConfig
 from ...training.models import use_fast_attention
-from ...training.run import TrainingRun, start_run
-from .base import Batch, Losses, SceneConfig, denoising_loss, train_on_scenes
-from .cards import data_section, licence_of, settings_of, training_section, write_json
-from .checks import REFERENCE_STEPS, SUN_STEPS, Scenes, adapter_for, control_figures, draw, draw_scenes, sheet, table
+from ...training.run import TrainingRun
+from .cards import data_section, licence_of, settings_of
+from .checks import (
+    REFERENCE_STEPS,
+    SUN_STEPS,
+    Scenes,
+    adapter_for,
+    control_figures,
+    draw,
+    draw_scenes,
+    figure_table,
+    sheet,
+)
 from .latents import encode_pictures, scenes_in_style
 from .scenes import posed, render_scene
 from .sources import load_metadata
-from .style import load_start, name_of, styles_of
+from .tuning import AdditionConfig, addition_run, load_start, styles_of, train_conditioned
 from .vae import to_tensor
 
 COMMAND = "sun train-emoji controlnet --config configs/emoji-controlnet.toml"
 
 
 @dataclass
-class ControlNetConfig(SceneConfig):
-    """``rank`` of the change to the encoder; ``check_scenes`` are drawn at the end for the card's figures."""
+class ControlNetConfig(AdditionConfig):
+    """The low rank is the encoder's; ``check_scenes`` are drawn at the end for the card's figures."""
 
-    run: RunConfig = field(
-        default_factory=lambda: RunConfig(
-            output="runs/emoji-controlnet",
-            steps=1000,
-            batch_size=32,
-            lr=1e-3,
-            lr_schedule="cosine",
-            warmup_steps=50,
-            weight_decay=0.01,
-            betas=(0.9, 0.99),
-            ema_decay=0.99,
-        )
-    )
-    stages: tuple[tuple[int, float], ...] = ()
+    run: RunConfig = field(default_factory=lambda: addition_run("runs/emoji-controlnet", 1000))
     scenes: int = 2500
     # Without a caption only the edges say what is there: that is how a ControlNet learns to read them.
     empty_captions: float = 0.5
-    sample_guidance: float = 4.0
-    model: str = "emoji"
-    rank: int = 16
     check_scenes: int = 24
 
 
@@ -89,41 +84,29 @@ class PosedScenes:
         self.latents = encode_pictures(vae, f"posed-{config.style}-{size}", identity, len(drawn), drawn.__getitem__)
         self.edges = torch.cat([as_control(to_tensor([picture]))[:, :1] > 0.5 for picture in drawn])
 
-    def control(self, numbers: list[int]) -> Tensor:
+    def condition(self, numbers: list[int]) -> Tensor:
         """[B, 3, H, W] in 0..1."""
         return self.edges[numbers].float().expand(-1, 3, -1, -1)
 
 
 def train_controlnet(config: ControlNetConfig) -> Path:
     """Train, and write ``<output>/controlnet`` (weights, card, pictures); returns that folder."""
-    pipe = load_start(config, config.model)
+    pipe, folder = load_start(config, config.model), Path(config.run.output) / "controlnet"
     torch.manual_seed(config.run.seed)
     controlnet = build_controlnet(pipe.unet, config.rank)
-    run = start_run(config, {"controlnet": controlnet.train()})
-    use_fast_attention(controlnet, run.accelerator.device)
-    pipe.vae.to(run.accelerator.device)
-    with run.accelerator.main_process_first():  # the others then read what it wrote
-        shown = {size: PosedScenes(config, pipe.vae, size) for size, _ in config.stages}
-    folder = run.folder / "controlnet"
 
-    def loss_of(batch: Batch) -> Losses:
-        edges = shown[batch.size].control(batch.numbers).to(run.accelerator.device)
+    def predict(trained: Any, x_t: Tensor, t: Tensor, context: Tensor, edges: Tensor) -> Tensor:
+        down, mid = trained(x_t, t, context, controlnet_cond=edges, return_dict=False)
+        return pipe.unet(
+            x_t, t, context, down_block_additional_residuals=down, mid_block_additional_residual=mid
+        ).sample
 
-        def predict(x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-            down, mid = run.modules["controlnet"](x_t, t, context, controlnet_cond=edges, return_dict=False)
-            return pipe.unet(
-                x_t, t, context, down_block_additional_residuals=down, mid_block_additional_residual=mid
-            ).sample
+    def write(trained: Any) -> None:
+        save_controlnet(trained, folder / EMOJI_CONTROLNET.name, name_of(config.model))
 
-        return denoising_loss(config, run, pipe, batch, predict)
-
-    def save(size: int) -> None:
-        with run.averaged():
-            if run.accelerator.is_main_process:
-                save_controlnet(run.unwrapped("controlnet"), folder / EMOJI_CONTROLNET.name, name_of(config.model))
-        run.say(f"step {run.progress.step}: {run.average_losses()}")
-
-    train_on_scenes(config, run, pipe, save, loss_of, lambda size: (shown[size].scenes, shown[size].latents))
+    run = train_conditioned(
+        config, pipe, "controlnet", controlnet, lambda size: PosedScenes(config, pipe.vae, size), predict, write
+    )
     if run.accelerator.is_main_process:
         finish(config, run, pipe, folder)
     return folder
@@ -152,7 +135,7 @@ def finish(config: ControlNetConfig, run: TrainingRun, pipe: Any, folder: Path) 
     for i, image in enumerate(to_images(control[:2] * 2 - 1)):
         save_png(image, folder / f"edges-{i}.png")
     write_json(folder / "settings.json", {**settings_of(config, run), "edge_agreement": figures})
-    (folder / "README.md").write_text(controlnet_card(config, run, file, figures))
+    write_controlnet_card(config, run, file, figures)
 
 
 def draw_controlled(
@@ -178,18 +161,11 @@ def draw_controlled(
     return rows
 
 
-def controlnet_card(config: ControlNetConfig, run: TrainingRun, file: Path, figures: dict[str, float]) -> str:
-    """The model card, Markdown."""
-    parameters = sum(p.numel() for p in run.parameters) / 1e6
-    return f"""---
-license: {licence_of(styles_of(config))}
-tags: [controlnet, control-lora]
----
-
-# Edge ControlNet for {name_of(config.model)}
-
-Draws a prompt along given edges (white on black). A Control-LoRA of rank {config.rank}: {parameters:.2f} M parameters,
-{file.stat().st_size / 1e6:.2f} MB; the rest of its encoder is the base model's own.
+def write_controlnet_card(config: ControlNetConfig, run: TrainingRun, file: Path, figures: dict[str, float]) -> None:
+    """Write the card beside ``file``."""
+    about = f"""\
+Draws a prompt along given edges (white on black). A Control-LoRA of rank {config.rank}:
+{size_in_words(run.parameters, file)}; the rest of its encoder is the base model's own.
 
 ![scene, control, and what each method drew](samples.png)
 
@@ -204,8 +180,16 @@ Draws a prompt along given edges (white on black). A Control-LoRA of rank {confi
 ## Figures
 
 Agreement of the edges of {config.check_scenes} drawn pictures with the control, F1 within 2 pixels (1 is best). The
-scenes are turned and stretched in ways their captions do not tell:
-
-{table(figures, "edge agreement", "{:.3f}".format)}
-{data_section(styles_of(config))}
-{training_section(run, COMMAND)}"""
+scenes are turned and stretched in ways their captions do not tell:"""
+    write_card(
+        file.parent,
+        f"Edge ControlNet for {name_of(config.model)}",
+        [
+            about,
+            figure_table(figures, "edge agreement", "{:.3f}".format),
+            data_section(styles_of(config)),
+            training_section(run, COMMAND),
+        ],
+        license=licence_of(styles_of(config)),
+        tags="[controlnet, control-lora]",
+    )

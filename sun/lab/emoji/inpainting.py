@@ -19,19 +19,30 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ...common.atomic import write_json
 from ...pictures.png import save_png
 from ...shipped import EMOJI_INPAINTING
 from ...shipped.lowrank import add_low_rank, changes_of, merge
+from ...training.card import name_of, size_in_words, training_section, write_card
 from ...training.config import RunConfig
 from ...training.models import use_fast_attention
-from ...training.run import TrainingRun, start_run
-from .base import Batch, Losses, SceneConfig, denoising_loss, train_on_scenes
-from .cards import data_section, licence_of, settings_of, training_section, write_json
-from .checks import REFERENCE_STEPS, SUN_STEPS, Scenes, adapter_for, draw, draw_scenes, inpainting_figures, sheet, table
-from .latents import encode_pictures, scenes_in_style
+from ...training.run import TrainingRun
+from .cards import data_section, licence_of, settings_of
+from .checks import (
+    REFERENCE_STEPS,
+    SUN_STEPS,
+    Scenes,
+    adapter_for,
+    draw,
+    draw_scenes,
+    figure_table,
+    inpainting_figures,
+    sheet,
+)
+from .latents import encode_pictures, encode_scenes
 from .scenes import Scene, render_scene, subject_mask
 from .sources import load_metadata, load_pictures
-from .style import load_start, name_of, styles_of
+from .tuning import AdditionConfig, addition_run, load_start, styles_of, train_conditioned
 
 COMMAND = "sun train-emoji inpainting --config configs/emoji-inpainting.toml"
 FIRST_LAYER = ("conv_in",)
@@ -39,27 +50,11 @@ MASK_KINDS = ("box", "ellipse", "subject", "half", "everything")
 
 
 @dataclass
-class InpaintingConfig(SceneConfig):
-    """``rank`` of the change to the base's U-Net; each of the ``scenes`` gets one mask for the whole run."""
+class InpaintingConfig(AdditionConfig):
+    """The low rank is the U-Net's; each of the ``scenes`` gets one mask for the whole run."""
 
-    run: RunConfig = field(
-        default_factory=lambda: RunConfig(
-            output="runs/emoji-inpainting",
-            steps=1000,
-            batch_size=32,
-            lr=1e-3,
-            lr_schedule="cosine",
-            warmup_steps=50,
-            weight_decay=0.01,
-            betas=(0.9, 0.99),
-            ema_decay=0.99,
-        )
-    )
-    stages: tuple[tuple[int, float], ...] = ()
+    run: RunConfig = field(default_factory=lambda: addition_run("runs/emoji-inpainting", 1000))
     scenes: int = 6000
-    sample_guidance: float = 4.0
-    model: str = "emoji"
-    rank: int = 16
     check_scenes: int = 24
 
 
@@ -114,11 +109,13 @@ def latent_masks(masks: list[Image.Image]) -> Tensor:
 
 
 class MaskedScenes:
-    """A mask for every scene of a stage, and the latents of the scenes under their masks."""
+    """Scenes of one size with their latents, a mask for each, and the latents of the scenes under their masks."""
 
     def __init__(self, config: InpaintingConfig, vae: Any, pictures: dict[str, Image.Image], size: int):
         seed = config.run.seed
-        scenes, _ = scenes_in_style(load_metadata(config.emojis), config.style, config.scenes, seed)
+        emojis = load_metadata(config.emojis)
+        self.scenes, self.latents = encode_scenes(vae, emojis, config.style, size, config.scenes, seed)
+        scenes = self.scenes
         drawn = [draw_mask(scene, pictures, size, random.Random(f"{seed}/{i}")) for i, scene in enumerate(scenes)]
         identity = hashlib.sha256(repr([scene.caption for scene in scenes]).encode())
         for mask in drawn:
@@ -128,42 +125,30 @@ class MaskedScenes:
             return masked(render_scene(scenes[i], pictures, size), drawn[i])
 
         self.masks = latent_masks(drawn)
-        self.latents = encode_pictures(vae, f"masked-{config.style}-{size}", identity.hexdigest(), len(scenes), picture)
+        self.masked = encode_pictures(vae, f"masked-{config.style}-{size}", identity.hexdigest(), len(scenes), picture)
 
-    def conditions(self, numbers: list[int]) -> Tensor:
+    def condition(self, numbers: list[int]) -> Tensor:
         """[B, 5, h, w]: the masks and the masked scenes' latents."""
-        return torch.cat([self.masks[numbers], self.latents[numbers]], dim=1)
+        return torch.cat([self.masks[numbers], self.masked[numbers]], dim=1)
 
 
 def train_inpainting(config: InpaintingConfig) -> Path:
     """Train, and write ``<output>/inpainting`` (weights, card, pictures); returns that folder."""
-    pipe = load_start(config, config.model)
+    pipe, folder = load_start(config, config.model), Path(config.run.output) / "inpainting"
     torch.manual_seed(config.run.seed)
     unet = widen(pipe.unet)
     add_low_rank(unet, config.rank, leave=FIRST_LAYER)
-    run = start_run(config, {"unet": unet.train()})
-    use_fast_attention(unet, run.accelerator.device)
     pictures = load_pictures(config.style, load_metadata(config.emojis), 128)
-    pipe.vae.to(run.accelerator.device)
-    with run.accelerator.main_process_first():  # the others then read what it wrote
-        hidden = {size: MaskedScenes(config, pipe.vae, pictures, size) for size, _ in config.stages}
-    folder = run.folder / "inpainting"
 
-    def loss_of(batch: Batch) -> Losses:
-        conditions = hidden[batch.size].conditions(batch.numbers).to(run.accelerator.device)
+    def predict(trained: Any, x_t: Tensor, t: Tensor, context: Tensor, hidden: Tensor) -> Tensor:
+        return trained(torch.cat([x_t, hidden], dim=1), t, context).sample
 
-        def predict(x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-            return run.modules["unet"](torch.cat([x_t, conditions], dim=1), t, context).sample
+    def write(trained: Any) -> None:
+        save_inpainting(trained, folder / EMOJI_INPAINTING.name, name_of(config.model))
 
-        return denoising_loss(config, run, pipe, batch, predict)
-
-    def save(size: int) -> None:
-        with run.averaged():
-            if run.accelerator.is_main_process:
-                save_inpainting(run.unwrapped("unet"), folder / EMOJI_INPAINTING.name, name_of(config.model))
-        run.say(f"step {run.progress.step}: {run.average_losses()}")
-
-    train_on_scenes(config, run, pipe, save, loss_of)
+    run = train_conditioned(
+        config, pipe, "unet", unet, lambda size: MaskedScenes(config, pipe.vae, pictures, size), predict, write
+    )
     if run.accelerator.is_main_process:
         finish(config, run, pipe, folder)
     return folder
@@ -188,7 +173,7 @@ def finish(config: InpaintingConfig, run: TrainingRun, pipe: Any, folder: Path) 
     shown = {"scene": checked.pixels, "masked": checked.pixels * (1 - masks), **rows}
     save_png(sheet(shown, 6), folder / "samples.png")
     write_json(folder / "settings.json", {**settings_of(config, run), "errors": figures})
-    (folder / "README.md").write_text(inpainting_card(config, run, file, figures))
+    write_inpainting_card(config, run, file, figures)
 
 
 def draw_inpainted(
@@ -223,21 +208,14 @@ def _mask_tensor(mask: Image.Image) -> Tensor:
     return torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(1, mask.height, mask.width) / 255
 
 
-def inpainting_card(
+def write_inpainting_card(
     config: InpaintingConfig, run: TrainingRun, file: Path, figures: dict[str, dict[str, float]]
-) -> str:
-    """The model card, Markdown."""
-    parameters = sum(p.numel() for p in run.parameters) / 1e6
-    return f"""---
-license: {licence_of(styles_of(config))}
-tags: [inpainting]
----
-
-# Inpainting model of {name_of(config.model)}
-
+) -> None:
+    """Write the card beside ``file``."""
+    about = f"""\
 The base's U-Net with 9 input channels (noisy latents, mask, latents of the masked picture). The file holds what
-differs from the base: the first layer and changes of rank {config.rank}, {parameters:.2f} M parameters,
-{file.stat().st_size / 1e6:.2f} MB.
+differs from the base: the first layer and changes of rank {config.rank},
+{size_in_words(run.parameters, file)}.
 
 ![scene, masked scene, and what each method made of it](samples.png)
 
@@ -248,11 +226,20 @@ differs from the base: the first layer and changes of rank {config.rank}, {param
 
 Mean absolute difference from the true scene in grey levels of 255 on {config.check_scenes} scenes with random masks;
 `seam` is the part of the inside within 4 pixels of the outside. The base is blended into the picture at every step, the
-inpainting model is not; what the autoencoder alone changes is the least either can reach outside.
-
-{table(figures, "", "{:.1f}".format)}
+inpainting model is not; what the autoencoder alone changes is the least either can reach outside."""
+    choice = """\
 The base, whose kept parts are put back at every step, needs no training to leave the outside alone: compare the rows
-before you choose this model over Set Latent Noise Mask.
-
-{data_section(styles_of(config))}
-{training_section(run, COMMAND)}"""
+before you choose this model over Set Latent Noise Mask."""
+    write_card(
+        file.parent,
+        f"Inpainting model of {name_of(config.model)}",
+        [
+            about,
+            figure_table(figures, "", "{:.1f}".format),
+            choice,
+            data_section(styles_of(config)),
+            training_section(run, COMMAND),
+        ],
+        license=licence_of(styles_of(config)),
+        tags="[inpainting]",
+    )

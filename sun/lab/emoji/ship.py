@@ -14,17 +14,21 @@ from tqdm.auto import tqdm
 
 from ... import shipped
 from ...adapter import SunAdapter
+from ...common.atomic import write_text
+from ...common.markdown import table
 from ...common.settings import ConfigError
 from ...evaluation.cells import file_name
 from ...evaluation.tables import agreement_tables
 from ...pictures.png import grid, save_png
 from ...pipelines.loading import load_pipeline
+from ...training.card import batch_in_words, card, losses_in_words, write_card
 from ...training.config import RunConfig
 from ...training.state import describe_machine
 from .base import SAMPLE_PROMPTS, sample_images
 from .cards import data_section
 from .checks import colour_figures
-from .colours import Colours, load_autoencoder, measure, table
+from .colours import Colours, load_autoencoder, measure
+from .colours import table as colour_table
 from .sources import METADATA_PACKAGE, STYLES
 
 
@@ -45,7 +49,7 @@ def captioned_grid(images: list[Image.Image], captions: list[str], columns: int)
 def _edit_json(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     settings = json.loads(path.read_text(encoding="utf-8"))
     edit(settings)
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def make_portable(model: Path) -> None:
@@ -96,48 +100,22 @@ def ship_base(
     save_png(captioned_grid(images, list(SAMPLE_PROMPTS), 6), out / "samples.png")
     runs = {"autoencoder": vae_run, "text encoder and U-Net": run}
     histories = {what: _history(Path(folder)) for what, folder in runs.items() if folder}
-    (out / "README.md").write_text(base_card(pipe, out, guidance_scale, histories, notes))
+    write_base_card(pipe, out, guidance_scale, histories, notes)
     return out
 
 
-def base_card(
+def write_base_card(
     pipe: Any, folder: Path, guidance_scale: float, histories: Mapping[str, dict[str, Any]], notes: str
-) -> str:
-    """The model card, Markdown: what the parts are, their data, their runs by ``histories`` (last line of each log)."""
-    unet, encoder = pipe.unet.config, pipe.text_encoder.config
-    counts = {
-        name: sum(p.numel() for p in getattr(pipe, name).parameters()) / 1e6 for name in ("unet", "text_encoder", "vae")
-    }
-    size = sum(f.stat().st_size for f in folder.rglob("*.safetensors")) / 1e6
-    pixels, style = unet.sample_size * 8, STYLES["twemoji"]
-    done = histories["text encoder and U-Net"]
-    colours = table(_colours(folder))
-    return f"""---
-license: cc-by-4.0
-library_name: diffusers
-pipeline_tag: text-to-image
----
-
-# Emoji Diffusion
-
-A small Stable Diffusion 1.x: the same parts, topology and noise schedule (4 stages, 2 layers each, 16 cross-attention
-layers, epsilon prediction), narrow enough to be trained on two CPU cores. {pixels} x {pixels} pixels.
-It exists so that this project can train, test and show SUN on a real diffusion model that fits in a repository.
-
-![24 prompts, 25 steps of DPM-Solver++ with CFG {guidance_scale:g}](samples.png)
-
-| part | parameters |
-|---|---|
-| U-Net, widths {tuple(unet.block_out_channels)}, {unet.attention_head_dim} heads | {counts["unet"]:.2f} M |
-| CLIP text encoder, width {encoder.hidden_size}, {encoder.num_hidden_layers} layers, own BPE vocabulary of {len(pipe.tokenizer)} | {counts["text_encoder"]:.2f} M |
-| AutoencoderTiny (TAESD layout), scaling factor {pipe.vae.config.scaling_factor:g} | {counts["vae"]:.2f} M |
-| all weights, fp16 | {size:.1f} MB |
-
+) -> None:
+    """What the parts in ``folder`` are, their data, their runs by ``histories`` (last line of each log)."""
+    style = STYLES["twemoji"]
+    colours = f"""\
 ## Colours
 
 Guidance extrapolates latents: a flat colour whose latents are scaled may saturate or fade, and should keep its hue.
 
-{colours}
+{colour_table(_colours(folder))}"""
+    data = f"""\
 ## Data and licences
 
 - Pictures: `{style.package}` (npm). {style.attribution}. {style.licence}.
@@ -146,25 +124,65 @@ Guidance extrapolates latents: a flat colour whose latents are scaled may satura
   mirroring and category; one scene in five shows two emoji. The emoji are the about 120
   `everyday` ones of `sun/lab/emoji/vocabulary.json`.
 
-The weights are derived from the pictures and carry their licence, CC-BY 4.0.
+The weights are derived from the pictures and carry their licence, CC-BY 4.0."""
+    write_card(
+        folder,
+        "Emoji Diffusion",
+        [
+            _about_base(pipe, guidance_scale),
+            _parts_of_base(pipe, folder),
+            colours,
+            data,
+            _runs_of_base(histories),
+            notes,
+        ],
+        license="cc-by-4.0",
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+    )
 
+
+def _about_base(pipe: Any, guidance_scale: float) -> str:
+    pixels = pipe.unet.config.sample_size * 8
+    return f"""\
+A small Stable Diffusion 1.x: the same parts, topology and noise schedule (4 stages, 2 layers each, 16 cross-attention
+layers, epsilon prediction), narrow enough to be trained on two CPU cores. {pixels} x {pixels} pixels.
+It exists so that this project can train, test and show SUN on a real diffusion model that fits in a repository.
+
+![24 prompts, 25 steps of DPM-Solver++ with CFG {guidance_scale:g}](samples.png)"""
+
+
+def _parts_of_base(pipe: Any, folder: Path) -> str:
+    unet, encoder, factor = pipe.unet.config, pipe.text_encoder.config, pipe.vae.config.scaling_factor
+    clip = (
+        f"CLIP text encoder, width {encoder.hidden_size}, {encoder.num_hidden_layers} layers, own BPE vocabulary of "
+        f"{len(pipe.tokenizer)}"
+    )
+    parts = {
+        f"U-Net, widths {tuple(unet.block_out_channels)}, {unet.attention_head_dim} heads": pipe.unet,
+        clip: pipe.text_encoder,
+        f"AutoencoderTiny (TAESD layout), scaling factor {factor:g}": pipe.vae,
+    }
+    counts = [(what, f"{sum(p.numel() for p in part.parameters()) / 1e6:.2f} M") for what, part in parts.items()]
+    size = sum(f.stat().st_size for f in folder.rglob("*.safetensors")) / 1e6
+    return table(["part", "parameters"], [*counts, ("all weights, fp16", f"{size:.1f} MB")])
+
+
+def _runs_of_base(histories: Mapping[str, dict[str, Any]]) -> str:
+    rows = [
+        (what, log["step"], f"{log['seconds'] / 60:.0f}", losses_in_words(log["losses"]))
+        for what, log in histories.items()
+    ]
+    precision = histories["text encoder and U-Net"].get("precision", "bf16")
+    return f"""\
 ## Training
 
     sun train-emoji vae --config configs/emoji-vae.toml
     sun train-emoji base --config configs/emoji-base.toml
 
-| | steps | minutes | loss at the end |
-|---|---|---|---|
-{"".join(_trained(what, log) for what, log in histories.items())}
-Seed {RunConfig().seed}, {done.get("precision", "bf16")}, EMA, on: {describe_machine()}.
+{table(["", "steps", "minutes", "loss at the end"], rows)}
 
-{notes}
-"""
-
-
-def _trained(what: str, log: Mapping[str, Any]) -> str:
-    losses = ", ".join(f"{name} {value:.4f}" for name, value in log["losses"].items())
-    return f"| {what} | {log['step']} | {log['seconds'] / 60:.0f} | {losses} |\n"
+Seed {RunConfig().seed}, {precision}, EMA, on: {describe_machine()}."""
 
 
 def ship_adapter(run_folder: str | Path, destination: str | Path, notes: str = "") -> Path:
@@ -180,22 +198,15 @@ def ship_adapter(run_folder: str | Path, destination: str | Path, notes: str = "
     styles = ("twemoji", *(style for style in STYLES if style in tuned))
     told = ("run", "losses", "step", "seconds", "processes", "machine", "from")
     settings = {name: value for name, value in training.items() if name not in told}
-    target.with_suffix(".md").write_text(
-        f"""# SUN adapter for {info.base_model}
-
-{target.stat().st_size / 1e6:.2f} MB, fp16, branches: {info.branches}, guidance scale {adapter.guidance_in_words()}.
-
-{data_section(styles)}
-## Training
-
-{"".join(map(_run_lines, runs))}Losses at the end: {", ".join(f"{k} {v:.4f}" for k, v in training["losses"].items())}.
-
-| setting of the last run | value |
-|---|---|
-"""
-        + "".join(f"| {name} | {value} |\n" for name, value in settings.items())
-        + f"| lr | {training['run']['lr']} ({training['run']['lr_schedule']}) |\n\n{notes}\n"
+    settings["lr"] = f"{training['run']['lr']} ({training['run']['lr_schedule']})"
+    about = (
+        f"{target.stat().st_size / 1e6:.2f} MB, fp16, branches: {info.branches}, "
+        f"guidance scale {adapter.guidance_in_words()}."
     )
+    done = "".join(map(_run_lines, runs)) + f"Losses at the end: {losses_in_words(training['losses'])}."
+    parts = [about, data_section(styles), f"## Training\n\n{done}"]
+    parts += [table(["setting of the last run", "value"], settings.items()), notes]
+    write_text(target.with_suffix(".md"), card(f"SUN adapter for {info.base_model}", parts))
     return target
 
 
@@ -208,7 +219,7 @@ def _run_lines(training: Mapping[str, Any]) -> str:
     return (
         f"    {launcher}sun train --config configs/emoji-sun{kind}.toml --minutes {run['minutes']:g} "
         f"--batch-size {run['batch_size']}\n\n"
-        f"{training['step']} steps of batch {processes} x {run['batch_size']}, {training['seconds'] / 60:.0f} minutes, "
+        f"{training['step']} steps of {batch_in_words(run, processes)}, {training['seconds'] / 60:.0f} minutes, "
         f"seed {run['seed']}{machine}.\n\n"
     )
 
@@ -225,7 +236,8 @@ def ship_folder(source: str | Path, destination: str | Path, notes: str = "") ->
         shutil.rmtree(out)
     shutil.copytree(source, out)
     if notes:
-        (out / "README.md").write_text(f"{(source / 'README.md').read_text()}\n{notes}\n")
+        text = (source / "README.md").read_text(encoding="utf-8")
+        write_text(out / "README.md", f"{text}\n{notes}\n")
     return out
 
 
@@ -261,22 +273,22 @@ def add_agreement(model: str | Path, report: str | Path) -> Path:
     ``report`` is the folder of the evaluation. A section that is there already is replaced. Raises FileNotFoundError
     for a folder without figures.
     """
-    card, source = Path(model) / "README.md", Path(report)
+    file, source = Path(model) / "README.md", Path(report)
     figures = json.loads((source / "figures.json").read_text(encoding="utf-8"))
     name, measured = next(iter(figures["models"].items()))
     text = "\n\n".join(agreement_tables(measured))
     plot = source / file_name(name) / "agreement-vs-guidance.png"
     if plot.is_file():
-        shutil.copyfile(plot, card.with_name(plot.name))
+        shutil.copyfile(plot, file.with_name(plot.name))
         text += f"\n\n![Share of right pictures against the guidance scale]({plot.name})"
     section = (
         f'{AGREEMENT}\n\nJudged by `sun evaluate` (`measure = ["agreement"]`): the background by the frame of the '
         "picture, the object's colours by those of its artwork.\n\n" + text + "\n"
     )
-    before = card.read_text(encoding="utf-8")
+    before = file.read_text(encoding="utf-8")
     start = before.find(AGREEMENT)
     if start >= 0:
         end = before.find("\n## ", start + 1)
         before = before[:start].rstrip() + (before[end:] if end >= 0 else "\n")
-    card.write_text(f"{before.rstrip()}\n\n{section}", encoding="utf-8")
-    return card
+    write_text(file, f"{before.rstrip()}\n\n{section}")
+    return file

@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from ...common.settings import ConfigError, last_name
+from ...common.atomic import write_json
+from ...training.card import name_of, size_in_words, training_section, write_card
 from ...training.config import RunConfig
-from ...training.models import load_frozen
 from ...training.run import TrainingRun, start_run
 from .base import SceneConfig, save_base, save_samples, train_on_scenes
-from .cards import data_section, licence_of, settings_of, training_section, write_json
+from .cards import data_section, licence_of, settings_of
 from .ship import make_portable
-from .sources import STYLES
+from .tuning import AdditionConfig, addition_run, load_start, save_averaged, styles_of
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # the name load_lora_weights looks for in a folder
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -58,27 +57,11 @@ class StyleConfig(SceneConfig):
 
 
 @dataclass
-class LoraStyleConfig(SceneConfig):
-    """A LoRA (Hu et al. 2021, arXiv 2106.09685) of ``rank`` on the U-Net's attention layers, alpha = rank."""
+class LoraStyleConfig(AdditionConfig):
+    """A LoRA (Hu et al. 2021, arXiv 2106.09685) on the U-Net's attention layers, alpha = rank."""
 
-    run: RunConfig = field(
-        default_factory=lambda: RunConfig(
-            output="",
-            steps=1500,
-            batch_size=32,
-            lr=1e-3,
-            lr_schedule="cosine",
-            warmup_steps=50,
-            weight_decay=0.01,
-            betas=(0.9, 0.99),
-            ema_decay=0.99,
-        )
-    )
+    run: RunConfig = field(default_factory=lambda: addition_run("", 1500))
     style: str = "openmoji"
-    stages: tuple[tuple[int, float], ...] = ()
-    sample_guidance: float = 4.0
-    model: str = "emoji"
-    rank: int = 16
 
 
 def train_style(config: StyleConfig) -> Path:
@@ -99,7 +82,7 @@ def train_style(config: StyleConfig) -> Path:
     folder = run.folder / "model"
     if run.accelerator.is_main_process:
         write_json(run.folder / "settings.json", settings_of(config, run))
-        (folder / "README.md").write_text(style_card(config, run))
+        write_style_card(config, run, folder)
     return folder
 
 
@@ -115,18 +98,16 @@ def train_lora(config: LoraStyleConfig) -> Path:
         parameter.requires_grad_("lora_" in name)
     run = start_run(config, {"unet": pipe.unet.train()})
 
-    def save(size: int) -> None:
-        with run.averaged():
-            if run.accelerator.is_main_process:
-                save_lora(pipe.unet, run.folder / "lora", {"base_model": name_of(config.model), "style": config.style})
-                save_samples(config, run, pipe, size)
-        run.say(f"step {run.progress.step}: {run.average_losses()}")
-
-    train_on_scenes(config, run, pipe, save)
     folder = run.folder / "lora"
+
+    def write(size: int) -> None:
+        save_lora(pipe.unet, folder, {"base_model": name_of(config.model), "style": config.style})
+        save_samples(config, run, pipe, size)
+
+    train_on_scenes(config, run, pipe, lambda size: save_averaged(run, lambda: write(size)))
     if run.accelerator.is_main_process:
         write_json(folder / "settings.json", settings_of(config, run))
-        (folder / "README.md").write_text(lora_card(config, run, folder))
+        write_lora_card(config, run, folder)
     return folder
 
 
@@ -144,56 +125,33 @@ def save_lora(unet: Any, folder: Path, metadata: dict[str, str] | None = None) -
     return folder / LORA_WEIGHTS
 
 
-def style_card(config: StyleConfig, run: TrainingRun) -> str:
-    """The model card, Markdown."""
+def write_style_card(config: StyleConfig, run: TrainingRun, folder: Path) -> None:
     trained = "U-Net and text encoder" if config.train_text_encoder else "U-Net"
-    return f"""---
-license: {licence_of(styles_of(config))}
-library_name: diffusers
-pipeline_tag: text-to-image
----
-
-# {name_of(config.model)}, fine-tuned on {config.style}
-
+    about = f"""\
 All weights of the {trained} trained on {config.scenes} scenes in this style; the other parts are the base
-model's.
-
-{data_section(styles_of(config))}
-{training_section(run, f"sun train-emoji style --style {config.style} --config configs/emoji-style.toml")}"""
-
-
-def lora_card(config: LoraStyleConfig, run: TrainingRun, folder: Path) -> str:
-    """The model card, Markdown."""
-    parameters = sum(p.numel() for p in run.parameters) / 1e6
-    megabytes = (folder / LORA_WEIGHTS).stat().st_size / 1e6
-    return f"""---
-license: {licence_of(styles_of(config))}
-library_name: diffusers
-tags: [lora]
----
-
-# LoRA of {name_of(config.model)}: {config.style}
-
-Rank {config.rank} on the U-Net's attention layers, alpha = rank; {parameters:.2f} M parameters, {megabytes:.2f} MB.
-Load it with `pipe.load_lora_weights(folder)`, `sun generate --lora {LORA_WEIGHTS}` or ComfyUI's node Load LoRA.
-
-{data_section(styles_of(config))}
-{training_section(run, f"sun train-emoji lora --style {config.style} --config configs/emoji-lora.toml")}"""
+model's."""
+    command = f"sun train-emoji style --style {config.style} --config configs/emoji-style.toml"
+    write_card(
+        folder,
+        f"{name_of(config.model)}, fine-tuned on {config.style}",
+        [about, data_section(styles_of(config)), training_section(run, command)],
+        license=licence_of(styles_of(config)),
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+    )
 
 
-def load_start(config: SceneConfig, model: str) -> StableDiffusionPipeline:
-    """The frozen pipeline to start from; fills in ``config.stages``. Raises ConfigError."""
-    if config.style not in STYLES:
-        raise ConfigError(f"style takes {', '.join(STYLES)}, not {config.style!r}.")
-    pipe = load_frozen(model)
-    config.stages = config.stages or ((pipe.unet.config.sample_size * 8, 1.0),)
-    return pipe
-
-
-def styles_of(config: SceneConfig) -> tuple[str, ...]:
-    """The styles whose pictures are in the weights: the base's and the new one."""
-    return tuple(dict.fromkeys(("twemoji", config.style)))
-
-
-def name_of(model: str) -> str:
-    return "Emoji Diffusion" if model == "emoji" else last_name(model)
+def write_lora_card(config: LoraStyleConfig, run: TrainingRun, folder: Path) -> None:
+    size = size_in_words(run.parameters, folder / LORA_WEIGHTS)
+    about = f"""\
+Rank {config.rank} on the U-Net's attention layers, alpha = rank; {size}.
+Load it with `pipe.load_lora_weights(folder)`, `sun generate --lora {LORA_WEIGHTS}` or ComfyUI's node Load LoRA."""
+    command = f"sun train-emoji lora --style {config.style} --config configs/emoji-lora.toml"
+    write_card(
+        folder,
+        f"LoRA of {name_of(config.model)}: {config.style}",
+        [about, data_section(styles_of(config)), training_section(run, command)],
+        license=licence_of(styles_of(config)),
+        library_name="diffusers",
+        tags="[lora]",
+    )

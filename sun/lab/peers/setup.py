@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ...common.settings import ConfigError, without_folders
+from ...common.settings import ConfigError, last_name
 from ...pictures.png import save_grid, to_images
 from ...training.algorithm import NoiseSchedule
+from ...training.card import name_of, write_table_card
 from ...training.config import DTYPES, RunConfig
 from ...training.data.sources import Source, source_of
 from ...training.models import encoder_of, latent_shape, use_fast_attention
@@ -102,21 +102,11 @@ class Distillation:
 
     def write_card(self, title: str, usage: str, facts: dict[str, Any]) -> None:
         """Write ``README.md`` and ``training.json`` beside the weights: what they are and how they were made."""
-        config, run = self.config, self.run
-        settings = without_folders(config)
-        base = "Emoji Diffusion" if config.model == "emoji" else settings["model"]
-        content = {"base_model": base, **facts, "settings": settings, "progress": run.facts()}
-        (run.folder / "training.json").write_text(json.dumps(content, indent=2) + "\n")
+        config = self.config
         rows = {
-            "base model": base,
+            "base model": name_of(config.model),
             **facts,
-            "data": settings["data"],
+            "data": last_name(config.data),
             "guidance scale w": config.guidance_scale,
-            "steps": run.progress.step,
-            "U-Net calls of training (forward 1, backward 2)": run.progress.unet_calls,
-            "minutes": round(run.progress.seconds / 60, 1),
         }
-        table = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in rows.items())
-        (run.folder / "README.md").write_text(
-            f"# {title}\n\n| | |\n|---|---|\n{table}\n\n{usage}\n\nAll settings are in `training.json`.\n"
-        )
+        write_table_card(self.run, config, title, facts, rows, usage)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...common.atomic import write_text
-from ...common.settings import ConfigError, without_folders
+from ...common.settings import ConfigError, last_name
 from ...compact.assembly import assemble
 from ...compact.attaching import experts_for, settle, watching
 from ...compact.expertfile import IN_FOLDER, write_experts
@@ -21,12 +19,12 @@ from ...compact.pipelines import save_unet
 from ...compact.planfile import Plan, read_plan, write_plan
 from ...compact.planning import plan as make_plan
 from ..algorithm import NoiseSchedule
+from ..card import name_of, write_table_card
 from ..data.negative_phrases import NegativePrompts
 from ..data.sources import source_of
 from ..models import encoder_of, latent_shape, load_frozen, use_fast_attention
 from ..previews import sample_prompts, save_previews
 from ..run import TrainingRun, start_run
-from ..state import describe_machine
 from ..student import Teacher
 from .inputs import Batch, Captions, NoisedPictures, TeacherBank
 from .settings import CompactTrainConfig, check_compact, is_list
@@ -233,33 +231,22 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def write_card(
     config: CompactTrainConfig, run: TrainingRun, plan: Plan, parameters: int, experts: Experts | None = None
 ) -> None:
-    """``training.json`` with every setting, and ``README.md`` with what a reader needs first."""
-    settings = without_folders(config)
-    base = "Emoji Diffusion" if config.model == "emoji" else settings["model"]
-    content = {"base_model": base, "parameters": parameters, "remove": list(plan.remove), "settings": settings}
-    content["progress"] = {**run.facts(), "machine": describe_machine()}
-    write_text(run.folder / "training.json", json.dumps(content, indent=2) + "\n")
-    losses = ", ".join(f"{name} {value:.4f}" for name, value in run.average_losses().items())
+    """What the student is and how it was made, for a reader and, as ``training.json``, for a program."""
+    base = name_of(config.model)
     rows = {
         "original": base,
         "removed": ", ".join(plan.remove),
         "parameters": f"{parameters / 1e6:.2f} M",
-        "trained on": settings["captions"] or settings["data"],
-        "steps": f"{run.progress.step} of batch {run.accelerator.num_processes} x {config.run.batch_size}",
-        "minutes": f"{run.progress.seconds / 60:.0f}",
-        "incubation": f"{config.incubation:g} of them",
+        "trained on": last_name(config.captions or config.data),
+        "incubation": f"{config.incubation:g} of the training",
         **({} if experts is None else {"experts": _experts_in_words(experts)}),
-        "U-Net calls of training (forward 1, backward 2)": f"{run.progress.unet_calls:,}",
-        "seed": config.run.seed,
-        "losses at the end": losses,
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    write_text(
-        run.folder / "README.md",
-        f"# Compact U-Net of {base}\n\n| | |\n|---|---|\n{table}\n\nAn ordinary U-Net of the family: "
-        '`UNet2DConditionModel.from_pretrained("this folder", subfolder="unet")`. '
-        "All settings are in `training.json`, what was removed in `plan.json`.\n",
+    usage = (
+        'An ordinary U-Net of the family: `UNet2DConditionModel.from_pretrained("this folder", subfolder="unet")`. '
+        "What was removed is in `plan.json`."
     )
+    facts = {"parameters": parameters, "remove": list(plan.remove)}
+    write_table_card(run, config, f"Compact U-Net of {base}", facts, rows, usage)
 
 
 def _experts_in_words(experts: Experts) -> str:
