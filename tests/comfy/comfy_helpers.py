@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 
@@ -36,9 +39,12 @@ def make_controlnet(model_folder: Path, path: Path) -> Path:
     """A Control-LoRA with random weights for a diffusers model."""
     from sun.lab.emoji.controlnet import build_controlnet, save_controlnet
 
-    controlnet = build_controlnet(_unet(model_folder), 4)
+    unet = _unet(model_folder)
+    controlnet = build_controlnet(unet, 4)
     shake(controlnet)
-    return save_controlnet(controlnet, path, "Emoji Diffusion")
+    with pytest.MonkeyPatch.context() as patch:  # what is shipped has Stable Diffusion's two
+        patch.setattr("sun.shipped.control_lora._LAYERS_PER_STAGE", unet.config.layers_per_block)
+        return save_controlnet(controlnet, path, "Emoji Diffusion")
 
 
 def make_inpainting(model_folder: Path, path: Path) -> Path:
@@ -124,6 +130,83 @@ def _ldm_names(names, layers: tuple[int, ...]) -> dict[str, str]:
     return found
 
 
+def make_short(model_folder: Path, folder: Path, layers: int = 1) -> Path:
+    """`folder` with all of a diffusers model but the U-Net, which has two stages, few layers and random weights."""
+    from diffusers import UNet2DConditionModel
+
+    shutil.copytree(model_folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("unet"))
+    config = UNet2DConditionModel.load_config(model_folder / "unet")
+    torch.manual_seed(3)
+    unet = UNet2DConditionModel.from_config(
+        config | {
+            "block_out_channels": (32, 64), "layers_per_block": layers,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        }
+    )  # fmt: skip
+    with torch.no_grad():  # in a model that was trained, texts matter
+        for name, parameter in unet.named_parameters():
+            if "attn2.to_v" in name or "attn2.to_out" in name or name == "conv_out.weight":
+                parameter.mul_(4.0)
+    unet.save_pretrained(folder / "unet")
+    return folder
+
+
+def short_models(host, folder: Path, layers: int = 1) -> SimpleNamespace:
+    """`models_of` such a model in the empty `folder`, with an adapter of random weights."""
+    make_short(host.part("sun.shipped").EMOJI_DIFFUSION, folder, layers)
+    file = folder / "emoji-sun.safetensors"
+    make_adapter(folder, file)
+    adapter = host.part("nodes.loading").load_adapter(file)
+    return models_of(host, folder, file, adapter, host.part("nodes.emoji_model").load(folder))
+
+
+def models_of(host, folder: Path, adapter_file: Path, adapter, loaded) -> SimpleNamespace:
+    """.folder and .adapter_file; .emoji with .model, .clip and .vae; .adapter; .run (see `runs`)."""
+    emoji = SimpleNamespace(**dict(zip(("model", "clip", "vae"), loaded, strict=True)))
+    return SimpleNamespace(
+        folder=folder, adapter_file=adapter_file, emoji=emoji, adapter=adapter, run=runs(host, emoji, adapter)
+    )
+
+
+def runs(host, emoji: SimpleNamespace, adapter) -> SimpleNamespace:
+    """Short names for what the tests do with nodes, and .layers: how many SUN acts on."""
+
+    def apply(model=None, strength: float = 1.0, negative=None, adapter=adapter, **effect):
+        return host.nodes["SUN_Apply"].execute(model or emoji.model, adapter, strength, negative, **effect).result[0]
+
+    def encode(text: str):
+        return host.nodes["CLIPTextEncode"]().encode(emoji.clip, text)[0]
+
+    def latent(width: int = 128, height: int = 128, batch: int = 1):
+        return {"samples": torch.zeros(batch, 4, height // 8, width // 8)}
+
+    default_positive, default_negative = encode("large polar bear, yellow background"), encode("blurry, red, a car")
+
+    def output(
+        model, positive=default_positive, negative=default_negative, start=None, seed=7, steps=4, denoise=1.0, **options
+    ):
+        sampler = host.nodes["SUN_Sampler"]
+        start = latent() if start is None else start
+        return sampler.execute(model, positive, negative, start, seed, steps, denoise, **options)
+
+    def sun(model, *args, **kwargs):
+        return output(model, *args, **kwargs).result[0]["samples"]
+
+    def ksampler(
+        model, positive=default_positive, negative=default_negative, start=None, seed=7, steps=4, cfg=1.0, name="euler",
+        scheduler="simple", denoise=1.0,
+    ):  # fmt: skip
+        start = latent() if start is None else start
+        node = host.nodes["KSampler"]()
+        return node.sample(model, seed, steps, cfg, name, scheduler, positive, negative, start, denoise)[0]["samples"]
+
+    return SimpleNamespace(
+        apply=apply, encode=encode, latent=latent, output=output, sun=sun, ksampler=ksampler, positive=default_positive,
+        negative=default_negative, count=lambda model: Counts(model, adapter), layers=len(adapter.adapter.layers),
+    )  # fmt: skip
+
+
 def _unet(model_folder: Path):
     from diffusers import UNet2DConditionModel
 
@@ -156,6 +239,18 @@ class Counts:
     def __exit__(self, *_) -> None:
         self._handle.remove()
         self._patch.sun_attention = self._attention
+
+
+def attention_blocks(model) -> list[tuple[str, int]]:
+    """The keys of a MODEL's blocks with attention, as packs that replace attn2 list them for Stable Diffusion 1.5."""
+    unet = model.model.diffusion_model
+    groups = (("input", unet.input_blocks), ("middle", [unet.middle_block]), ("output", unet.output_blocks))
+    return [
+        (name, i)
+        for name, blocks in groups
+        for i, block in enumerate(blocks)
+        if any(hasattr(part, "transformer_blocks") for part in block)
+    ]
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -8,8 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from comfy_helpers import Counts, make_controlnet, make_inpainting
+from comfy_helpers import make_controlnet, make_inpainting, models_of, short_models
 from comfyui_host import REPOSITORY, obtain_comfyui, start_comfyui
 
 
@@ -44,104 +43,93 @@ def no_tables(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def emoji_folder(host: SimpleNamespace) -> Path:
-    """The shipped model."""
-    return host.part("sun.shipped").EMOJI_DIFFUSION
+def shipped(host: SimpleNamespace) -> SimpleNamespace:
+    """The shipped model: see `models_of`."""
+    folders = host.part("nodes.folders")
+    adapter = host.nodes["SUN_LoadAdapter"].execute(folders.SHIPPED).result[0]
+    loaded = host.nodes["SUN_LoadEmojiDiffusion"].execute().result
+    return models_of(host, host.part("sun.shipped").EMOJI_DIFFUSION, folders.EMOJI_SUN, adapter, loaded)
 
 
 @pytest.fixture(scope="session")
-def emoji(host: SimpleNamespace, emoji_folder: Path) -> SimpleNamespace:
-    """MODEL, CLIP and VAE from the node Load Emoji Diffusion. Tests clone the model, they never change it."""
-    model, clip, vae = host.nodes["SUN_LoadEmojiDiffusion"].execute().result
-    return SimpleNamespace(model=model, clip=clip, vae=vae)
+def short(host: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The same with a U-Net of two stages, a layer each, and weights that are random: a call takes a fifth."""
+    return short_models(host, tmp_path_factory.mktemp("short"))
 
 
-@pytest.fixture(scope="session")
-def adapter_file(host: SimpleNamespace) -> Path:
-    """The shipped adapter."""
-    return host.part("nodes.folders").EMOJI_SUN
+@pytest.fixture(scope="module")
+def models(shipped: SimpleNamespace) -> SimpleNamespace:
+    """What the tests of a module draw with.
+
+    Modules whose tests need no more of a U-Net have a fixture of this name that gives `short`.
+    """
+    return shipped
 
 
-@pytest.fixture(scope="session")
-def adapter(host: SimpleNamespace) -> SimpleNamespace:
-    """SUN_ADAPTER from the node Load SUN Adapter."""
-    load = host.nodes["SUN_LoadAdapter"]
-    return load.execute(host.part("nodes.folders").SHIPPED).result[0]
+@pytest.fixture(scope="module")
+def emoji_folder(models: SimpleNamespace) -> Path:
+    return models.folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def emoji(models: SimpleNamespace) -> SimpleNamespace:
+    """MODEL, CLIP and VAE. Tests clone the model, they never change it."""
+    return models.emoji
+
+
+@pytest.fixture(scope="module")
+def adapter_file(models: SimpleNamespace) -> Path:
+    return models.adapter_file
+
+
+@pytest.fixture(scope="module")
+def adapter(models: SimpleNamespace) -> SimpleNamespace:
+    """SUN_ADAPTER."""
+    return models.adapter
+
+
+@pytest.fixture(scope="module")
+def run(models: SimpleNamespace) -> SimpleNamespace:
+    """Short names for what the tests do with nodes: see `runs`."""
+    return models.run
+
+
+@pytest.fixture(scope="module")
 def control_file(emoji_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ControlNet for the shipped model, with random weights."""
+    """A ControlNet for the model, with random weights."""
     return make_controlnet(emoji_folder, tmp_path_factory.mktemp("control") / "emoji-edges.safetensors")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def inpainting_file(emoji_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What makes an inpainting model of the shipped model, with random weights."""
+    """What makes an inpainting model of the model, with random weights."""
     return make_inpainting(emoji_folder, tmp_path_factory.mktemp("inpaint") / "emoji-inpainting.safetensors")
 
 
 @pytest.fixture(scope="session")
-def compact_folder(emoji_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compact_folder(shipped: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The compact U-Net of the shipped model as it is before training."""
     from diffusers import UNet2DConditionModel
 
     from sun.compact import assemble, read_plan
 
     folder = tmp_path_factory.mktemp("compact")
-    original = UNet2DConditionModel.from_pretrained(emoji_folder / "unet")
+    original = UNet2DConditionModel.from_pretrained(shipped.folder / "unet")
     assemble(original, read_plan(REPOSITORY / "configs" / "compact-emoji-plan.json")).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
 def random_extras(
-    host: SimpleNamespace, control_file: Path, inpainting_file: Path, monkeypatch: pytest.MonkeyPatch
+    host: SimpleNamespace,
+    emoji_folder: Path,
+    control_file: Path,
+    inpainting_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> SimpleNamespace:
     """The pack with a ControlNet and an inpainting model of random weights in the place of the trained ones."""
     module = host.part("nodes.nodes")
+    monkeypatch.setattr(module, "EMOJI_DIFFUSION", emoji_folder)
     monkeypatch.setattr(module, "EMOJI_CONTROLNET", control_file)
     monkeypatch.setitem(module.VARIANTS, "inpainting", inpainting_file)
     return SimpleNamespace(control=control_file, inpainting=inpainting_file)
-
-
-# ------------------------------------------------------------------------------------------------------------- running
-
-
-@pytest.fixture(scope="session")
-def run(host: SimpleNamespace, emoji: SimpleNamespace, adapter: SimpleNamespace) -> SimpleNamespace:
-    """Short names for what the tests do with nodes."""
-
-    def apply(model=None, strength: float = 1.0, negative=None, adapter=adapter, **effect):
-        return host.nodes["SUN_Apply"].execute(model or emoji.model, adapter, strength, negative, **effect).result[0]
-
-    def encode(text: str):
-        return host.nodes["CLIPTextEncode"]().encode(emoji.clip, text)[0]
-
-    def latent(width: int = 128, height: int = 128, batch: int = 1):
-        return {"samples": torch.zeros(batch, 4, height // 8, width // 8)}
-
-    default_positive, default_negative = encode("large polar bear, yellow background"), encode("blurry, red, a car")
-
-    def output(
-        model, positive=default_positive, negative=default_negative, start=None, seed=7, steps=4, denoise=1.0, **options
-    ):
-        sampler = host.nodes["SUN_Sampler"]
-        start = latent() if start is None else start
-        return sampler.execute(model, positive, negative, start, seed, steps, denoise, **options)
-
-    def sun(model, *args, **kwargs):
-        return output(model, *args, **kwargs).result[0]["samples"]
-
-    def ksampler(
-        model, positive=default_positive, negative=default_negative, start=None, seed=7, steps=4, cfg=1.0, name="euler",
-        scheduler="simple", denoise=1.0,
-    ):  # fmt: skip
-        start = latent() if start is None else start
-        node = host.nodes["KSampler"]()
-        return node.sample(model, seed, steps, cfg, name, scheduler, positive, negative, start, denoise)[0]["samples"]
-
-    return SimpleNamespace(
-        apply=apply, encode=encode, latent=latent, output=output, sun=sun, ksampler=ksampler, positive=default_positive,
-        negative=default_negative, count=lambda model: Counts(model, adapter),
-    )  # fmt: skip

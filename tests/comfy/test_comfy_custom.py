@@ -15,6 +15,11 @@ from comfy_helpers import relative, sample_with
 from sun.schedule import denoise_timesteps, trailing_timesteps
 
 
+@pytest.fixture(scope="module")
+def models(short: SimpleNamespace) -> SimpleNamespace:
+    return short
+
+
 def sigmas_of(host: SimpleNamespace, model, steps: int = 4, denoise: float = 1.0, mode: str = "trained"):
     return host.nodes["SUN_Scheduler"].execute(model, steps, denoise, mode).result[0]
 
@@ -63,7 +68,7 @@ def test_guider_gives_the_samplers_picture(host: SimpleNamespace, run: SimpleNam
     guider = host.nodes["SUN_Guider"].execute(model, run.positive, run.negative).result[0]
     with run.count(model) as counts:
         result = sample_with("SamplerCustomAdvanced", model, run, sigmas=sigmas_of(host, model), guider=guider)
-    assert (counts.unet, counts.sun) == (4, 64)
+    assert (counts.unet, counts.sun) == (4, 4 * run.layers)
     assert torch.equal(result, run.sun(model))
 
 
@@ -81,7 +86,7 @@ def test_every_stock_sampler_works_from_apply_alone(host: SimpleNamespace, run: 
     for node in ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced"):
         with run.count(model) as counts:
             results[node] = sample_with(node, model, run, name=name, sigmas=sigmas_of(host, model))
-        assert (counts.unet, counts.sun, counts.timesteps) == (4, 64, [999, 749, 499, 249]), node
+        assert (counts.unet, counts.sun, counts.timesteps) == (4, 4 * run.layers, [999, 749, 499, 249]), node
     assert all(torch.equal(result, results["KSampler"]) for result in results.values())
     same = torch.equal(results["KSampler"], run.sun(model))
     assert same == (name != "dpmpp_2m")
@@ -133,7 +138,7 @@ def test_sun_acts_between_the_percents(run: SimpleNamespace, effect: tuple[float
     model, limited = run.apply(), run.apply(**limits)
     with run.count(model) as counts:
         result = run.sun(model, **limits)
-    assert (counts.unet, counts.sun) == (4, 16 * acting)
+    assert (counts.unet, counts.sun) == (4, run.layers * acting)
     assert torch.equal(result, run.sun(limited))
     assert torch.equal(result, run.ksampler(limited))
     assert torch.equal(result, run.sun(model)) == (acting == 4)
@@ -152,10 +157,10 @@ def test_percents_that_leave_nothing_are_refused(run: SimpleNamespace) -> None:
 def test_the_sampler_says_what_happened(run: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         (line,) = run.output(run.apply()).ui["text"]
-    assert re.fullmatch(r"4 U-Net calls, \d+\.\d s, 16 layers, negative 77 tokens", line)
+    assert re.fullmatch(r"4 U-Net calls, \d+\.\d s, 4 layers, negative 77 tokens", line)
     assert f"SUN: {line}" in caplog.text
     (line,) = run.output(run.apply(), steps=1, negative=run.encode("polar bear, " * 40)).ui["text"]
-    assert re.fullmatch(r"1 U-Net call, \d+\.\d s, 16 layers, negative (154|231|308) tokens", line)
+    assert re.fullmatch(r"1 U-Net call, \d+\.\d s, 4 layers, negative (154|231|308) tokens", line)
     (line,) = run.output(run.apply(strength=0.0)).ui["text"]
     assert re.fullmatch(r"4 U-Net calls, \d+\.\d s, 0 layers, negative 0 tokens", line)
     (line,) = run.output(run.apply(), start=some_latent(), denoise=0.1).ui["text"]
@@ -172,8 +177,10 @@ def test_the_log_says_it_after_stock_samplers(run: SimpleNamespace, caplog: pyte
 # -------------------------------------------------------------------------------------------------- SUN Adapter Info
 
 
-def test_adapter_info(host: SimpleNamespace, adapter: SimpleNamespace, adapter_file: Path) -> None:
+def test_adapter_info(host: SimpleNamespace, shipped: SimpleNamespace) -> None:
     from sun import SunAdapter
+
+    adapter, adapter_file = shipped.adapter, shipped.adapter_file
 
     output = host.nodes["SUN_AdapterInfo"].execute(adapter)
     text, facts = output.result[0], json.loads(output.result[1])

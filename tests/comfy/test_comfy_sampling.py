@@ -7,7 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comfy_helpers import relative
+from comfy_helpers import attention_blocks, relative
+
+
+@pytest.fixture(scope="module")
+def models(short: SimpleNamespace) -> SimpleNamespace:
+    return short
+
 
 # ------------------------------------------------------------------------------------------------ calls and timesteps
 
@@ -16,7 +22,7 @@ def test_one_unet_call_a_step(run: SimpleNamespace) -> None:
     model = run.apply()
     with run.count(model) as counts:
         run.sun(model)
-    assert (counts.unet, counts.sun) == (4, 64)
+    assert (counts.unet, counts.sun) == (4, 4 * run.layers)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 6, 7, 8])
@@ -40,7 +46,7 @@ def test_cfg_other_than_1_works_and_warns_once(run: SimpleNamespace, caplog: pyt
     model = run.apply()
     with run.count(model) as counts, caplog.at_level(logging.WARNING):
         result = run.ksampler(model, cfg=2.0)
-    assert (counts.unet, counts.sun) == (8, 64)  # SUN acts on the positive half alone
+    assert (counts.unet, counts.sun) == (8, 4 * run.layers)  # SUN acts on the positive half alone
     assert sum("cfg is 2" in record.message for record in caplog.records) == 1
     assert result.isfinite().all()
 
@@ -50,7 +56,7 @@ def test_one_line_says_that_sun_is_active(run: SimpleNamespace, caplog: pytest.L
         run.sun(run.apply())
     lines = [r.message for r in caplog.records if r.message.startswith("SUN active")]
     assert len(lines) == 1
-    assert lines[0].startswith("SUN active: 16 layers, negative 77 tokens, strength 1, adapter emoji-sun")
+    assert lines[0].startswith(f"SUN active: {run.layers} layers, negative 77 tokens, strength 1, adapter emoji-sun")
 
 
 def test_denoise_keeps_the_trained_timesteps(run: SimpleNamespace) -> None:
@@ -130,7 +136,7 @@ def test_batch_item_equals_single(run: SimpleNamespace) -> None:
     model = run.apply()
     with run.count(model) as counts:
         batch = run.sun(model, start=run.latent(batch=3))
-    assert (counts.unet, counts.sun) == (4, 64)
+    assert (counts.unet, counts.sun) == (4, 4 * run.layers)
     assert relative(batch[:1], run.sun(model)) < 1e-5
 
 
@@ -195,7 +201,7 @@ def test_regions_and_long_prompts(host: SimpleNamespace, run: SimpleNamespace) -
     positive = host.nodes["ConditioningCombine"]().combine(area, long)[0]
     with run.count(model) as counts:
         result = run.sun(model, positive, start=run.latent(width=256))
-    assert (counts.unet, counts.sun) == (8, 128)  # two positives of different size, each with the negative
+    assert (counts.unet, counts.sun) == (8, 8 * run.layers)  # two positives of different size, each with the negative
     assert result.isfinite().all()
 
 
@@ -203,7 +209,7 @@ def test_long_negative(run: SimpleNamespace) -> None:
     model = run.apply()
     with run.count(model) as counts:
         result = run.sun(model, negative=run.encode("polar bear, " * 40))
-    assert (counts.unet, counts.sun) == (4, 64)
+    assert (counts.unet, counts.sun) == (4, 4 * run.layers)
     assert result.isfinite().all()
 
 
@@ -228,7 +234,7 @@ def test_negative_with_a_timestep_range(host: SimpleNamespace, run: SimpleNamesp
     ranged = host.nodes["ConditioningSetTimestepRange"]().set_range
     with run.count(model) as counts:
         run.sun(model, negative=ranged(run.negative, 0.0, 0.5)[0])
-    assert (counts.unet, counts.sun) == (4, 32)  # in force at 999 and 749
+    assert (counts.unet, counts.sun) == (4, 2 * run.layers)  # in force at 999 and 749
     assert torch.equal(run.sun(model, negative=ranged(run.negative, 0.999, 1.0)[0]), run.ksampler(emoji.model))
 
 
@@ -292,9 +298,7 @@ class ImagePrompt:
         model = model.clone()
         options = model.model_options.setdefault("transformer_options", {})
         slots = options.setdefault("patches_replace", {}).setdefault("attn2", {})
-        for block in (
-            [("input", i) for i in (1, 2, 4, 5, 7, 8)] + [("middle", 0)] + [("output", i) for i in range(3, 12)]
-        ):
+        for block in attention_blocks(model):
             if block in slots:
                 slots[block].add(scale)
             else:
@@ -321,7 +325,7 @@ def test_lora_before_and_after_are_the_same(run: SimpleNamespace, emoji: SimpleN
             for name, weight in model.model.diffusion_model.named_parameters()
             if name.endswith(("attn2.to_q.weight", "attn2.to_out.0.weight"))
         }
-        assert len(model.add_patches(patches, 1.0)) == 32
+        assert len(model.add_patches(patches, 1.0)) == 2 * run.layers
         return model
 
     before, after = run.sun(run.apply(lora(emoji.model))), run.sun(lora(run.apply()))
@@ -358,7 +362,7 @@ def test_controlnet_gets_the_positive_alone(
     model = run.apply()
     with run.count(model) as counts:
         result = run.sun(model, positive)
-    assert (len(seen), counts.unet, counts.sun) == (4, 4, 64)
+    assert (len(seen), counts.unet, counts.sun) == (4, 4, 4 * run.layers)
     assert all(tuple(call["context"].shape) == (1, 77, 128) for call in seen)
     assert all(torch.equal(call["context"], run.positive[0][0]) for call in seen)
     assert relative(result, run.sun(model)) > 1e-4
@@ -397,7 +401,7 @@ def test_applying_again_replaces(host: SimpleNamespace, run: SimpleNamespace, ca
     assert "takes its place" in caplog.text
     with run.count(twice) as counts:
         result = run.sun(twice)
-    assert (counts.unet, counts.sun) == (4, 64)
+    assert (counts.unet, counts.sun) == (4, 4 * run.layers)
     assert torch.equal(result, run.sun(run.apply(strength=0.8)))
 
 
@@ -461,7 +465,7 @@ def test_the_cancel_button_leaves_nothing_patched(
         patched.setattr(host.comfy.utils, "PROGRESS_BAR_HOOK", cancel)
         with pytest.raises(model_management.InterruptProcessingException):
             run.sun(model)
-    assert counts.sun == 16 * steps_done
+    assert counts.sun == run.layers * steps_done
     assert not model_management.processing_interrupted()
     assert model.model.current_patcher is None
     assert "sun" not in model.model_options["transformer_options"]
@@ -479,7 +483,7 @@ def make_unet_model(host: SimpleNamespace, kind: str, **config):
     import comfy.supported_models
 
     defaults = {
-        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [2, 2, 2, 2],
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 64, "num_res_blocks": [2, 2, 2, 2],
         "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_middle": 1,
         "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "use_spatial_transformer": True,
         "context_dim": 128, "adm_in_channels": None, "legacy": False, "use_linear_in_transformer": False,
@@ -495,11 +499,17 @@ def test_wrong_base_models_are_named(host: SimpleNamespace, run: SimpleNamespace
         host, "SDXL", num_res_blocks=[2, 2, 2], channel_mult=[1, 2, 4], transformer_depth=[0, 0, 2, 2, 10, 10],
         context_dim=2048, transformer_depth_middle=10, transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10],
         adm_in_channels=2816, num_classes="sequential", use_linear_in_transformer=True, num_head_channels=16,
+        model_channels=32,
     )  # fmt: skip
     with pytest.raises(files.SunFileError, match=r"(?s)emoji-sun.*text width 128.*SDXL model has.*2048"):
         run.apply(sdxl)
-    with pytest.raises(files.SunFileError, match=r"(?s)is 64 wide, and that of this SD15 model is 32"):
-        run.apply(make_unet_model(host, "SD15"))
+    with pytest.raises(files.SunFileError, match=r"(?s)is 32 wide, and that of this SD15 model is 64"):
+        run.apply(
+            make_unet_model(
+                host, "SD15", num_res_blocks=[1, 1], channel_mult=[1, 2], transformer_depth=[1, 0],
+                transformer_depth_output=[1, 1, 0, 0],
+            )
+        )  # fmt: skip
     other = host.comfy.model_patcher.ModelPatcher(torch.nn.Module(), "cpu", "cpu")
     other.model.diffusion_model, other.model.model_config = torch.nn.Linear(4, 4), SimpleNamespace(unet_config={})
     with pytest.raises(files.SunFileError, match="has no U-Net with cross-attention"):

@@ -8,16 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_helpers import make_small, relative
+from comfy_helpers import make_small, relative, short_models
 from test_comfy_composition import ImageAttention
 
 SCALE = 0.18215
 
 
 @pytest.fixture(scope="module")
+def models(host: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A model of two stages with two layers each."""
+    return short_models(host, tmp_path_factory.mktemp("large"), 2)
+
+
+@pytest.fixture(scope="module")
 def pair(emoji: SimpleNamespace, emoji_folder) -> SimpleNamespace:
-    """The shipped model and one with fewer layers, with random weights; `.unet` is the latter in diffusers."""
-    small, unet = make_small(emoji.model, emoji_folder)
+    """That model and one with fewer layers, with random weights; `.unet` is the latter in diffusers."""
+    small, unet = make_small(emoji.model, emoji_folder, (1, 1))
     return SimpleNamespace(large=emoji.model, small=small, unet=unet)
 
 
@@ -345,7 +351,7 @@ def test_models_that_cannot_take_turns_are_refused(host, run, pair, switch, rand
     assert told == ["switched_same", "switched_reversed"]
 
 
-def test_a_small_unet_built_of_the_hosts_own_layers_is_the_assembled_one(host, pair, emoji_folder) -> None:
+def test_a_small_unet_built_of_the_hosts_own_layers_is_the_assembled_one(shipped) -> None:
     """As the web UIs build it, here of ComfyUI's modules: every list, by the names of a single file."""
     from diffusers import UNet2DConditionModel
 
@@ -355,8 +361,8 @@ def test_a_small_unet_built_of_the_hosts_own_layers_is_the_assembled_one(host, p
     from sun.layers import kept_positions, layers_of_unet
     from sun.switching.slim import slim
 
-    original = UNet2DConditionModel.from_pretrained(emoji_folder / "unet").float()
-    large, names = pair.large.model.diffusion_model, [layer.ldm for layer in layers_of_unet(original)]
+    original = UNet2DConditionModel.from_pretrained(shipped.folder / "unet").float()
+    large, names = shipped.emoji.model.model.diffusion_model, [layer.ldm for layer in layers_of_unet(original)]
     x, t, text = (
         torch.randn(1, 4, 16, 16),
         torch.tensor([500.0]),

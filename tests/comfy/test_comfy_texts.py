@@ -12,6 +12,11 @@ import pytest
 import torch
 
 
+@pytest.fixture(scope="module")
+def models(short: SimpleNamespace) -> SimpleNamespace:
+    return short
+
+
 @pytest.fixture
 def projected(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref]:
     """The K of every layer's first text, each time texts are projected; held weakly."""
@@ -41,14 +46,14 @@ def nothing_kept(host: SimpleNamespace) -> Iterator[None]:
 
 def test_once_a_run(run: SimpleNamespace, projected: list) -> None:
     run.sun(run.apply())
-    assert len(projected) == 16
+    assert len(projected) == run.layers
 
 
 def test_regions_have_their_own(host: SimpleNamespace, run: SimpleNamespace, projected: list) -> None:
     area = host.nodes["ConditioningSetArea"]().append(run.encode("red apple"), 64, 64, 0, 0, 1.0)[0]
     positive = host.nodes["ConditioningCombine"]().combine(area, run.positive)[0]
     run.sun(run.apply(), positive, start=run.latent(width=256))
-    assert len(projected) == 32
+    assert len(projected) == 2 * run.layers
 
 
 def test_dropped_when_the_run_ends(run: SimpleNamespace, projected: list) -> None:
