@@ -43,8 +43,11 @@ def test_a_table_card_and_its_settings_say_the_same_and_nothing_of_this_machine_
     write_table_card(run, config, "A name", {"rank": 4}, {"base": "mine", "rank": 4}, "Use it.")
     text = (run.folder / "README.md").read_text(encoding="utf-8")
     content = json.loads((run.folder / "training.json").read_text(encoding="utf-8"))
-    assert "| rank | 4 |" in text and content["rank"] == 4
-    assert "| seed | 7 |" in text and content["settings"]["run"]["seed"] == 7
-    assert f"loss {run.progress.losses['loss']:.4f}" in text and content["progress"]["losses"] == run.progress.losses
+    assert "| rank | 4 |" in text
+    assert content["rank"] == 4
+    assert "| seed | 7 |" in text
+    assert content["settings"]["run"]["seed"] == 7
+    assert f"loss {run.progress.losses['loss']:.4f}" in text
+    assert content["progress"]["losses"] == run.progress.losses
     assert content["base_model"] == "mine"
     assert str(tmp_path) not in text + json.dumps(content)
