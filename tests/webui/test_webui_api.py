@@ -46,7 +46,7 @@ def picture() -> str:
 
 def test_adapters_are_listed_with_what_they_are(client: TestClient) -> None:
     items = {item["name"]: item for item in client.get("/sun/v1/adapters").json()}
-    assert items[ADAPTER]["layers"] == 10
+    assert items[ADAPTER]["layers"] == 4
     assert items[ADAPTER]["text_width"] == 16
     assert items[ADAPTER]["positive"] is True
 
@@ -84,7 +84,7 @@ def test_accelerators_are_optional_fields(client: TestClient, host: Any) -> None
     assert "Feature inheritance: stages=1 every=3" in answer.json()["infotexts"][0]
     answer = client.post("/sun/v1/txt2img", json={**BODY, "inherit": "stages=9"})
     assert answer.status_code == 409, "a plan, but not of this model"
-    assert "4 stages" in answer.json()["detail"]
+    assert "2 stages" in answer.json()["detail"]
 
 
 def test_guidance_is_for_adapters_that_take_it(client: TestClient, host: Any) -> None:

@@ -97,7 +97,7 @@ def test_accelerators_and_the_bare_sampler(family: Any) -> None:
 
 def test_another_unet_makes_its_share(family: Any, tmp_path: Path) -> None:
     listed = family.host.modules("sd_models").checkpoints_list
-    save_file(small_weights(family.unet), tmp_path / "small.safetensors")
+    save_file(small_weights(family.unet, (1, 1, 2, 1)), tmp_path / "small.safetensors")
     listed["small"] = SimpleNamespace(title="small", filename=str(tmp_path / "small.safetensors"))
     fields = {"prompt": "a cat", "seed": 3, "steps": 5, "sampler_name": "Euler"}
     with UnetLog(family.unet) as log:

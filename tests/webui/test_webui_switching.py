@@ -14,12 +14,12 @@ from webui_host import ADAPTER, STAGES, WIDTH, UnetLog, make_sdxl, make_unet, pa
 
 TITLE = "small.safetensors [abcdef0123]"
 PICTURE = {"prompt": "a cat", "negative_prompt": "a dog", "seed": 3, "steps": 5, "sampler_name": "DPM++ 2M"}
-LAYERS = (1, 1, 2, 1)
+BLOCKS, LAYERS = (2, 2, 2), (1, 1, 2)
 
 
 @pytest.fixture(scope="module")
 def blocks() -> tuple[int, ...]:
-    return (2, 2, 2, 2)
+    return BLOCKS
 
 
 def small_weights(unet: Any, layers: tuple[int, ...] = LAYERS, seed: int = 1) -> dict[str, torch.Tensor]:
@@ -49,7 +49,7 @@ def small_weights(unet: Any, layers: tuple[int, ...] = LAYERS, seed: int = 1) ->
 def without_transformers(weights: dict[str, torch.Tensor], stage: int) -> dict[str, torch.Tensor]:
     """Weights of a checkpoint without the transformers of a stage (of two layers), on both ways."""
     first, found = 1 + 3 * stage, {}
-    ups = range(3 * (len(STAGES) - 1 - stage), 3 * (len(STAGES) - stage))
+    ups = range(3 * (len(BLOCKS) - 1 - stage), 3 * (len(BLOCKS) - stage))
     for name, weight in weights.items():
         parts = name.split(".")
         here = parts[2] == "input_blocks" and int(parts[3]) in (first, first + 1)
@@ -172,9 +172,9 @@ def test_control_residuals_are_those_of_the_layers_there_are(family: Any, small:
     sizes = [(STAGES[0], 8)] * 3 + [(STAGES[0], 4)] + [(STAGES[1], 4)] * 2 + [(STAGES[1], 2)] + [(STAGES[2], 2)] * 2
 
     def residuals(x: torch.Tensor) -> dict[str, list[Any]]:
-        scale, more = x.shape[-1] // 8, [(STAGES[2], 1)] * 3
+        scale = x.shape[-1] // 8
         generator = torch.Generator().manual_seed(0)
-        made = [torch.randn(len(x), c, s * scale, s * scale, generator=generator) for c, s in (*sizes, *more)]
+        made = [torch.randn(len(x), c, s * scale, s * scale, generator=generator) for c, s in sizes]
         return {"output": made, "middle": [], "input": []}
 
     plain, _, _ = draw(family, {"switch": TITLE, "share": 1.0})
@@ -185,15 +185,15 @@ def test_control_residuals_are_those_of_the_layers_there_are(family: Any, small:
 
 def test_stages_may_lack_their_transformers_or_the_middle(host: SimpleNamespace, family: Any) -> None:
     slim = host.stub("sd_webui_sun.sun.switching.slim")
-    every = small_weights(family.unet, (2, 2, 2, 2))
+    every = small_weights(family.unet, BLOCKS)
     x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 7, 16)
     whole = slim.slim(family.unet, slim.unet_weights(every)).unet(x, t, context=text)
     less = without_transformers(every, 1)
     made = slim.slim(family.unet, slim.unet_weights(less))
-    assert len(made.attentions()) == 16 - 5
+    assert len(made.attentions()) == 11 - 5
     assert not torch.equal(made.unet(x, t, context=text), whole)
     no_middle = {name: weight for name, weight in less.items() if ".middle_block." not in name}
-    assert len(slim.slim(family.unet, slim.unet_weights(no_middle)).attentions()) == 16 - 6
+    assert len(slim.slim(family.unet, slim.unet_weights(no_middle)).attentions()) == 11 - 6
     assert made.replaced({("input", 4): "a", ("input", 7, 0): "b"}) == {("input", 4): "a", ("input", 7, 0): "b"}
 
 

@@ -141,8 +141,10 @@ def hooks_on(unet: Any) -> int:
 
 
 def make_unet(host: SimpleNamespace, channels: int = 4) -> Any:
+    """As many stages as `host.blocks` has numbers of residual blocks; all of them, with two, where it has none."""
     torch.manual_seed(0)
-    unet = host.stub("ldm_unet").UNet(STAGES, WIDTH, heads=2, groups=4, channels=channels, blocks=host.blocks)
+    stages = STAGES[: len(host.blocks or STAGES)]
+    unet = host.stub("ldm_unet").UNet(stages, WIDTH, heads=2, groups=4, channels=channels, blocks=host.blocks)
     return unet.eval().requires_grad_(False)
 
 
