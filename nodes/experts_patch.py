@@ -20,6 +20,7 @@ from ..sun.compact import CompactError, Experts, read_experts
 from ..sun.compact.experts import Alike
 from ..sun.compact.ldm_experts import mixing_of
 from . import merging
+from .wrapping import UNetCall, around_unet, hang
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +46,7 @@ def apply(model: ModelPatcher, path: Path) -> ModelPatcher:
     patched.set_attachments(KEY, path.name)
     patched.set_additional_models(KEY, [patcher])
     merging.speak_up(patched)
-    for kind, wrapper in ((WrappersMP.APPLY_MODEL, _apply_model), (WrappersMP.DIFFUSION_MODEL, _diffusion_model)):
-        patched.remove_wrappers_with_key(kind, KEY)
-        patched.add_wrapper_with_key(kind, KEY, wrapper)
+    hang(patched, KEY, {WrappersMP.APPLY_MODEL: _apply_model, WrappersMP.DIFFUSION_MODEL: _diffusion_model})
     return patched
 
 
@@ -79,24 +78,15 @@ def _apply_model(
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
-def _diffusion_model(
-    executor: Any,
-    x: torch.Tensor,
-    timesteps: torch.Tensor,
-    context: torch.Tensor | None = None,
-    y: Any = None,
-    control: Any = None,
-    transformer_options: dict[str, Any] | None = None,
-    **kwargs: Any,
-) -> torch.Tensor:
-    options = transformer_options if transformer_options is not None else {}
-    experts = options.get(KEY)
+@around_unet
+def _diffusion_model(call: UNetCall) -> torch.Tensor:
+    experts = call.options.get(KEY)
     if not isinstance(experts, Experts):
-        return executor(x, timesteps, context, y, control, options, **kwargs)
-    mixing = mixing_of(executor.class_obj, experts)
+        return call.go_on()
+    mixing = mixing_of(call.unet, experts)
     # the prompts of a call follow one another, each with all pictures
-    mixing.alike = Alike(max(1, len(options.get("cond_or_uncond", ()))))
+    mixing.alike = Alike(max(1, len(call.options.get("cond_or_uncond", ()))))
     try:
-        return executor(x, timesteps, context, y, control, options, **kwargs)
+        return call.go_on()
     finally:
         mixing.remove()

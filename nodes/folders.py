@@ -64,6 +64,15 @@ def find(name: str, what: str = "SUN adapter") -> Path:
     return Path(path)
 
 
+def check(name: str, what: str = "SUN adapter") -> bool | str:
+    """For a node's validate_inputs: True, or why there is no such file."""
+    try:
+        find(name, what)
+    except FileNotFoundError as error:
+        return str(error)
+    return True
+
+
 def fingerprint(path: Path) -> str:
     """Changes when the file does, without reading it: modification time and size."""
     stat = os.stat(path)

@@ -24,6 +24,7 @@ from ..sun.inheritance import (
 )
 from . import merging, notices
 from .checks import SHARES_STEPS
+from .wrapping import UNetCall, around_unet, hang
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +60,7 @@ def apply(model: ModelPatcher, plan: Plan) -> ModelPatcher:
     patched.set_attachments(KEY, plan)
     patched.set_attachments(NODE, notices.running_node())
     merging.speak_up(patched)
-    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, _outer_sample), (WrappersMP.DIFFUSION_MODEL, _diffusion_model)):
-        patched.remove_wrappers_with_key(kind, KEY)
-        patched.add_wrapper_with_key(kind, KEY, wrapper)
+    hang(patched, KEY, {WrappersMP.OUTER_SAMPLE: _outer_sample, WrappersMP.DIFFUSION_MODEL: _diffusion_model})
     return patched
 
 
@@ -93,26 +92,17 @@ def _outer_sample(
             log.info("%s", run.finish())
 
 
-def _diffusion_model(
-    executor: Any,
-    x: torch.Tensor,
-    timesteps: torch.Tensor,
-    context: torch.Tensor | None = None,
-    y: Any = None,
-    control: Any = None,
-    transformer_options: dict[str, Any] | None = None,
-    **kwargs: Any,
-) -> torch.Tensor:
-    options = transformer_options if transformer_options is not None else {}
-    state = options.get(KEY)
+@around_unet
+def _diffusion_model(call: UNetCall) -> torch.Tensor:
+    state = call.options.get(KEY)
     if not isinstance(state, ComfyInheritance):
-        return executor(x, timesteps, context, y, control, options, **kwargs)
-    run, places = state.on(executor.class_obj)
-    sigmas = options.get("sigmas")
+        return call.go_on()
+    run, places = state.on(call.unet)
+    sigmas = call.options.get("sigmas")
     # A timestep rises and falls with its sigma, so either tells the steps apart.
-    time = float((timesteps if sigmas is None else sigmas).flatten()[0])
-    who = (*options.get("uuids", ()), *options.get("cond_or_uncond", ()))
-    with run.call(time, tuple(x.shape), who or None) as full:
+    time = float((call.timesteps if sigmas is None else sigmas).flatten()[0])
+    who = (*call.options.get("uuids", ()), *call.options.get("cond_or_uncond", ()))
+    with run.call(time, tuple(call.x.shape), who or None) as full:
         if not full:
-            control = control_of_what_runs(control, state.plan, places)
-        return executor(x, timesteps, context, y, control, options, **kwargs)
+            call.control = control_of_what_runs(call.control, state.plan, places)
+        return call.go_on()

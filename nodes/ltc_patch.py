@@ -39,6 +39,7 @@ from ..sun.ltc.fingerprint import signs_digest
 from ..sun.ltc.kdiffusion import SamplerRun
 from ..sun.ltc.keep import AUTOMATIC, running
 from . import merging, notices, sun_patch, switching_patch
+from .wrapping import hang
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +70,7 @@ def apply(model: ModelPatcher, settings: SkipSettings | LtcSettings, calibration
         log.warning("LTC-Accel: the model had it already; the later node takes its place.")
     patched.set_attachments(KEY, LtcChoice(settings, calibration, notices.running_node()))
     merging.speak_up(patched)
-    for kind, wrapper in ((WrappersMP.SAMPLER_SAMPLE, _sampler_sample), (WrappersMP.PREDICT_NOISE, _predict_noise)):
-        patched.remove_wrappers_with_key(kind, KEY)
-        patched.add_wrapper_with_key(kind, KEY, wrapper)
+    hang(patched, KEY, {WrappersMP.SAMPLER_SAMPLE: _sampler_sample, WrappersMP.PREDICT_NOISE: _predict_noise})
     return patched
 
 

@@ -34,6 +34,7 @@ from . import (
 
 SunAdapterIO = io.Custom("SUN_ADAPTER")
 CATEGORY = "SUN"
+EXPERTS = "file of experts"
 VARIANTS = {"base": None, "inpainting": EMOJI_INPAINTING, "compact": EMOJI_COMPACT}
 # What people type who look for a node of this kind without knowing its name.
 SPEED = ["SpeedUpNet", "speedup", "speed up", "accelerate", "faster", "few step", "4 steps", "LCM", "turbo", "加速"]
@@ -176,11 +177,7 @@ class LoadSunAdapter(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, adapter_name: str) -> bool | str:
-        try:
-            folders.find(adapter_name)
-        except FileNotFoundError as error:
-            return str(error)
-        return True
+        return folders.check(adapter_name)
 
     @classmethod
     def fingerprint_inputs(cls, adapter_name: str) -> str:
@@ -665,19 +662,15 @@ class ApplyExperts(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, experts: str) -> bool | str:
-        try:
-            folders.find(experts, "file of experts")
-        except FileNotFoundError as error:
-            return str(error)
-        return True
+        return folders.check(experts, EXPERTS)
 
     @classmethod
     def fingerprint_inputs(cls, experts: str, **_: Any) -> str:
-        return folders.fingerprint(folders.find(experts))
+        return folders.fingerprint(folders.find(experts, EXPERTS))
 
     @classmethod
     def execute(cls, model: Any, experts: str) -> io.NodeOutput:
-        return io.NodeOutput(experts_patch.apply(model, folders.find(experts, "file of experts")))
+        return io.NodeOutput(experts_patch.apply(model, folders.find(experts, EXPERTS)))
 
 
 # ----------------------------------------------------------------------------------------------------- Emoji Diffusion

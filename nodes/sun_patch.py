@@ -38,6 +38,7 @@ from ..sun.kept import Interval, Negative, SunRun
 from ..sun.layers import AttentionLayer
 from . import checks, merging, notices
 from .loading import LoadedAdapter, check_base, fitted, load_adapter
+from .wrapping import UNetCall, Wrapper, around_unet, hang, innermost
 
 __all__ = ["KEY", "LoadedAdapter", "SunSettings", "apply", "load_adapter", "settings_of"]
 
@@ -152,13 +153,12 @@ def apply(
     patched.set_attachments(KEY, SunSettings(loaded.name, float(strength), negative, layers, effect, guidance))
     patched.set_additional_models(KEY, [loaded.patcher])
     merging.speak_up(patched)
-    for wrapper_type, wrapper in (
-        (WrappersMP.OUTER_SAMPLE, _outer_sample),
-        (WrappersMP.APPLY_MODEL, _apply_model),
-        (WrappersMP.DIFFUSION_MODEL, _diffusion_model),
-    ):
-        patched.remove_wrappers_with_key(wrapper_type, KEY)
-        patched.add_wrapper_with_key(wrapper_type, KEY, wrapper)
+    around: dict[str, Wrapper] = {
+        WrappersMP.OUTER_SAMPLE: _outer_sample,
+        WrappersMP.APPLY_MODEL: _apply_model,
+        WrappersMP.DIFFUSION_MODEL: _diffusion_model,
+    }
+    hang(patched, KEY, around)
     return patched
 
 
@@ -297,20 +297,13 @@ def _apply_model(
             guidance = adapter.guidance(run.guidance)
             texts = run.texts(adapter, chosen, c_crossattn, guidance=guidance, key=_which(options, x.device))
             forward = SunForward(adapter, run.layers, run.strength, guidance, chosen, c_crossattn, texts)
-        options = {**options, KEY: forward, "wrappers": _innermost(options.get("wrappers", {}))}
+        wrappers = innermost(options.get("wrappers", {}), WrappersMP.DIFFUSION_MODEL, KEY)
+        options = {**options, KEY: forward, "wrappers": wrappers}
     output = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     if isinstance(run, SunRun):
         run.calls += forward.ran
         run.answered += not forward.ran
     return output
-
-
-def _innermost(wrappers: dict[str, Any]) -> dict[str, Any]:
-    """The wrappers of a call with SUN's last, which is next to the U-Net: other nodes may answer in their place."""
-    around = wrappers.get(WrappersMP.DIFFUSION_MODEL, {})
-    if KEY not in around:
-        return wrappers
-    return {**wrappers, WrappersMP.DIFFUSION_MODEL: {k: v for k, v in around.items() if k != KEY} | {KEY: around[KEY]}}
 
 
 def _cast(text: torch.Tensor, model: Any, x: torch.Tensor) -> torch.Tensor:
@@ -324,37 +317,29 @@ def _which(options: dict[str, Any], device: torch.device) -> tuple[Any, ...]:
     return (*options.get("uuids", ()), str(device))
 
 
-def _diffusion_model(
-    executor: Any,
-    x: torch.Tensor,
-    timesteps: torch.Tensor,
-    context: torch.Tensor | None = None,
-    y: Any = None,
-    control: Any = None,
-    transformer_options: dict[str, Any] | None = None,
-    **kwargs: Any,
-) -> torch.Tensor:
-    options = transformer_options if transformer_options is not None else {}
-    forward = options.get(KEY)
+@around_unet
+def _diffusion_model(call: UNetCall) -> torch.Tensor:
+    forward = call.options.get(KEY)
     if isinstance(forward, (SunForward, PlainForward)):
         forward.ran = True
     if not isinstance(forward, SunForward):
-        return executor(x, timesteps, context, y, control, options, **kwargs)
+        return call.go_on()
 
-    if context is not forward.positive:  # another node changed it on the way here
-        forward.texts, forward.positive = forward.of_text(forward.adapter.texts, context, x.shape[0]), context
-    replace = options.get("patches_replace", {})
+    if call.context is not forward.positive:  # another node changed it on the way here
+        forward.texts = forward.of_text(forward.adapter.texts, call.context, call.x.shape[0])
+        forward.positive = call.context
+    replace = call.options.get("patches_replace", {})
     attn2 = dict(replace.get("attn2", {}))
     for position, layer in enumerate(forward.layers):
         prior = attn2.get(layer.comfy, attn2.get(layer.comfy[:2]))
         if prior is not None:
             forward.prior[position] = prior
         attn2[layer.comfy] = attn2_of(position)  # ComfyUI asks for (block, id, depth) before (block, id)
-    options = {**options, "patches_replace": {**replace, "attn2": attn2}}
-    patches = options.get("patches", {})
+    patches = call.options.get("patches", {})
+    call.options = {**call.options, "patches_replace": {**replace, "attn2": attn2}}
     if patches.get("attn2_patch"):  # regional prompters: each layer gets its texts, and more rows, from them
-        options["patches"] = {**patches, "attn2_patch": [*patches["attn2_patch"], remember_text]}
-    return executor(x, timesteps, context, y, control, options, **kwargs)
+        call.options["patches"] = {**patches, "attn2_patch": [*patches["attn2_patch"], remember_text]}
+    return call.go_on()
 
 
 def remember_text(

@@ -36,6 +36,7 @@ from ..sun.switching import (
     what_to_say,
 )
 from . import checks, merging, notices
+from .wrapping import UNetCall, Wrapper, around_unet, hang, innermost
 
 log = logging.getLogger(__name__)
 
@@ -151,21 +152,20 @@ def apply(model: ModelPatcher, small: ModelPatcher, switching: Switching) -> Mod
     patched, partner = model.clone(), small.clone()
     stages = tuple(layers_a_stage(unet_of(m)) for m in (model, small)) if is_unet(model) and is_unet(small) else None
     partner.set_attachments(KEY, Part(switching, stages))
-    partner.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, KEY)
-    partner.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _small_diffusion_model)
+    if stages is not None:  # transformers are called with other things than U-Nets
+        hang(partner, KEY, {WrappersMP.DIFFUSION_MODEL: _small_diffusion_model})
     options = patched.model_options
     options[OWN] = {name: options[name] for name in (*GUIDANCE, *COMBINING, AROUND) if name in options}
     doubt = "" if not said else "switched_same" if said == SAME_UNET else "switched_reversed"
     choice = Choice(switching, partner, notices.running_node(), doubt, patches_of(model), weights_of(model))
     patched.set_attachments(KEY, choice)
     merging.speak_up(patched)
-    for kind, wrapper in (
-        (WrappersMP.OUTER_SAMPLE, _outer_sample),
-        (WrappersMP.SAMPLER_SAMPLE, _sampler_sample),
-        (WrappersMP.PREDICT_NOISE, _predict_noise),
-    ):
-        patched.remove_wrappers_with_key(kind, KEY)
-        patched.add_wrapper_with_key(kind, KEY, wrapper)
+    around: dict[str, Wrapper] = {
+        WrappersMP.OUTER_SAMPLE: _outer_sample,
+        WrappersMP.SAMPLER_SAMPLE: _sampler_sample,
+        WrappersMP.PREDICT_NOISE: _predict_noise,
+    }
+    hang(patched, KEY, around)
     return patched
 
 
@@ -259,19 +259,13 @@ def _outer_sample(
     # model_options is this run's own copy, dropped by ComfyUI when the run ends, whatever ends it.
     options = guider.model_options["transformer_options"]
     state = options[KEY] = ComfySwitching(choice, given, choice.switching.border(map(float, sigmas[:-1])))
-    options["wrappers"] = _innermost(options["wrappers"])
+    # Last among those that may answer in a model's place: what others skip is skipped of either model.
+    options["wrappers"] = innermost(options["wrappers"], WrappersMP.PREDICT_NOISE, KEY)
     try:
         return executor(*asked, **more)
     finally:
         _report(state, left_out(choice, guider.model_patcher))
         state.large = state.small = state.runs = None
-
-
-def _innermost(wrappers: dict[str, Any]) -> dict[str, Any]:
-    """Ours last among those that may answer in a model's place: what others skip is skipped of either model."""
-    around = wrappers.get(WrappersMP.PREDICT_NOISE, {})
-    last = {key: around[key] for key in (KEY,) if key in around}
-    return {**wrappers, WrappersMP.PREDICT_NOISE: {k: v for k, v in around.items() if k != KEY} | last}
 
 
 class _Within:
@@ -374,22 +368,13 @@ def _with_guidance(own: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
     return options
 
 
-def _small_diffusion_model(
-    executor: Any,
-    x: torch.Tensor,
-    timesteps: torch.Tensor,
-    context: torch.Tensor | None = None,
-    y: Any = None,
-    control: Any = None,
-    transformer_options: dict[str, Any] | None = None,
-    **kwargs: Any,
-) -> torch.Tensor:
+@around_unet
+def _small_diffusion_model(call: UNetCall) -> torch.Tensor:
     """ControlNet's residuals that the small U-Net has a place for."""
-    options = transformer_options if transformer_options is not None else {}
-    part = options.get(KEY)
+    part = call.options.get(KEY)
     if isinstance(part, Part) and part.stages is not None:
-        control = control_for_small(control, *part.stages)
-    return executor(x, timesteps, context, y, control, options, **kwargs)
+        call.control = control_for_small(call.control, *part.stages)
+    return call.go_on()
 
 
 def left_out(choice: Choice, patcher: ModelPatcher) -> str:

@@ -83,6 +83,20 @@ def test_larger_models_skip_a_third_and_are_restored(host: SimpleNamespace, run:
     assert len(calls) == STEPS * passes
 
 
+@pytest.mark.parametrize("name", ["Flux", "LTX"])  # their networks are called with more than a U-Net is
+def test_transformers_take_turns(host: SimpleNamespace, run: SimpleNamespace, name: str) -> None:
+    (large, latent, last), (small, _, small_last) = make(name), make(name, seed=1)
+    text = torch.randn(1, 5, TEXT, generator=torch.manual_seed(1))
+    texts = [[[sign * text, {"pooled_output": sign * text[:, 0], "attention_mask": torch.ones(1, 5).long()}]]
+             for sign in (1, -1)]  # fmt: skip
+    calls: list[str] = []
+    last.register_forward_hook(lambda *_: calls.append("large"))
+    small_last.register_forward_hook(lambda *_: calls.append("small"))
+    both = host.nodes["SUN_SwitchUNets"].execute(large, small, 0.5, "small first").result[0]
+    assert run.ksampler(both, *texts, start=latent, steps=4, cfg=1.0).isfinite().all()
+    assert calls == ["small"] * 2 + ["large"] * 2
+
+
 def test_one_patched_model_through_all_that_a_graph_does_with_it(
     host: SimpleNamespace, run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
