@@ -43,6 +43,81 @@ from .options import (
 )
 from .show import err, figures_table, out, progress_bar, spinner, write_json
 
+# The options of `sun generate` alone.
+Prompt = Annotated[str, typer.Argument(help="What to draw; - is standard input.", show_default=False)]
+Weights = Annotated[
+    PromptWeights,
+    typer.Option(help="Who reads weights in both prompts: compel (pip install compel), as (red)1.3 or blurry++."),
+]
+Target = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        help="PNG to write; a batch becomes NAME-0.png, NAME-1.png, ... (default: sun-SEED.png). "
+        "With --prompts a folder. (default: sun-FILE)",
+    ),
+]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Draw a picture for every row of a file: .txt (a prompt a line), .csv or .jsonl with the columns "
+        "prompt, negative, seed, size, steps, guidance and others. The same command goes on with a run "
+        "that stopped, and given in several processes or on several machines they share the work.",
+        metavar="FILE",
+    ),
+]
+Shards = Annotated[
+    int,
+    typer.Option(help="With --prompts: webdataset tar files of this many rows, not PNGs.", min=0, max=1_000_000),
+]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="With --prompts: draw again what failed before.")]
+Steps = Annotated[int, typer.Option(help="Steps, one U-Net call each; 4 is what SUN is trained for.", min=1, max=1000)]
+Batch = Annotated[
+    int,
+    typer.Option(
+        help="Number of pictures. With --prompts how many are drawn together. (default there: 1 on a CPU, else 8)",
+        min=1,
+    ),
+]
+Solver = Annotated[Scheduler, typer.Option(help="ddim is what SUN is trained for.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(help="Guidance scale: with --adapter none (7.5), or an adapter that takes it (its own).", min=0.0),
+]
+Init = Annotated[str, typer.Option(help="Picture to start from.", metavar="IMAGE")]
+Repaint = Annotated[
+    float | None,
+    typer.Option(help="How much of --init to repaint, 0 to 1. (default: 0.5; 1 with --mask)", min=0.0, max=1.0),
+]
+Mask = Annotated[str, typer.Option(help="White where --init is to be repainted.", metavar="IMAGE")]
+Denoise = Annotated[
+    DenoiseMode, typer.Option(help="trained drops the first steps (fewer calls); respaced keeps the number.")
+]
+Control = Annotated[str, typer.Option(help="Control picture for --controlnet.", metavar="IMAGE")]
+ControlScale = Annotated[float, typer.Option(help="How strongly the ControlNet steers.")]
+Switch = Annotated[
+    str,
+    typer.Option(help="A compact model whose U-Net makes a share of the steps: its diffusers folder.", metavar="PATH"),
+]
+Share = Annotated[float, typer.Option(help="Of the steps, with --switch.", min=0.0, max=1.0)]
+Order = Annotated[SwitchOrder, typer.Option(help="Which U-Net makes the first steps, with --switch.")]
+Skipping = Annotated[
+    Ltc,
+    typer.Option(
+        help="Skip steps by LTC-Accel, for 15 steps and more: balanced calls the model in 13 of 20. paper, the "
+        "published method, needs --ltc-table."
+    ),
+]
+LtcTable = Annotated[
+    str, typer.Option(help="Table of `sun calibrate` for these settings, with --ltc paper.", metavar="FILE")
+]
+Inheritance = Annotated[
+    Inherit, typer.Option(help="Leave out inner parts of the U-Net in some calls (feature inheritance).")
+]
+Source = Annotated[
+    Path | None, typer.Option("--from", help="Take all settings from a PNG made by sun; other options change them.")
+]
+
 
 @app.command(
     epilog="""Examples:
@@ -65,98 +140,40 @@ sun generate --prompts prompts.csv --out pictures"""
 )
 def generate(
     ctx: typer.Context,
-    prompt: Annotated[str, typer.Argument(help="What to draw; - is standard input.", show_default=False)] = "",
+    prompt: Prompt = "",
     negative: Negative = "",
-    prompt_weights: Annotated[
-        PromptWeights,
-        typer.Option(help="Who reads weights in both prompts: compel (pip install compel), as (red)1.3 or blurry++."),
-    ] = PromptWeights.none,
-    target: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            help="PNG to write; a batch becomes NAME-0.png, NAME-1.png, ... (default: sun-SEED.png). "
-            "With --prompts a folder. (default: sun-FILE)",
-        ),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="Draw a picture for every row of a file: .txt (a prompt a line), .csv or .jsonl with the columns "
-            "prompt, negative, seed, size, steps, guidance and others. The same command goes on with a run "
-            "that stopped, and given in several processes or on several machines they share the work.",
-            metavar="FILE",
-        ),
-    ] = None,
-    shards: Annotated[
-        int,
-        typer.Option(help="With --prompts: webdataset tar files of this many rows, not PNGs.", min=0, max=1_000_000),
-    ] = 0,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="With --prompts: draw again what failed before.")
-    ] = False,
-    steps: Annotated[
-        int, typer.Option(help="Steps, one U-Net call each; 4 is what SUN is trained for.", min=1, max=1000)
-    ] = 4,
+    prompt_weights: Weights = PromptWeights.none,
+    target: Target = None,
+    prompts: PromptsFile = None,
+    shards: Shards = 0,
+    retry_failed: RetryFailed = False,
+    steps: Steps = 4,
     seed: Seed = None,
-    batch: Annotated[
-        int,
-        typer.Option(
-            help="Number of pictures. With --prompts how many are drawn together. (default there: 1 on a CPU, else 8)",
-            min=1,
-        ),
-    ] = 1,
+    batch: Batch = 1,
     size: Size = "",
-    scheduler: Annotated[Scheduler, typer.Option(help="ddim is what SUN is trained for.")] = Scheduler.ddim,
+    scheduler: Solver = Scheduler.ddim,
     sun_strength: Strength = 1.0,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Guidance scale: with --adapter none (7.5), or an adapter that takes it (its own).", min=0.0),
-    ] = None,
-    init: Annotated[str, typer.Option(help="Picture to start from.", metavar="IMAGE")] = "",
-    strength: Annotated[
-        float | None,
-        typer.Option(help="How much of --init to repaint, 0 to 1. (default: 0.5; 1 with --mask)", min=0.0, max=1.0),
-    ] = None,
-    mask: Annotated[str, typer.Option(help="White where --init is to be repainted.", metavar="IMAGE")] = "",
-    denoise_mode: Annotated[
-        DenoiseMode, typer.Option(help="trained drops the first steps (fewer calls); respaced keeps the number.")
-    ] = DenoiseMode.trained,
-    control: Annotated[str, typer.Option(help="Control picture for --controlnet.", metavar="IMAGE")] = "",
-    control_scale: Annotated[float, typer.Option(help="How strongly the ControlNet steers.")] = 1.0,
+    guidance: Guidance = None,
+    init: Init = "",
+    strength: Repaint = None,
+    mask: Mask = "",
+    denoise_mode: Denoise = DenoiseMode.trained,
+    control: Control = "",
+    control_scale: ControlScale = 1.0,
     controlnet: ControlNet = "",
     model: Model = SHIPPED,
     config: ConfigDir = "",
     adapter: Adapter = SHIPPED,
     lora: Lora = None,
-    switch: Annotated[
-        str,
-        typer.Option(
-            help="A compact model whose U-Net makes a share of the steps: its diffusers folder.", metavar="PATH"
-        ),
-    ] = "",
-    share: Annotated[float, typer.Option(help="Of the steps, with --switch.", min=0.0, max=1.0)] = 0.4,
-    switch_order: Annotated[
-        SwitchOrder, typer.Option(help="Which U-Net makes the first steps, with --switch.")
-    ] = SwitchOrder.small,
-    ltc: Annotated[
-        Ltc,
-        typer.Option(
-            help="Skip steps by LTC-Accel, for 15 steps and more: balanced calls the model in 13 of 20. paper, the "
-            "published method, needs --ltc-table."
-        ),
-    ] = Ltc.none,
-    ltc_table: Annotated[
-        str, typer.Option(help="Table of `sun calibrate` for these settings, with --ltc paper.", metavar="FILE")
-    ] = "",
-    inherit: Annotated[
-        Inherit, typer.Option(help="Leave out inner parts of the U-Net in some calls (feature inheritance).")
-    ] = Inherit.none,
+    switch: Switch = "",
+    share: Share = 0.4,
+    switch_order: Order = SwitchOrder.small,
+    ltc: Skipping = Ltc.none,
+    ltc_table: LtcTable = "",
+    inherit: Inheritance = Inherit.none,
     dtype: Precision = Dtype.auto,
     device: Device = "auto",
-    source: Annotated[
-        Path | None, typer.Option("--from", help="Take all settings from a PNG made by sun; other options change them.")
-    ] = None,
+    source: Source = None,
     figures: Json = None,
 ) -> None:
     """Make pictures from a prompt. The PNG carries everything needed to make it again."""
