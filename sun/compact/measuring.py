@@ -49,10 +49,13 @@ def importances(unet: Any, shape: Shape, states: Sequence[State], sets: Iterable
         _check_fit(shape, state)
     full = [_finite(noise_of(unet, state), "the original") for state in states]
     scale = sum(float(f.square().mean()) for f in full)
+    if states and scale == 0:
+        raise CompactError("On these states the original predicts nothing but zeros. Give a trained U-Net.")
     found = []
     for names in sets:
         small = assemble(unet, Plan(names, shape), share=True)
-        changes = [float((noise_of(small, s) - f).square().mean()) for s, f in zip(states, full, strict=True)]
+        without = [_finite(noise_of(small, state), f"the U-Net without {', '.join(names)}") for state in states]
+        changes = [float((noise - f).square().mean()) for noise, f in zip(without, full, strict=True)]
         found.append(sum(changes) / scale)
     return found
 

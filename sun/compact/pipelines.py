@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from ..common.atomic import write_atomically, write_json, write_text
-from ..common.reading import read_bytes, read_json
-from ..pipelines.loading import load_part, load_text_encoder, noise_schedule
+from ..common.reading import read_json
+from ..common.weights import header_of
+from ..pipelines.loading import load_part, load_text_encoder, noise_schedule, stated_prediction
 from . import ldm
 from .measuring import State
 from .structure import CompactError
@@ -103,8 +103,8 @@ def _other_parts(source: Path, said: list[str]) -> dict[str, torch.Tensor]:
         said.append(f"The {vae or 'parts'} of {source.name} has no place in a checkpoint of SD 1.x.")
         return {}
     encoder = load_text_encoder(source / "text_encoder")
-    if encoder.config.hidden_size != 768 and encoder.config.hidden_act != "quick_gelu":
-        said.append(f"The text encoder of {source.name} is not SD 1.x's, and only that one's names are written here.")
+    if encoder.config.hidden_act != "quick_gelu":  # a checkpoint does not say so: hosts take SD 1.x's activation
+        said.append(f"The text encoder of {source.name} is not SD 1.x's, the only one that is written here.")
         return {}
     part = load_part(AutoencoderKL, source / "vae")
     text = {n: t for n, t in encoder.state_dict().items() if not n.endswith("position_ids")}
@@ -112,12 +112,11 @@ def _other_parts(source: Path, said: list[str]) -> dict[str, torch.Tensor]:
 
 
 def _prediction(source: Path) -> str:
-    """What the original predicts: by its scheduler's config, or the config file beside a checkpoint."""
+    """What the original predicts: by its scheduler's config, or what a checkpoint states."""
     if source.is_dir():
         return str(noise_schedule(source).get("prediction_type", "epsilon"))
-    beside = source.with_suffix(".yaml")
-    text = read_bytes(beside, 2**20).decode("utf-8", "replace") if beside.is_file() else ""
-    return "v_prediction" if re.search(r"^\s*parameterization:\s*[\"']?v[\"']?\s*$", text, re.M) else "epsilon"
+    header = header_of(source)
+    return stated_prediction(source, header.tensors, header.metadata)[0] or "epsilon"
 
 
 def save_folder(unet: Any, folder: str | os.PathLike[str]) -> None:

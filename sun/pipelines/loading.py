@@ -8,7 +8,7 @@ single-file checkpoint goes through diffusers' converters the same way. Nothing 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -374,16 +374,23 @@ def _other_layout(path: Path, folder: Path, reason: str) -> ModelError:
     )
 
 
-def _scheduler_of(path: Path, names: set[str], header: dict[str, str], folder: Path) -> Any:
-    """The noise schedule of ``folder``, predicting what the checkpoint says of itself."""
+def stated_prediction(path: Path, names: Collection[str], header: Mapping[str, str]) -> tuple[str, bool]:
+    """(kind, zero terminal SNR) that a checkpoint, or the config file A1111 reads beside it, states; ("", False) where
+    neither says anything. names: of its tensors. header: its metadata."""
     kind, zero_snr = marked_prediction(names, header)
-    beside = path.with_suffix(".yaml")  # as A1111 reads it
+    beside = path.with_suffix(".yaml")
     if not kind and beside.is_file():
         try:
             text = read_bytes(beside, 2**20).decode("utf-8", "replace")
         except (OSError, ReadError):
             text = ""
         kind = "v_prediction" if re.search(r"^\s*parameterization:\s*[\"']?v[\"']?\s*$", text, re.M) else ""
+    return kind, zero_snr
+
+
+def _scheduler_of(path: Path, names: set[str], header: dict[str, str], folder: Path) -> Any:
+    """The noise schedule of ``folder``, predicting what the checkpoint says of itself."""
+    kind, zero_snr = stated_prediction(path, names, header)
     if not kind and not zero_snr:
         return _scheduler(folder, str(_json(folder / "model_index.json").get("scheduler", [None, ""])[-1]))
     changes = {"prediction_type": kind} if kind else {}

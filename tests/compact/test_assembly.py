@@ -229,6 +229,22 @@ def test_a_plan_for_another_u_net_is_refused() -> None:
         assemble(family_unet("sd1"), "shallow")
 
 
+def test_importance_is_a_finite_number_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half precision overflows in some U-Nets that lack a layer, and a plan by NaN would be any plan."""
+    unet, broken = family_unet("sd1"), family_unet("sd1")
+    state = State(torch.randn(1, 4, 8, 8), torch.tensor(500), torch.randn(1, 5, unet.config.cross_attention_dim))
+    with torch.no_grad():
+        broken.conv_out.bias.fill_(math.inf)
+    monkeypatch.setattr("sun.compact.measuring.assemble", lambda *_args, **_given: broken)
+    with pytest.raises(CompactError, match=r"the U-Net without mid, pair\.0\.1 gives NaN or infinity"):
+        importances(unet, shape_of(unet.config), [state], [("mid", "pair.0.1")])
+    with torch.no_grad():
+        unet.conv_out.weight.zero_()
+        unet.conv_out.bias.zero_()
+    with pytest.raises(CompactError, match="nothing but zeros"):
+        importances(unet, shape_of(unet.config), [state], [("mid",)])
+
+
 def test_states_of_another_model_and_weights_that_are_elsewhere_are_named() -> None:
     unet = family_unet("sd1")
     x, t, text = torch.randn(1, 4, 8, 8), torch.tensor(500), torch.randn(1, 5, unet.config.cross_attention_dim)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from family import family_unet
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sun.compact import CompactError, Plan, assemble, plan, save_folder, save_single_file, shape_of
 from sun.compact.ldm import UNET, a1111_config, unet_tensors, vae_tensors, why_no_config
@@ -97,6 +97,37 @@ def test_a_checkpoint_holds_every_part(make_pipeline: Callable[..., Any], tmp_pa
     half = tmp_path / "half.safetensors"
     save_single_file(small, half, tmp_path / "model", torch.float16)
     assert {t.dtype for t in load_file(half).values()} == {torch.float16}
+
+
+def test_a_model_that_predicts_v_says_so_in_its_compact_file_too(
+    make_pipeline: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A1111 takes it from the config file, which is written anew; ComfyUI from the mark, which is kept."""
+    import ldm
+
+    pipe = make_pipeline()
+    pipe.register_modules(vae=ldm.make_vae())
+    ldm.save_single_file(pipe, tmp_path / "whole.safetensors")
+    save_file({**load_file(tmp_path / "whole.safetensors"), "v_pred": torch.zeros(0)}, tmp_path / "v.safetensors")
+    small = assemble(pipe.unet, plan(pipe.unet, named="shallow"))
+    for name, stated in (("v", "v"), ("whole", None)):
+        save_single_file(small, tmp_path / f"{name}-small.safetensors", tmp_path / f"{name}.safetensors")
+        params = yaml.safe_load((tmp_path / f"{name}-small.yaml").read_text())["model"]["params"]
+        assert params.get("parameterization") == stated
+    assert "v_pred" in load_file(tmp_path / "v-small.safetensors")
+
+
+def test_a_text_encoder_with_another_activation_is_left_out(make_pipeline: Callable[..., Any], tmp_path: Path) -> None:
+    """A checkpoint does not say which it is: hosts would take SD 1.x's."""
+    import ldm
+
+    pipe = make_pipeline()
+    pipe.register_modules(vae=ldm.make_vae())
+    pipe.text_encoder.config.hidden_act = "gelu"
+    pipe.save_pretrained(tmp_path / "model")
+    said = save_single_file(pipe.unet, tmp_path / "x.safetensors", tmp_path / "model")
+    assert "The text encoder of model is not SD 1.x's" in said[0]
+    assert all(name.startswith(UNET) for name in load_file(tmp_path / "x.safetensors"))
 
 
 def test_a_whole_u_net_of_another_family_is_not_called_compact(tmp_path: Path) -> None:
