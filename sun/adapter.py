@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -228,8 +229,8 @@ class SunAdapter(nn.Module):
         """Features of a guidance scale w (a number, or [B]) for the layers: [1 or B, 2], log(w / w0) and its square.
 
         w0 is the scale the adapter was made for; None stands for it. Returns None where the layers need nothing.
-        Raises ValueError for another scale if the adapter has its own fixed in the weights, or one that is not
-        positive.
+        Raises ValueError for another scale if the adapter has its own fixed in the weights, or one that is no
+        positive number.
         """
         own = self.info.guidance_scale
         if scale is None or (not isinstance(scale, torch.Tensor) and scale == own):
@@ -241,8 +242,9 @@ class SunAdapter(nn.Module):
                 "adapter that takes the guidance scale."
             )
         wanted = torch.as_tensor(scale, dtype=torch.float32).reshape(-1)
-        if not bool((wanted > 0).all()):
-            raise ValueError(f"The guidance scale must be above 0, not {wanted.min().item():g}.")
+        if not bool(((wanted > 0) & wanted.isfinite()).all()):
+            wrong = next(w for w in wanted.tolist() if not 0 < w < math.inf)
+            raise ValueError(f"The guidance scale must be a number above 0, not {wrong:g}.")
         ratio = torch.log(wanted / own)
         return torch.stack([ratio, ratio.square()], dim=-1)
 

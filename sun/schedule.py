@@ -46,9 +46,13 @@ def denoise_timesteps(
     if mode == "respaced":
         if denoise == 0.0:
             return []
-        total = min(int(steps / denoise), num_train_timesteps)
-        return trailing_timesteps(total, num_train_timesteps)[-steps:]
+        return trailing_timesteps(respaced_steps(steps, denoise, num_train_timesteps), num_train_timesteps)[-steps:]
     raise ValueError(f"mode must be 'trained' or 'respaced', not {mode!r}.")
+
+
+def respaced_steps(steps: int, denoise: float, num_train_timesteps: int = 1000) -> int:
+    """How many steps the schedule has whose last ``steps`` are the "respaced" run; ``denoise`` is above 0."""
+    return int(min(steps / denoise, num_train_timesteps))
 
 
 def alpha_sigma(

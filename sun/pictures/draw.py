@@ -45,7 +45,7 @@ from ..pipelines.schedulers import make_scheduler
 from ..pipelines.text import encode_prompts, read_as_words
 from ..pipelines.weighted import encode_weighted
 from ..runtimes.contents import is_exported
-from ..schedule import denoise_timesteps, trailing_timesteps
+from ..schedule import denoise_timesteps, respaced_steps, trailing_timesteps
 from ..shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_SUN, SHIPPED
 from ..switching import SwitchingError
 from ..switching.pipelines import attach as attach_switching
@@ -560,7 +560,7 @@ def _kept_steps(recipe: Recipe) -> tuple[int, int]:
             f"strength {strength:g} of {recipe.steps} steps leaves no step to run. Use at least "
             f"{1 / recipe.steps:g}, more steps, or --denoise-mode respaced."
         )
-    scheduled = recipe.steps if recipe.denoise_mode == "trained" else min(int(recipe.steps / strength), 1000)
+    scheduled = recipe.steps if recipe.denoise_mode == "trained" else respaced_steps(recipe.steps, strength)
     assert trailing_timesteps(scheduled)[-len(kept) :] == kept
     return len(kept), scheduled
 

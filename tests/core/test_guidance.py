@@ -101,6 +101,8 @@ def test_a_file_that_lost_some_of_them_is_incomplete(tmp_path: Path) -> None:
 def test_scales_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="fixed at 4"):
         adapter(guided=False).guidance(7.0)
+    with pytest.raises(ValueError, match="a number above 0, not inf"):
+        adapter().guidance(torch.tensor([4.0, float("inf")]))
     with pytest.raises(ValueError, match="above 0"):
         adapter().guidance(0.0)
     assert adapter(guided=False).guidance(4.0) is None

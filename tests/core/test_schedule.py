@@ -70,6 +70,7 @@ def test_impossible_step_counts_are_refused(steps):
         (4, 0.5, "respaced", [499, 374, 249, 124]),
         (4, 0.0, "respaced", []),
         (4, 0.001, "respaced", [3, 2, 1, 0]),
+        (4, 1e-320, "respaced", [3, 2, 1, 0]),
     ],
 )
 def test_denoise_keeps_the_end_of_the_schedule(steps, denoise, mode, expected):
