@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save
 
 from .common.atomic import write_atomically
+from .common.errors import NotAnAdapterError
 from .common.errors import SunFileError as SunFileError
 from .common.reading import ReadError, open_regular, parse_json, printable
 from .common.weights import DTYPES, clip, header_of, kind_of, name_of, short, values_of
@@ -289,7 +290,7 @@ def _by_layer(
         else:
             grouped.setdefault(layer, {})[ours_of[suffix]] = value
     if not grouped:
-        raise SunFileError(
+        raise NotAnAdapterError(
             f"{where} is not a SUN adapter: it has none of the keys of one, such as '1.to_k_neg.weight' "
             f"(found: {_some(extra) or 'nothing'}). Choose a SUN adapter file."
         )

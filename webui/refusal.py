@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from modules import paths
 
 from ..sun.common.reading import printable
+from ..sun.compact import CompactError
 from ..sun.files import SunFileError
 from ..sun.inheritance import InheritanceError
 from ..sun.ltc import LtcError
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
 
 # What is left of a path after the folders known here: two separators or a drive at least, as no sentence has them.
 _PATH = re.compile(r"(?<![\w:/\\<])(?:[A-Za-z]:[\\/]|[\\/]{1,2}(?=[^\s'\"\\/]+[\\/]))(?:[^\s'\":;,*?<>|\\/]+[\\/])+")
+
+
+_OF_MODELS = (
+    SunFileError,
+    LtcError,
+    InheritanceError,
+    SwitchingError,
+    CompactError,
+    PredictionError,
+    FileNotFoundError,
+)
 
 
 def refusal(error: Exception) -> HTTPException:
@@ -36,8 +48,7 @@ def refusal(error: Exception) -> HTTPException:
 
 
 def status_of(error: Exception) -> int:
-    of_models = (SunFileError, LtcError, InheritanceError, SwitchingError, PredictionError, FileNotFoundError)
-    if isinstance(error, of_models):
+    if isinstance(error, _OF_MODELS):
         return 409
     return 422 if isinstance(error, ValueError) else 500
 

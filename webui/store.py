@@ -11,6 +11,7 @@ import torch
 
 from ..sun import files
 from ..sun.adapter import SunAdapter
+from ..sun.common.errors import NotAnAdapterError
 from ..sun.common.identity import sha256_of
 from ..sun.files import AdapterTensors, SunFileError
 
@@ -86,8 +87,10 @@ def _facts(key: Key) -> AdapterTensors | bool | None:
         return False
     try:
         content = files.peek(path)
-    except SunFileError as error:
-        return False if "is not a SUN adapter" in str(error) else None
+    except NotAnAdapterError:
+        return False
+    except SunFileError:
+        return None
     # A pickle was read whole; of its values nothing is kept.
     layers = tuple({part: value.to("meta") for part, value in layer.items()} for layer in content.layers)
     return replace(content, layers=layers)

@@ -11,17 +11,16 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from .. import __version__
+from ..common.errors import ConfigError, SunFileError
 from ..common.reading import ReadError
-from ..common.settings import ConfigError
 from ..pictures.recipe import RecipeError
 from ..user_pictures import PictureError
 from .show import err, notes_shown, out
 
 BAD_INPUT, INTERRUPTED = 2, 130
-_ERRORS = (RecipeError, ConfigError, PictureError, ReadError, OSError)
+_ERRORS = (RecipeError, ConfigError, SunFileError, PictureError, ReadError, OSError)
 # By name, because their module needs torch, which --help should not wait for.
 _LAZY_ERRORS = (
-    "SunFileError",
     "DataError",
     "NonFiniteLoss",
     "NonFiniteError",
@@ -48,7 +47,8 @@ class SunGroup(TyperGroup):
             usage = isinstance(error, (typer.Exit, typer.Abort)) or hasattr(error, "format_message")
             if usage or ctx.params.get("debug"):
                 raise
-            expected = isinstance(error, _ERRORS) or type(error).__name__ in _LAZY_ERRORS
+            kinds = {kind.__name__ for kind in type(error).__mro__}
+            expected = isinstance(error, _ERRORS) or not kinds.isdisjoint(_LAZY_ERRORS)
             text = (
                 _sentence(error) if expected else f"{type(error).__name__}: {error}. Unexpected; --debug shows where."
             )

@@ -1,4 +1,4 @@
-"""The error of settings and arguments that cannot be used, apart from what reads settings files (Python 3.11)."""
+"""Errors that many rooms know, in a module that needs nothing: not torch, nor what reads settings files (3.11)."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class ConfigError(ValueError):
 
 class SunFileError(ValueError):
     """A file or adapter that cannot be used; the message says which, why and what to do."""
+
+
+class NotAnAdapterError(SunFileError):
+    """A readable file that holds something else than a SUN adapter."""

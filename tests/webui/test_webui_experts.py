@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fastapi
 import pytest
 import torch
 from webui_host import ADAPTER, STAGES, WIDTH
@@ -81,6 +82,7 @@ def test_those_of_another_model_are_refused(family: Any, checkpoint: Path) -> No
     with pytest.raises(Exception, match="for another compact U-Net"):
         family.run(None, **PICTURE)
     file.write_bytes(b"")
-    with pytest.raises(Exception, match="is empty"):
-        family.run(None, **PICTURE)
+    with pytest.raises(fastapi.HTTPException) as refused:
+        family.run(None, **PICTURE, api=True)
+    assert (refused.value.status_code, "is empty" in refused.value.detail) == (409, True)
     assert not any("_conv_forward" in vars(module) for module in family.unet.modules())
