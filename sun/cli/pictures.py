@@ -386,4 +386,33 @@ def _recipe(ctx: typer.Context, source: Path | None) -> tuple[Recipe, dict[str, 
         given["index"] = None
     if given.get("seed", 0) is None:
         given["seed"] = random.SystemRandom().randrange(2**32)
-    return replace(base, **{k: v for k, v in given.items() if k in known}), content
+    recipe = replace(base, **{k: v for k, v in given.items() if k in known})
+    _check_used(ctx, recipe)
+    return recipe, content
+
+
+_ACT_ON = {  # options that do nothing without another one: what that is, and the recipe's field of it
+    "strength": ("--init", "init"),
+    "denoise_mode": ("--init", "init"),
+    "control_scale": ("--control", "control"),
+    "share": ("--switch", "switch"),
+    "switch_order": ("--switch", "switch"),
+}
+
+
+def _check_used(ctx: typer.Context, recipe: Recipe) -> None:
+    """Raise BadParameter for an option that was given and would do nothing. Rows of a file may have its other half."""
+    for name, (other, field) in _ACT_ON.items():
+        in_rows = ctx.params.get("prompts") is not None and field != "switch"
+        if _is_given(ctx, name) and not in_rows and not getattr(recipe, field):
+            raise typer.BadParameter(
+                f"it acts on {other} alone. Give that too, or leave it out", param_hint=_option(name)
+            )
+    if _is_given(ctx, "sun_strength") and recipe.adapter == "none":
+        raise typer.BadParameter(
+            "there is no SUN with --adapter none. Leave one of them out", param_hint=_option("sun_strength")
+        )
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import make_adapter
@@ -23,10 +24,11 @@ from typer.testing import CliRunner, Result
 import sun
 from sun import SunAdapter
 from sun.cli import app
-from sun.cli.app import _ERRORS, _LAZY_ERRORS
+from sun.cli.app import _ERRORS, _LAZY_ERRORS, SunGroup
 from sun.common.atomic import write_atomically
 from sun.common.settings import without_folders
 from sun.files import SunInfo
+from sun.ltc import LtcError
 from sun.pictures.png import grid, read_png_text, save_png
 from sun.pictures.recipe import read_recipe
 from sun.shipped import EMOJI_CONTROLNET
@@ -209,6 +211,12 @@ def test_evaluate_prints_and_writes_the_figures(sun: Run, tmp_path: Path, monkey
         (["generate", "a", "--model", "."], "no model_index.json"),
         (["generate", "a", "--mask", "m.png"], "--init"),
         (["generate", "a", "--control", "c.png"], "belong together"),
+        (["generate", "a", "--strength", "0.3"], "acts on --init alone"),
+        (["generate", "a", "--denoise-mode", "respaced"], "acts on --init alone"),
+        (["generate", "a", "--control-scale", "2"], "acts on --control alone"),
+        (["generate", "a", "--share", "0.2"], "acts on --switch alone"),
+        (["generate", "a", "--switch-order", "large first"], "acts on --switch alone"),
+        (["generate", "a", "--adapter", "none", "--sun-strength", "0.5"], "there is no SUN"),
         (["generate", "a", "--init", "missing.png", "--strength", "0.1"], "leaves no step"),
         (["generate", "--from", "missing.png"], "missing.png does not exist"),
         (["generate", "a", "--steps", "0"], "--steps"),
@@ -599,6 +607,23 @@ def test_every_error_of_the_package_is_a_sentence_at_the_command_line() -> None:
     unknown = {name for name in bases if name not in known and not bases[name] & {*known}}
     assert not unknown
     assert len(bases) > 15
+
+
+def test_a_narrower_error_is_a_sentence_too() -> None:
+    class Narrow(LtcError):
+        """As a later version may raise it."""
+
+    narrow = typer.Typer(cls=SunGroup)
+
+    @narrow.command()
+    def fails() -> None:
+        raise Narrow("this cannot be")
+
+    @narrow.callback()
+    def several() -> None:
+        """Without it the only command would be the whole."""
+
+    assert CliRunner().invoke(narrow, ["fails"]).exit_code == 2
 
 
 def _error_classes() -> Iterator[tuple[str, ast.ClassDef]]:
