@@ -79,9 +79,10 @@ def fitted(model: comfy.model_patcher.ModelPatcher, loaded: LoadedAdapter) -> Lo
         return loaded
     unet = model.model.diffusion_model
     patcher = _patcher(loaded.adapter.for_unet(unet), str(loaded.adapter.info.path))
-    patcher.cached_patcher_init = (lambda file, **_: _patcher(load_adapter(file).adapter.for_unet(unet), file), (
-        str(loaded.adapter.info.path),
-    ))  # fmt: skip
+    patcher.cached_patcher_init = (
+        lambda file, **_: _patcher(load_adapter(file).adapter.for_unet(unet), file),
+        (str(loaded.adapter.info.path),),
+    )
     return LoadedAdapter(loaded.name, patcher)
 
 

@@ -64,9 +64,14 @@ def sampling(p: Any, settings: SkipSettings | LtcSettings, calibration: str) -> 
 
 
 def open_run(
-    p: Any, stack: ExitStack, name: str, given: Mapping[str, Any], levels: tuple[float, ...],
-    settings: SkipSettings | LtcSettings, calibration: str,
-) -> SamplerRun | SkipRun:  # fmt: skip
+    p: Any,
+    stack: ExitStack,
+    name: str,
+    given: Mapping[str, Any],
+    levels: tuple[float, ...],
+    settings: SkipSettings | LtcSettings,
+    calibration: str,
+) -> SamplerRun | SkipRun:
     """The run of one sampling by the function `name`, which is called with what is `given`."""
     label, both = label_of(p.sampler), switching.current(p)
     first = None if both is None or not levels else both.switching.switches_at(len(levels) - 1)

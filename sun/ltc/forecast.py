@@ -34,9 +34,14 @@ class Forecast:
     """
 
     def __init__(
-        self, kind: str = NOISE, terms: int = 2, *, ridge: float = 0.3, prior: Sequence[float] = (1.0, 0.0),
+        self,
+        kind: str = NOISE,
+        terms: int = 2,
+        *,
+        ridge: float = 0.3,
+        prior: Sequence[float] = (1.0, 0.0),
         memory: float = 0.5,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.kind, self.terms, self.ridge, self.memory = kind, terms, ridge, memory
         self.prior = tuple(prior)[: terms - 1]
         self.turned: Tensor | None = None

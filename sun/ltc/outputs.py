@@ -31,9 +31,7 @@ class Outputs:
     def __init__(self, scheduler: Any) -> None:
         config, name = scheduler.config, type(scheduler).__name__
         self.prediction = str(config.get("prediction_type") or "epsilon")
-        self.flow = (
-            "FlowMatch" in name or bool(config.get("use_flow_sigmas")) or self.prediction == "flow_prediction"
-        )  # fmt: skip
+        self.flow = "FlowMatch" in name or bool(config.get("use_flow_sigmas")) or self.prediction == "flow_prediction"
         self.steps_trained = float(config.get("num_train_timesteps") or 1000)
         alphas = getattr(scheduler, "alphas_cumprod", None)
         self.refused = ""

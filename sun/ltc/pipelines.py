@@ -230,9 +230,7 @@ class WithLtc:
                 say(state.last_run)
 
 
-def _skip_run(
-    pipe: Any, settings: SkipSettings, sigmas: tuple[float, ...], noisy: bool, refused: str
-) -> SkipRun:  # fmt: skip
+def _skip_run(pipe: Any, settings: SkipSettings, sigmas: tuple[float, ...], noisy: bool, refused: str) -> SkipRun:
     return SkipRun(sigmas, settings, noisy=noisy, refused=refused, anew=_switching_steps(pipe, len(sigmas) - 1))
 
 

@@ -48,10 +48,19 @@ class SpectrumSettings:
 SPECTRUM = {
     "comfyui": SpectrumSettings(),
     "sdcpp": SpectrumSettings(
-        weight=0.4, ridge=1.0, growth=0.5, grows_always=False, warmup=4, tail=0, tail_share=0.1, history=6, span=50,
-        local=0.5, clean=True,
+        weight=0.4,
+        ridge=1.0,
+        growth=0.5,
+        grows_always=False,
+        warmup=4,
+        tail=0,
+        tail_share=0.1,
+        history=6,
+        span=50,
+        local=0.5,
+        clean=True,
     ),
-}  # fmt: skip
+}
 
 
 def computed_steps(steps: int, settings: SpectrumSettings) -> tuple[int, ...]:

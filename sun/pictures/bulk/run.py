@@ -334,8 +334,13 @@ def totals(process: Process) -> Totals:
     """Of all processes, by what is in the folder. Looks into every folder of blocks that is not yet complete."""
     run = process.run
     done = sum(sum(len(run.plan.rows_of(block)) for block in blocks) for blocks in process.claims.done())
-    return Totals(len(run.prompts), min(done + process.in_block, len(run.prompts)), process.claims.failed_rows(),
-                  process.made, process.failed)  # fmt: skip
+    return Totals(
+        len(run.prompts),
+        min(done + process.in_block, len(run.prompts)),
+        process.claims.failed_rows(),
+        process.made,
+        process.failed,
+    )
 
 
 def write_failures(process: Process) -> int:
