@@ -136,6 +136,16 @@ add_trainer(
 )
 add_trainer(
     emoji_app,
+    "recode",
+    "Give a trained autoencoder latents whose colours survive guidance, in minutes.",
+    "autoencoder",
+    "lab.emoji.recoding",
+    "RecodeConfig",
+    "recode",
+    examples=("sun train-emoji recode --config configs/emoji-recode.toml",),
+)
+add_trainer(
+    emoji_app,
     "base",
     "Train its text encoder and U-Net on a trained autoencoder.",
     "model",

@@ -24,7 +24,32 @@ from .sources import load_metadata, load_pictures
 
 
 @dataclass
-class VaeConfig:
+class ColourTerm:
+    """So that guidance, which extrapolates latents, saturates a colour and does not turn it into another (colours.py):
+    the weight of the error of an affine map from the latents to the picture averaged over 8 x 8 pixels.
+    """
+
+    colour_weight: float = 1.0
+    colour_relax: float = 0.3  # share of the run, at its end, in which that weight falls to ...
+    colour_end: float = 0.1  # ... this share of itself, when the map is learned and detail can have more room
+
+    def check_colours(self) -> None:
+        """Raise ConfigError for numbers outside their range."""
+        if self.colour_weight < 0:
+            raise ConfigError("colour_weight is 0 or above.")
+        if not (0 <= self.colour_relax <= 1 and 0 <= self.colour_end <= 1):
+            raise ConfigError("colour_relax and colour_end are shares, from 0 to 1.")
+
+    def colour_weight_at(self, fraction: float) -> float:
+        """The colour term's weight when that share of the run is done."""
+        left = 1 - fraction
+        if not self.colour_relax or left >= self.colour_relax:
+            return self.colour_weight
+        return self.colour_weight * (self.colour_end + (1 - self.colour_end) * left / self.colour_relax)
+
+
+@dataclass
+class VaeConfig(ColourTerm):
     """Crops of ``crop`` pixels are cut from scenes of ``size`` pixels."""
 
     run: RunConfig = field(
@@ -49,28 +74,15 @@ class VaeConfig:
     edge_weight: float = 0.5
     latent_noise: float = 0.1  # the decoder sees latents with noise of up to this standard deviation
     latent_weight: float = 0.05
-    # So that guidance, which extrapolates latents, saturates a colour and does not turn it into another (colours.py):
-    # the weight of the error of an affine map from the latents to the picture averaged over 8 x 8 pixels.
-    colour_weight: float = 1.0
     colour_map: Literal["fixed", "fitted"] = "fixed"
-    colour_relax: float = 0.3  # share of the run, at its end, in which that weight falls to ...
-    colour_end: float = 0.1  # ... this share of itself, when the map is learned and detail can have more room
 
     def check(self) -> None:
         """Raise ConfigError for numbers outside their range."""
-        if min(self.colour_weight, self.latent_noise, self.latent_weight, self.edge_weight) < 0:
-            raise ConfigError("colour_weight, latent_noise, latent_weight and edge_weight are 0 or above.")
-        if not (0 <= self.colour_relax <= 1 and 0 <= self.colour_end <= 1):
-            raise ConfigError("colour_relax and colour_end are shares, from 0 to 1.")
+        self.check_colours()
+        if min(self.latent_noise, self.latent_weight, self.edge_weight) < 0:
+            raise ConfigError("latent_noise, latent_weight and edge_weight are 0 or above.")
         if self.crop % 8 or not 8 <= self.crop <= self.size:
             raise ConfigError(f"crop is a multiple of 8 pixels up to size ({self.size}), not {self.crop}.")
-
-    def colour_weight_at(self, fraction: float) -> float:
-        """The colour term's weight when that share of the run is done."""
-        left = 1 - fraction
-        if not self.colour_relax or left >= self.colour_relax:
-            return self.colour_weight
-        return self.colour_weight * (self.colour_end + (1 - self.colour_end) * left / self.colour_relax)
 
 
 def to_tensor(images: list[Image.Image]) -> torch.Tensor:

@@ -1,0 +1,313 @@
+"""Give a trained autoencoder other latents, whose colours survive guidance, without training it again.
+
+All that is specific about the latents of an AutoencoderTiny are the encoder's last blocks and the decoder's first ones,
+which work at an eighth of the picture's size. They learn anew what the old ones together gave the rest of the decoder:
+a step costs about a thirtieth of one through whole pictures. Around them nothing changes; what the rest of the decoder
+could still gain, ``sun train-emoji vae`` with ``freeze_encoder`` teaches it afterwards.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ...common.settings import ConfigError
+from ...pipelines.loading import load_part
+from ...training.config import RunConfig
+from ...training.run import TrainingRun, start_run
+from .colours import flat_pictures, in_a_line, measure
+from .scenes import random_scene, render_scene
+from .sources import load_metadata, load_pictures
+from .vae import ColourMap, ColourTerm, to_tensor
+
+BORDER = 1  # latents at a crop's border saw other neighbours than those of the whole picture
+CUBE = 9  # flat colours to a side of the cube between which the features of any colour are interpolated
+_FLAT = 40  # pixels to a side of those
+
+
+@dataclass
+class RecodeConfig(ColourTerm):
+    """Crops of ``crop`` pixels are cut from ``scenes`` scenes of ``size`` pixels."""
+
+    run: RunConfig = field(
+        default_factory=lambda: RunConfig(
+            output="runs/emoji-recoded",
+            steps=5000,
+            batch_size=32,
+            lr=2e-3,
+            lr_schedule="cosine",
+            warmup_steps=50,
+            weight_decay=0.0,
+            betas=(0.9, 0.99),
+            ema_decay=0.99,
+        )
+    )
+    vae: str = "runs/emoji-vae/vae"  # a diffusers folder of the autoencoder to begin with
+    style: str = "twemoji"
+    scenes: int = 1536
+    size: int = 128
+    crop: int = 64
+    colour_weight: float = 1.5
+    colour_relax: float = 0.4
+    colour_end: float = 0.3
+    latent_noise: float = 0.27  # the decoder's first blocks see latents with noise of up to this standard deviation
+    pixel_weight: float = 20.0  # of the error in the picture that wrong features make
+    feature_weight: float = 0.2  # of the error of the features themselves, each in units of its own spread
+    latent_weight: float = 0.02
+    # Flat colours of all kinds, of which a batch holds `flat_batch`: half of them are scaled, half extrapolated from
+    # one to another, as guidance does, and must become the colours that a linear code would give.
+    flat_colours: int = 640
+    flat_batch: int = 24
+    flat_weight: float = 8.0
+
+    def check(self) -> None:
+        """Raise ConfigError for numbers outside their range."""
+        self.check_colours()
+        if self.crop % 8 or not 48 <= self.crop <= self.size:
+            raise ConfigError(f"crop is a multiple of 8 pixels from 48 to size ({self.size}), not {self.crop}.")
+        if min(self.scenes, self.flat_colours, self.flat_batch) < 2:
+            raise ConfigError("scenes, flat_colours and flat_batch are 2 or above.")
+
+
+class Halves(nn.Module):
+    """The parts of an AutoencoderTiny on both sides of the latents that work at the latents' size."""
+
+    def __init__(self, vae: AutoencoderTiny):
+        super().__init__()
+        down, up = _last_stride(vae.encoder.layers), _first_upsampling(vae.decoder.layers)
+        self.tail = nn.Sequential(*vae.encoder.layers[down + 1 :])
+        self.head = nn.Sequential(*vae.decoder.layers[:up])
+
+    def forward(self, inputs: Tensor, move: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """What the encoder has at the latents' size, [B, 64, h, w] -> latents [B, 4, h, w], and what the rest of the
+        decoder gets of them, [B, 64, h, w]; ``move`` changes them in between."""
+        latents = self.tail(inputs)
+        seen = move(latents) if move else latents
+        return latents, self.head(torch.tanh(seen / 3) * 3)
+
+
+def _last_stride(layers: nn.Sequential) -> int:
+    return max(i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d) and layer.stride[0] == 2)
+
+
+def _first_upsampling(layers: nn.Sequential) -> int:
+    return next(i for i, layer in enumerate(layers) if isinstance(layer, nn.Upsample))
+
+
+class Rest:
+    """The parts of ``vae`` that stay, and what its own halves gave them."""
+
+    def __init__(self, vae: AutoencoderTiny):
+        vae = copy.deepcopy(vae).requires_grad_(False)
+        self.halves = Halves(vae)
+        self.trunk = vae.encoder.layers[: _last_stride(vae.encoder.layers) + 1]
+        self.upper = vae.decoder.layers[_first_upsampling(vae.decoder.layers) :]
+
+    def inputs(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in -1..1 -> [B, 64, H/8, W/8] for the tail."""
+        inputs: Tensor = self.trunk(pixels.add(1).div(2))
+        return inputs
+
+    @torch.no_grad()
+    def features(self, inputs: Tensor) -> Tensor:
+        """What the old halves make of inputs [B, 64, h, w]."""
+        features: Tensor = self.halves(inputs)[1]
+        return features
+
+    def pixel_metric(self, features: Tensor, rounds: int = 24, rows: int = 8) -> Tensor:
+        """A root R [64, 64] of the metric of features: |e R|^2 is about the squared error of a pixel's channel, of 2,
+        that an error e of the features makes at their place; what errors at two places make together is left out.
+
+        Estimated from ``rounds`` random directions in ``rows`` pictures each.
+        """
+        width, quarter = features.shape[1], features.shape[-1] // 4
+        middle = slice(quarter, features.shape[-1] - quarter)
+        metric = torch.zeros(width, width, device=features.device)
+        for _ in range(rounds):
+            some = features[torch.randint(len(features), (rows,)), :, middle, middle].clone().requires_grad_(True)
+            out = 2 * self.upper(some)
+            direction = torch.randint(0, 2, out.shape, device=out.device) * 2.0 - 1
+            slopes = torch.autograd.grad((out * direction).sum(), some)[0].permute(0, 2, 3, 1).flatten(0, 2)
+            metric += slopes.T @ slopes / len(slopes) / rounds
+        metric /= out[0].numel() / some[0, 0].numel()
+        floor = 1e-6 * metric.diagonal().mean() * torch.eye(width, device=metric.device)
+        return torch.linalg.cholesky(metric + floor)
+
+
+class ColourCube:
+    """The features of flat pictures of any colour, interpolated between those of ``CUBE`` x ``CUBE`` x ``CUBE``."""
+
+    @torch.no_grad()
+    def __init__(self, rest: Rest, device: torch.device):
+        axis = torch.linspace(0, 255, CUBE)
+        colours = torch.cartesian_prod(axis, axis, axis).tolist()
+        middle = _FLAT // 16
+        found = [
+            rest.features(rest.inputs(flat_pictures(colours[i : i + 64], _FLAT).to(device)))[:, :, middle, middle]
+            for i in range(0, len(colours), 64)
+        ]
+        self.features = torch.cat(found).T.view(1, -1, CUBE, CUBE, CUBE)  # [1, 64, red, green, blue]
+
+    def at(self, colours: Tensor) -> Tensor:
+        """Colours [N, 3] in -1..1, those outside at its end -> features [N, 64, 1, 1]."""
+        where = colours.clamp(-1, 1).flip(1).view(1, -1, 1, 1, 3)  # grid_sample wants the last axis first
+        return F.grid_sample(self.features, where, align_corners=True)[0, :, :, 0, 0].T[..., None, None]
+
+
+class Material(NamedTuple):
+    """What the halves learn from: of scenes the tail's ``inputs``, the ``features`` wanted and the ``colours`` of the
+    small pictures; of flat pictures the tail's ``flat_inputs`` and their ``flat_colours`` [N, 3]."""
+
+    inputs: Tensor
+    features: Tensor
+    colours: Tensor
+    flat_inputs: Tensor
+    flat_colours: Tensor
+
+
+@torch.no_grad()
+def material_of(config: RecodeConfig, rest: Rest, device: torch.device) -> Material:
+    """Computed from the run's seed."""
+    emojis, rng = load_metadata("wide"), random.Random(config.run.seed)
+    drawings = load_pictures(config.style, emojis, config.size)
+    known = [e for e in emojis if e.code in drawings]
+    inputs, features, colours = [], [], []
+    for start in tqdm(range(0, config.scenes, 32), desc="scenes"):
+        count = min(32, config.scenes - start)
+        scenes = [render_scene(random_scene(known, rng), drawings, config.size) for _ in range(count)]
+        pixels = to_tensor(scenes).to(device)
+        inputs.append(rest.inputs(pixels))
+        features.append(rest.features(inputs[-1]))
+        colours.append(F.avg_pool2d(pixels, 8))
+    flat = _colours_of_all_kinds(config.flat_colours, config.run.seed).to(device)
+    flat_inputs = [
+        rest.inputs(part.view(-1, 3, 1, 1).expand(-1, -1, config.crop, config.crop).contiguous())
+        for part in tqdm(flat.split(32), desc="flat colours")
+    ]
+    return Material(torch.cat(inputs), torch.cat(features), torch.cat(colours), torch.cat(flat_inputs), flat)
+
+
+def _colours_of_all_kinds(count: int, seed: int) -> Tensor:
+    """[count, 3] in -1..1: two of three anywhere, the third near the pure ones, black and white."""
+    generator = torch.Generator().manual_seed(seed)
+    pure = count // 3
+    anywhere = torch.rand(count - pure, 3, generator=generator) * 2 - 1
+    corners = (torch.rand(pure, 3, generator=generator) > 0.5) * 2.0 - 1
+    return torch.cat([anywhere, (corners + 0.15 * torch.randn(pure, 3, generator=generator)).clamp(-1, 1)])
+
+
+class Recoding:
+    """The losses of one run."""
+
+    def __init__(self, config: RecodeConfig, rest: Rest, material: Material):
+        self.config, self.material = config, material
+        self.colour_map = ColourMap(fitted=False).to(material.inputs.device)
+        self.cube = ColourCube(rest, material.inputs.device)
+        self.metric = rest.pixel_metric(material.features)
+        self.spread = material.features.std((0, 2, 3)).view(1, -1, 1, 1) + 1e-3
+
+    def losses(self, halves: nn.Module, colour_weight: float, rng: random.Random) -> dict[str, Tensor]:
+        """``loss`` and the parts it is made of, for one batch."""
+        config, have = self.config, self.material
+        side, whole = config.crop // 8, have.inputs.shape[-1]
+        y, x = (rng.randint(0, whole - side) for _ in range(2))
+        rows = torch.tensor([rng.randrange(len(have.inputs)) for _ in range(config.run.batch_size)])
+        flat = torch.tensor([rng.randrange(len(have.flat_inputs)) for _ in range(config.flat_batch)])
+        inputs, wanted, colours = (
+            part[rows, :, y : y + side, x : x + side] for part in (have.inputs, have.features, have.colours)
+        )
+        further = Extrapolation.draw(len(flat), have.inputs.device)
+
+        def move(latents: Tensor) -> Tensor:
+            seen = torch.cat([latents[: len(rows)], further.of(latents[len(rows) :])])
+            noise = config.latent_noise * torch.rand(len(seen), 1, 1, 1, device=seen.device)
+            return seen + noise * torch.randn_like(seen)
+
+        latents, features = halves(torch.cat([inputs, have.flat_inputs[flat]]), move)
+        scenes, flats = latents.split([len(rows), len(flat)])
+        out, flat_out = features.split([len(rows), len(flat)])
+        goal = self.cube.at(further.of(have.flat_colours[flat]))
+        pixels, own = self._errors(out - wanted, BORDER)
+        flat_pixels, flat_own = self._errors(flat_out - goal, 2)
+        named = have.flat_colours[flat][..., None, None].expand(-1, -1, side - 2 * BORDER, side - 2 * BORDER)
+        colour = F.mse_loss(self.colour_map(scenes), colours)
+        colour = colour + 0.5 * F.mse_loss(_inner(self.colour_map(flats), BORDER), named)
+        pull = scenes.mean((0, 2, 3)).square().mean() + (scenes.std((0, 2, 3)) - 1).square().mean()
+        loss = (
+            config.pixel_weight * pixels
+            + config.feature_weight * (own + 0.2 * flat_own)
+            + config.flat_weight * flat_pixels
+            + colour_weight * colour
+            + config.latent_weight * pull
+        )
+        return {"loss": loss, "pixels": pixels, "features": own, "flat": flat_pixels, "colour": colour}
+
+    def _errors(self, wrong: Tensor, border: int) -> tuple[Tensor, Tensor]:
+        """Of differences of features: their error in the picture, and in units of each feature's spread."""
+        inner = _inner(wrong, border)
+        return (inner.permute(0, 2, 3, 1) @ self.metric).square().sum(-1).mean(), (inner / self.spread).square().mean()
+
+
+def _inner(values: Tensor, border: int) -> Tensor:
+    return values[..., border:-border, border:-border]
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    """How flat colours are moved, their latents and the colours themselves alike: the first ones are scaled by
+    ``scale`` [A], the others lie on the line to a neighbour at ``share`` [B], 1 being their own place."""
+
+    scale: Tensor
+    share: Tensor
+
+    @classmethod
+    def draw(cls, count: int, device: torch.device) -> Extrapolation:
+        """Of ``count`` colours half are scaled by 0.35 to 2.2, a quarter of those by 1; half move, up to 0.6 beyond
+        either colour."""
+        scale = torch.exp(torch.empty(count // 2, device=device).uniform_(-1.05, 0.79))
+        scale[: count // 8] = 1.0
+        return cls(scale, torch.empty(count - count // 2, device=device).uniform_(-0.6, 1.6))
+
+    def of(self, values: Tensor) -> Tensor:
+        """Values [A + B, ...], moved."""
+        scale, share = (part.view(-1, *[1] * (values.ndim - 1)) for part in (self.scale, self.share))
+        first, second = values[: len(scale)], values[len(scale) :]
+        return torch.cat([scale * first, share * second + (1 - share) * second.roll(1, 0)])
+
+
+def recode(config: RecodeConfig) -> Path:
+    """Train, and write ``<output>/vae`` (diffusers folder): the autoencoder with the new halves. Returns the folder."""
+    config.check()
+    vae = load_part(AutoencoderTiny, Path(config.vae), torch.float32).requires_grad_(False)
+    rest, halves = Rest(vae), Halves(vae).requires_grad_(True)
+    run = start_run(config, {"halves": halves})
+    device = run.accelerator.device
+    for part in (vae, rest.trunk, rest.upper, rest.halves):
+        part.to(device)
+    learning = Recoding(config, rest, material_of(config, rest, device))
+    for _ in run.steps():
+        found = learning.losses(run.modules["halves"], config.colour_weight_at(run.fraction), run.rng)
+        run.update(found.pop("loss"), **found)
+        if run.time_to_sample():
+            _tell(run, vae)
+    _tell(run, vae)
+    with run.averaged(), run.writing("the autoencoder"):
+        if run.accelerator.is_main_process:
+            vae.save_pretrained(run.folder / "vae")
+    return run.folder / "vae"
+
+
+def _tell(run: TrainingRun, vae: AutoencoderTiny) -> None:
+    if run.accelerator.is_main_process:
+        with run.averaged():
+            run.say(in_a_line(measure(vae)))
