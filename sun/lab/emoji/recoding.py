@@ -9,6 +9,8 @@ could still gain, ``sun train-emoji vae`` with ``freeze_encoder`` teaches it aft
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,15 +20,19 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...common.cache import cache_dir
 from ...common.settings import ConfigError
 from ...pipelines.loading import load_part
 from ...training.config import RunConfig
+from ...training.data.cache import hash_weights, write_tensors
 from ...training.run import TrainingRun, start_run
-from .colours import flat_pictures, in_a_line, measure
-from .scenes import random_scene, render_scene
+from .colours import flat_pictures, in_a_line, measure, object_colours
+from .main_colours import TABLE_STYLES
+from .scenes import BACKGROUNDS, random_scene, render_scene
 from .sources import load_metadata, load_pictures
 from .vae import ColourMap, ColourTerm, to_tensor
 
@@ -64,9 +70,10 @@ class RecodeConfig(ColourTerm):
     pixel_weight: float = 20.0  # of the error in the picture that wrong features make
     feature_weight: float = 0.2  # of the error of the features themselves, each in units of its own spread
     latent_weight: float = 0.02
-    # Flat colours of all kinds, of which a batch holds `flat_batch`: half of them are scaled, half extrapolated from
-    # one to another, as guidance does, and must become the colours that a linear code would give.
-    flat_colours: int = 640
+    # A batch holds `flat_batch` flat colours, every second one a background's or an object's own, the others among
+    # `flat_colours` of all kinds. Half of them are scaled, half extrapolated from one to another, as guidance does, and
+    # must become the colours that a linear code would give.
+    flat_colours: int = 512
     flat_batch: int = 24
     flat_weight: float = 8.0
 
@@ -166,18 +173,32 @@ class ColourCube:
 
 class Material(NamedTuple):
     """What the halves learn from: of scenes the tail's ``inputs``, the ``features`` wanted and the ``colours`` of the
-    small pictures; of flat pictures the tail's ``flat_inputs`` and their ``flat_colours`` [N, 3]."""
+    small pictures; of flat pictures the tail's ``flat_inputs`` and their ``flat_colours`` [N, 3], the first ``named`` of
+    which are those of backgrounds and objects."""
 
     inputs: Tensor
     features: Tensor
     colours: Tensor
     flat_inputs: Tensor
     flat_colours: Tensor
+    named: int
+
+
+def material_of(config: RecodeConfig, vae: AutoencoderTiny, rest: Rest, device: torch.device) -> Material:
+    """Computed from the run's seed once, and kept under :func:`cache_dir` for a run that goes on."""
+    known = json.dumps([config.style, config.scenes, config.size, config.crop, config.flat_colours, config.run.seed])
+    made_from = hashlib.sha256(known.encode())
+    hash_weights(made_from, vae)
+    file = cache_dir() / "recoding" / f"{made_from.hexdigest()[:16]}.safetensors"
+    named = len(_named_colours(config.style))
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(file, _computed(config, rest, device))
+    return Material(**{name: part.to(device) for name, part in load_file(file).items()}, named=named)
 
 
 @torch.no_grad()
-def material_of(config: RecodeConfig, rest: Rest, device: torch.device) -> Material:
-    """Computed from the run's seed."""
+def _computed(config: RecodeConfig, rest: Rest, device: torch.device) -> dict[str, Tensor]:
     emojis, rng = load_metadata("wide"), random.Random(config.run.seed)
     drawings = load_pictures(config.style, emojis, config.size)
     known = [e for e in emojis if e.code in drawings]
@@ -189,12 +210,19 @@ def material_of(config: RecodeConfig, rest: Rest, device: torch.device) -> Mater
         inputs.append(rest.inputs(pixels))
         features.append(rest.features(inputs[-1]))
         colours.append(F.avg_pool2d(pixels, 8))
-    flat = _colours_of_all_kinds(config.flat_colours, config.run.seed).to(device)
+    flat = torch.cat([_named_colours(config.style), _colours_of_all_kinds(config.flat_colours, config.run.seed)])
     flat_inputs = [
-        rest.inputs(part.view(-1, 3, 1, 1).expand(-1, -1, config.crop, config.crop).contiguous())
+        rest.inputs(part.to(device).view(-1, 3, 1, 1).expand(-1, -1, config.crop, config.crop).contiguous())
         for part in tqdm(flat.split(32), desc="flat colours")
     ]
-    return Material(torch.cat(inputs), torch.cat(features), torch.cat(colours), torch.cat(flat_inputs), flat)
+    found = {"inputs": inputs, "features": features, "colours": colours, "flat_inputs": flat_inputs}
+    return {name: torch.cat(parts).cpu().contiguous() for name, parts in found.items()} | {"flat_colours": flat}
+
+
+def _named_colours(style: str) -> Tensor:
+    """[N, 3] in -1..1: of the backgrounds and of everyday objects, where those of the style are known."""
+    objects = object_colours(style, "everyday") if style in TABLE_STYLES else {}
+    return torch.tensor([*BACKGROUNDS.values(), *objects.values()]) / 127.5 - 1
 
 
 def _colours_of_all_kinds(count: int, seed: int) -> Tensor:
@@ -222,7 +250,12 @@ class Recoding:
         side, whole = config.crop // 8, have.inputs.shape[-1]
         y, x = (rng.randint(0, whole - side) for _ in range(2))
         rows = torch.tensor([rng.randrange(len(have.inputs)) for _ in range(config.run.batch_size)])
-        flat = torch.tensor([rng.randrange(len(have.flat_inputs)) for _ in range(config.flat_batch)])
+        flat = torch.tensor(
+            [
+                rng.randrange(have.named) if i % 2 else rng.randrange(have.named, len(have.flat_inputs))
+                for i in range(config.flat_batch)
+            ]
+        )
         inputs, wanted, colours = (
             part[rows, :, y : y + side, x : x + side] for part in (have.inputs, have.features, have.colours)
         )
@@ -294,7 +327,7 @@ def recode(config: RecodeConfig) -> Path:
     device = run.accelerator.device
     for part in (vae, rest.trunk, rest.upper, rest.halves):
         part.to(device)
-    learning = Recoding(config, rest, material_of(config, rest, device))
+    learning = Recoding(config, rest, material_of(config, vae, rest, device))
     for _ in run.steps():
         found = learning.losses(run.modules["halves"], config.colour_weight_at(run.fraction), run.rng)
         run.update(found.pop("loss"), **found)

@@ -1,0 +1,104 @@
+"""New latents for a trained autoencoder: what is learned, what it is measured by, and what stays as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from helpers.small_models import make_run
+
+from sun.common.settings import ConfigError
+from sun.lab.emoji.colours import flat_pictures
+from sun.lab.emoji.recoding import CUBE, ColourCube, Extrapolation, Halves, RecodeConfig, Rest, recode
+
+
+@pytest.fixture
+def vae() -> AutoencoderTiny:
+    torch.manual_seed(0)
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
+    )  # fmt: skip
+
+
+def test_the_parts_together_are_the_autoencoder(vae: AutoencoderTiny) -> None:
+    rest, pixels = Rest(vae), torch.rand(2, 3, 32, 32) * 2 - 1
+    inputs = rest.inputs(pixels)
+    assert torch.equal(rest.halves(inputs)[0], vae.encode(pixels).latents)
+    restored = rest.upper(rest.features(inputs)) * 2 - 1
+    torch.testing.assert_close(restored, vae.decode(vae.encode(pixels).latents).sample)
+
+
+def test_the_metric_tells_what_an_error_does_to_the_picture(vae: AutoencoderTiny) -> None:
+    """Against the error made, on average over small random errors of single features."""
+    rest = Rest(vae)
+    features = rest.features(rest.inputs(torch.rand(6, 3, 64, 64) * 2 - 1))
+    root = rest.pixel_metric(features, rounds=60, rows=6)
+    generator = torch.Generator().manual_seed(1)
+    told, made = [], []
+    for channel in range(features.shape[1]):
+        wrong = torch.zeros_like(features)
+        wrong[:, channel] = 1e-3 * torch.randn(wrong[:, channel].shape, generator=generator)
+        told.append(float((wrong.permute(0, 2, 3, 1) @ root).square().sum(-1).mean()))
+        made.append(float((2 * (rest.upper(features + wrong) - rest.upper(features))).square().mean()))
+    ratio = torch.tensor(told) / torch.tensor(made)
+    assert (ratio.log().abs() < 0.5).all(), ratio
+    assert torch.corrcoef(torch.tensor([told, made]).log())[0, 1] > 0.9
+
+
+def test_flat_colours_have_the_features_of_their_pictures(vae: AutoencoderTiny) -> None:
+    rest = Rest(vae)
+    cube = ColourCube(rest, torch.device("cpu"))
+    step = 255 / (CUBE - 1)
+    colours = [(0.0, 2 * step, 255.0), (step, 0.0, 5 * step), (0.0, 0.0, 0.0)]
+    there = torch.tensor(colours) / 127.5 - 1
+    found = rest.features(rest.inputs(flat_pictures(colours, 40)))[:, :, 2:3, 2:3]
+    torch.testing.assert_close(cube.at(there), found)
+    between = (there[:1] + cube_neighbour(there[:1])) / 2
+    torch.testing.assert_close(cube.at(between), (cube.at(there[:1]) + cube.at(cube_neighbour(there[:1]))) / 2)
+    assert torch.equal(cube.at(there[2:] * 3), cube.at(there[2:]))  # beyond black there is black
+
+
+def cube_neighbour(colours: torch.Tensor) -> torch.Tensor:
+    return colours + torch.tensor([2 / (CUBE - 1), 0.0, 0.0])
+
+
+def test_latents_and_colours_move_alike() -> None:
+    """A code that is linear in the colours is moved as they are; the first colours of a batch stay."""
+    torch.manual_seed(0)
+    colours, code = torch.rand(16, 3) * 2 - 1, torch.randn(3, 4)
+    latents = (colours @ code)[..., None, None].expand(-1, -1, 2, 2)
+    further = Extrapolation.draw(16, torch.device("cpu"))
+    assert float(further.scale.min()) < 0.8
+    assert float(further.scale.max()) > 1.2
+    assert float(further.share.min()) < 0
+    assert float(further.share.max()) > 1
+    moved = (further.of(colours) @ code)[..., None, None].expand(-1, -1, 2, 2)
+    torch.testing.assert_close(further.of(latents), moved)
+    assert torch.equal(further.of(colours)[:2], colours[:2])
+
+
+def config_in(folder: Path, vae: AutoencoderTiny, **settings: Any) -> RecodeConfig:
+    vae.save_pretrained(folder / "first")
+    small: dict[str, Any] = {"scenes": 2, "size": 64, "crop": 48, "flat_colours": 8, "flat_batch": 4, **settings}
+    return RecodeConfig(run=make_run(folder, "recoded", lr=1e-2), vae=str(folder / "first"), **small)
+
+
+def test_only_what_makes_and_reads_the_latents_is_trained(packages: Path, tmp_path: Path, vae: AutoencoderTiny) -> None:
+    written = AutoencoderTiny.from_pretrained(recode(config_in(tmp_path, vae)))
+    old, new = Rest(vae), Rest(written)
+    for before, after in ((old.trunk, new.trunk), (old.upper, new.upper)):
+        assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    for part in ("tail", "head"):
+        before, after = getattr(Halves(vae), part), getattr(Halves(written), part)
+        assert all(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("wrong", [{"crop": 40}, {"crop": 50}, {"scenes": 0}, {"colour_weight": -1.0}])
+def test_settings_outside_their_range_are_refused(tmp_path: Path, vae: AutoencoderTiny, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        recode(config_in(tmp_path, vae, **wrong))
+    assert not (tmp_path / "recoded").exists()
