@@ -280,7 +280,10 @@ def train_emoji_colours(
 @emoji_app.command("ship")
 def train_emoji_ship(
     base: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji base` run.")] = None,
-    vae: Annotated[Path | None, typer.Option(help="Folder of its `train-emoji vae` run, for the card.")] = None,
+    vae: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folders of its autoencoder's runs, in order: the last decoder ships."),
+    ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Folder of a finished `sun train` run.")] = None,
     contrast: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji contrast` run.")] = None,
     lora: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji lora` run.")] = None,
@@ -300,5 +303,5 @@ def train_emoji_ship(
         "inpainting model": inpainting,
     }
     text = notes.read_text() if notes else ""
-    for name, written in ship_runs({k: run for k, run in runs.items() if run}, guidance, text, vae):
+    for name, written in ship_runs({k: run for k, run in runs.items() if run}, guidance, text, vae or ()):
         out.print(f"{name}: {written}", soft_wrap=True)

@@ -23,7 +23,7 @@ class Release:
     """The folders of the finished runs, and w."""
 
     base: Path
-    autoencoder: Path
+    autoencoder: tuple[Path, ...]  # its runs in order: anew, its latents, its decoder
     contrast: Path
     adapter: Path
     lora: Path
@@ -41,7 +41,7 @@ def release(made: Release, folder: Path | None = None) -> list[Path]:
     def to(path: Path) -> Path:
         return path if folder is None else folder / path.relative_to(ROOT)
 
-    colours = (made.autoencoder / "colours.md").read_text()
+    colours = (made.autoencoder[-1] / "colours.md").read_text()
     base = ship_base(made.base, to(EMOJI_DIFFUSION), made.guidance, f"## Colours\n\n{colours}", made.autoencoder)
     add_agreement(base, made.agreement)
     written = [

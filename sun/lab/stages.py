@@ -21,6 +21,7 @@ from .emoji.checks import colour_figures
 from .emoji.contrast_training import ContrastConfig, train_contrast
 from .emoji.controlnet import ControlNetConfig, train_controlnet
 from .emoji.inpainting import InpaintingConfig, train_inpainting
+from .emoji.recoding import RecodeConfig, recode
 from .emoji.style import LoraStyleConfig, StyleConfig, train_lora, train_style
 from .emoji.vae import VaeConfig, train_vae
 from .peers.guided_distillation import GuidedDistillConfig, train_guided_distillation
@@ -61,6 +62,8 @@ class Stage:
 
 TRAINERS: dict[str, tuple[type[Any], Callable[[Any], Path]]] = {
     "autoencoder": (VaeConfig, train_vae),
+    "recode": (RecodeConfig, recode),
+    "decoder": (VaeConfig, train_vae),
     "base": (BaseConfig, train_base),
     "contrast": (ContrastConfig, train_contrast),
     "sun": (SunTrainConfig, train_sun),
@@ -88,7 +91,7 @@ class Recipe:
             raise ConfigError(f"stages takes {', '.join((*TRAINERS, *EVALUATIONS))}, not {', '.join(sorted(unknown))}.")
         self.config, self.ship = config, ship
         self.folder = Path(config.output)
-        self.vae, self.base = self.path("autoencoder") / "vae", self.path("base") / "model"
+        self.vae, self.base = self.path("decoder") / "vae", self.path("base") / "model"
         self.contrast = self.path("contrast") / "contrast"
         self.adapter = self.path("sun-guided") / "adapter.safetensors"
         self.agreement, self.evaluation = self.path("agreement"), self.path("evaluation")
@@ -173,10 +176,13 @@ def _trained(recipe: Recipe, name: str, title: str, result: Path, output: str = 
 
 def _base(recipe: Recipe) -> list[Stage]:
     """The model, what judges its pictures, and the scale it is guided with best."""
-    report_on_colours, figures = recipe.path("autoencoder") / "colours.md", recipe.agreement / "figures.json"
+    report_on_colours, figures = recipe.path("decoder") / "colours.md", recipe.agreement / "figures.json"
     tokenizer = str(recipe.base / "tokenizer")
+    first, recoded = recipe.path("autoencoder") / "vae", recipe.path("recode") / "vae"
     return [
-        _trained(recipe, "autoencoder", "autoencoder", recipe.vae),
+        _trained(recipe, "autoencoder", "autoencoder", first),
+        _trained(recipe, "recode", "latents whose colours survive guidance", recoded, vae=str(first)),
+        _trained(recipe, "decoder", "decoder", recipe.vae, init_vae=str(recoded), freeze_encoder=True),
         Stage("colours", "do colours survive extrapolation?", 1.0, (report_on_colours,), partial(_colours, recipe)),
         _trained(recipe, "base", "text encoder and U-Net", recipe.base / "model_index.json", vae=str(recipe.vae)),
         _trained(recipe, "contrast", "image-text model", recipe.contrast / "README.md", tokenizer=tokenizer),
@@ -239,8 +245,8 @@ def _colours(recipe: Recipe, resume: bool) -> None:
     if process_state().is_main_process:
         settings = recipe.config.stages.get("autoencoder", {})
         found = colour_figures(recipe.vae, settings.get("style", "twemoji"))
-        write_json(recipe.path("autoencoder") / "colours.json", found.as_json())
-        write_text(recipe.path("autoencoder") / "colours.md", colours.table(found))
+        write_json(recipe.path("decoder") / "colours.json", found.as_json())
+        write_text(recipe.path("decoder") / "colours.md", colours.table(found))
 
 
 def _agreement(recipe: Recipe, resume: bool) -> None:
@@ -286,7 +292,7 @@ def _release(recipe: Recipe, resume: bool) -> None:
         return
     made = Release(
         base=recipe.path("base"),
-        autoencoder=recipe.path("autoencoder"),
+        autoencoder=(recipe.path("autoencoder"), recipe.path("recode"), recipe.path("decoder")),
         contrast=recipe.contrast,
         adapter=recipe.path("sun-guided"),
         lora=recipe.path(f"lora-{recipe.config.lora_style}") / "lora",
@@ -310,6 +316,8 @@ def quick(config: ReproduceConfig) -> ReproduceConfig:
     methods = ["sun-2", "ddim-2", "lcm-lora-2", "guided-distill-2"]
     tiny = {
         "autoencoder": {"size": 64, "crop": 32, "run": run},
+        "recode": {"scenes": 2, "size": 64, "crop": 48, "flat_colours": 4, "flat_batch": 4, "run": run},
+        "decoder": {"size": 64, "crop": 32, "run": run},
         "base": {
             **scenes,
             "stages": [[32, 0.5], [64, 0.5]],

@@ -64,6 +64,11 @@ class SunTrainConfig:
     # Folders of fine-tunes of `model`: their U-Nets take turns with its own, `target_reuse` steps each, with its text
     # encoder, and share the `bank_size` trajectories. Each stays in memory.
     fine_tunes: tuple[str, ...] = ()
+    # So many more that nobody trained take turns too (virtual.py): random low-rank changes of the base, and, where
+    # there are fine-tunes, random mixtures with them. Nothing is kept of them.
+    virtual_fine_tunes: int = 0
+    virtual_rank: int = 4
+    virtual_strength: float = 0.05  # Frobenius norm of a matrix's change, in parts of the matrix's own
     data: str = f"{EMOJI}:twemoji"
     # Whether `data` may be the output of a command (pipe:...). Only the command line can say so, never a file.
     allow_commands: bool = field(default=False, metadata={"typed": True})
@@ -152,6 +157,12 @@ def check_settings(config: SunTrainConfig) -> None:
         )
     if config.fine_tunes and not config.trajectories:
         raise ConfigError("fine_tunes needs trajectories = true: the pictures of data are those of one model alone.")
+    if config.virtual_fine_tunes and not config.trajectories:
+        raise ConfigError("virtual_fine_tunes needs trajectories = true: data has no pictures of theirs.")
+    if config.virtual_strength < 0 or config.virtual_fine_tunes < 0 or config.virtual_rank < 1:
+        raise ConfigError("virtual_fine_tunes and virtual_strength are 0 or above, virtual_rank 1 or above.")
+    if config.virtual_fine_tunes and not config.virtual_strength and not config.fine_tunes:
+        raise ConfigError("virtual_strength = 0 without fine_tunes: the virtual ones would all be the base itself.")
     _check_unused(config)
     if config.trajectories and abs(round(1 / config.stage_length) * config.stage_length - 1) > 1e-6:
         raise ConfigError(
@@ -189,3 +200,6 @@ def _check_unused(config: SunTrainConfig) -> None:
     for name in ("pure_noise_at_start",) if config.trajectories else on_trajectories:
         if getattr(config, name) != getattr(SunTrainConfig, name):
             raise ConfigError(f"{name} only acts with trajectories = {needed}: leave it out, or change that.")
+    for name in () if config.virtual_fine_tunes else ("virtual_rank", "virtual_strength"):
+        if getattr(config, name) != getattr(SunTrainConfig, name):
+            raise ConfigError(f"{name} only acts with virtual_fine_tunes above 0: leave it out, or set that.")

@@ -1,8 +1,8 @@
-"""The frozen models: the base, and fine-tunes of it that take turns, so that the adapter does not lean on the base."""
+"""The frozen models: the base, and fine-tunes of it, real and virtual, that take turns with it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..pipelines.latents import latent_scale
 from ..pipelines.loading import ModelError, load_pipeline, load_unet, noise_schedule, require_text_to_image
 from ..pipelines.text import encode_texts
 from .data.samples import Encode
+from .virtual import VirtualFineTune, Weights
 
 
 def check_predicts_noise(folder: str | Path, scheduler_config: Mapping[str, Any]) -> None:
@@ -60,26 +61,45 @@ def latent_shape(pipe: Any, resolution: int) -> tuple[int, int, int]:
 
 
 class FrozenModels:
-    """The weights that one frozen U-Net has in turn: its own, and those of fine-tunes of it.
+    """The weights that one frozen U-Net has in turn, so that an adapter does not lean on its own: these, and those of
+    fine-tunes of it.
 
     unet: the frozen U-Net. folders: diffusers folders of models with the same U-Net; only their U-Nets are used.
-    Raises ConfigError, naming the folder, for one that is none, does not fit or does not predict the noise.
+    virtual: makes further ones of the weights of those folders' models, which are computed in their turn. Raises
+    ConfigError, naming the folder, for one that is none, does not fit or does not predict the noise.
     """
 
-    def __init__(self, unet: torch.nn.Module, folders: Sequence[str]):
+    def __init__(
+        self,
+        unet: torch.nn.Module,
+        folders: Sequence[str],
+        virtual: Callable[[Sequence[Weights]], Sequence[VirtualFineTune]] | None = None,
+    ):
         self._parameters = dict(unet.named_parameters())
         self._weights = [{name: parameter.data for name, parameter in self._parameters.items()}]
         self._weights += [self._read(folder) for folder in folders]
+        self._virtual = list(virtual(self._weights[1:])) if virtual else []
+        self._computed: tuple[int, dict[str, Tensor]] = (0, {})
 
     def __len__(self) -> int:
-        return len(self._weights)
+        return len(self._weights) + len(self._virtual)
 
     def use(self, index: int) -> None:
         """Gives the U-Net the weights of model ``index``; 0 is the base. Never between forward and backward pass."""
         if len(self) == 1:
             return
+        weights = self._weights_of(index)
         for name, parameter in self._parameters.items():
-            parameter.data = self._weights[index][name]
+            parameter.data = weights[name]
+
+    def _weights_of(self, index: int) -> dict[str, Tensor]:
+        """Of the virtual ones only the last that was used is kept."""
+        if index < len(self._weights):
+            return self._weights[index]
+        if self._computed[0] != index:
+            self._computed = (index, {})  # before the next is made: two are never held
+            self._computed = (index, self._virtual[index - len(self._weights)].weights(self._weights[0]))
+        return self._computed[1]
 
     def turn(self, step: int, every: int) -> int:
         """Whose turn step ``step`` is, when they change each ``every`` steps."""

@@ -6,6 +6,7 @@ Only the adapter trains. The U-Net runs as teacher (no SUN, classifier-free guid
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .previews import sample_prompts, save_previews
 from .run import TrainingRun, start_run
 from .student import Student, Teacher, describe_training, make_adapter
 from .targets import Prompts, make_objective
+from .virtual import virtual_fine_tunes
 
 REFERENCE_STEPS = 25  # of the row above SUN's in the pictures that are drawn while training
 
@@ -53,7 +55,7 @@ def train_sun(config: SunTrainConfig) -> Path:
     run.place(unet, pipe.text_encoder)
     use_fast_attention(unet, run.accelerator.device)
     run.calls.watch(unet)
-    models = FrozenModels(unet, config.fine_tunes)
+    models = FrozenModels(unet, config.fine_tunes, partial(virtual_fine_tunes, config))
     attach(unet, adapter)
 
     # data, and what a step aims at

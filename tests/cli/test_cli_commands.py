@@ -446,6 +446,8 @@ def test_an_adapter_of_the_negative_branch_alone_is_inspected(
     ("name", "module", "kind"),
     [
         ("emoji-vae", "lab.emoji.vae", "VaeConfig"),
+        ("emoji-recode", "lab.emoji.recoding", "RecodeConfig"),
+        ("emoji-decoder", "lab.emoji.vae", "VaeConfig"),
         ("emoji-base", "lab.emoji.base", "BaseConfig"),
         ("emoji-sun", "training.sun", "SunTrainConfig"),
     ],

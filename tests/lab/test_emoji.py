@@ -172,7 +172,7 @@ def test_the_whole_chain_from_pictures_to_a_shipped_folder(packages: Path, tmp_p
         channels=(32, 32, 32, 32), heads=2, text_width=32, text_layers=1, vocabulary=700, text_steps=2, text_batch=4,
     )  # fmt: skip
     train_base(config)
-    out = ship_base(str(tmp_path / "base"), str(tmp_path / "shipped"), 3.0, vae_run=str(tmp_path / "vae"))
+    out = ship_base(str(tmp_path / "base"), str(tmp_path / "shipped"), 3.0, vae_runs=[tmp_path / "vae"])
     tokenizer = json.loads((out / "tokenizer" / "tokenizer.json").read_text())
     assert tokenizer["truncation"] is tokenizer["padding"] is None
     pipe = StableDiffusionPipeline.from_pretrained(out, safety_checker=None)

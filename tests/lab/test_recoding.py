@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from diffusers import AutoencoderTiny
 from helpers.small_models import make_run
 
 from sun.common.settings import ConfigError
+from sun.lab.emoji import ship
 from sun.lab.emoji.colours import flat_pictures
 from sun.lab.emoji.recoding import CUBE, ColourCube, Extrapolation, Halves, RecodeConfig, Rest, recode
 
@@ -95,6 +97,17 @@ def test_only_what_makes_and_reads_the_latents_is_trained(packages: Path, tmp_pa
     for part in ("tail", "head"):
         before, after = getattr(Halves(vae), part), getattr(Halves(written), part)
         assert all(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def test_a_decoder_ships_only_with_the_latents_it_was_trained_on(vae: AutoencoderTiny) -> None:
+    """It may be trained on while the model is, from the same encoder; another encoder's would paint nonsense."""
+    later, other = copy.deepcopy(vae), copy.deepcopy(vae)
+    with torch.no_grad():
+        next(later.decoder.parameters()).add_(1)
+        next(other.encoder.parameters()).add_(1)
+    assert ship.of_same_latents(later, vae, "here") is later
+    with pytest.raises(ConfigError, match="here has another encoder"):
+        ship.of_same_latents(other, vae, "here")
 
 
 @pytest.mark.parametrize("wrong", [{"crop": 40}, {"crop": 50}, {"scenes": 0}, {"colour_weight": -1.0}])

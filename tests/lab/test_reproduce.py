@@ -34,7 +34,7 @@ def test_the_real_numbers_are_settings_of_their_trainers(tmp_path: Path) -> None
 
 
 def test_unknown_stages_and_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"autoencoder, base.*not autoencodr"):
+    with pytest.raises(ConfigError, match=r"autoencoder, recode.*not autoencodr"):
         Recipe(ReproduceConfig(stages={"autoencodr": {}}))
     with pytest.raises(ConfigError, match="setting output"):
         reproduce(ReproduceConfig(output=""))

@@ -31,7 +31,6 @@ from ...training.config import RunConfig
 from ...training.data.cache import hash_weights, write_tensors
 from ...training.run import TrainingRun, start_run
 from .colours import flat_pictures, in_a_line, measure, object_colours
-from .main_colours import TABLE_STYLES
 from .scenes import BACKGROUNDS, random_scene, render_scene
 from .sources import load_metadata, load_pictures
 from .vae import ColourMap, ColourTerm, to_tensor
@@ -173,8 +172,8 @@ class ColourCube:
 
 class Material(NamedTuple):
     """What the halves learn from: of scenes the tail's ``inputs``, the ``features`` wanted and the ``colours`` of the
-    small pictures; of flat pictures the tail's ``flat_inputs`` and their ``flat_colours`` [N, 3], the first ``named`` of
-    which are those of backgrounds and objects."""
+    small pictures; of flat pictures the tail's ``flat_inputs`` and their ``flat_colours`` [N, 3], of which the first
+    ``named`` are those of backgrounds and objects."""
 
     inputs: Tensor
     features: Tensor
@@ -221,7 +220,10 @@ def _computed(config: RecodeConfig, rest: Rest, device: torch.device) -> dict[st
 
 def _named_colours(style: str) -> Tensor:
     """[N, 3] in -1..1: of the backgrounds and of everyday objects, where those of the style are known."""
-    objects = object_colours(style, "everyday") if style in TABLE_STYLES else {}
+    try:
+        objects = object_colours(style, "everyday")
+    except ConfigError:  # a style whose colours nobody listed
+        objects = {}
     return torch.tensor([*BACKGROUNDS.values(), *objects.values()]) / 127.5 - 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +85,17 @@ def ship_base(
     destination: str | Path,
     guidance_scale: float,
     notes: str = "",
-    vae_run: str | Path | None = None,
+    vae_runs: Sequence[str | Path] = (),
 ) -> Path:
-    """Write the model of ``run_folder`` as fp16 into ``destination`` with its card and its grid of 24 prompts."""
+    """Write the model of ``run_folder`` as fp16 into ``destination`` with its card and its grid of 24 prompts.
+
+    vae_runs: those that made its autoencoder, in order. The last one's decoder ships, which may have been trained on
+    while the model was. Raises ConfigError when its encoder is not the model's.
+    """
     run, out = Path(run_folder), Path(destination)
     pipe = load_pipeline(run / "model", torch.float16)
+    if vae_runs:
+        pipe.vae = of_same_latents(load_autoencoder(Path(vae_runs[-1]) / "vae").half(), pipe.vae, vae_runs[-1])
     if out.exists():
         shutil.rmtree(out)
     pipe.save_pretrained(out, safe_serialization=True)
@@ -98,10 +104,18 @@ def ship_base(
     pipe = load_pipeline(out)
     images = sample_images(pipe, guidance_scale)
     save_png(captioned_grid(images, list(SAMPLE_PROMPTS), 6), out / "samples.png")
-    runs = {"autoencoder": vae_run, "text encoder and U-Net": run}
-    histories = {what: _history(Path(folder)) for what, folder in runs.items() if folder}
+    runs = {f"autoencoder: {Path(folder).name}": Path(folder) for folder in vae_runs}
+    histories = {what: _history(folder) for what, folder in (runs | {"text encoder and U-Net": run}).items()}
     write_base_card(pipe, out, guidance_scale, histories, notes)
     return out
+
+
+def of_same_latents(vae: Any, other: Any, where: str | Path) -> Any:
+    """``vae``, if its encoder is ``other``'s. Raises ConfigError, naming ``where``, if not."""
+    ours, theirs = vae.encoder.state_dict(), other.encoder.state_dict()
+    if ours.keys() != theirs.keys() or any(not torch.equal(ours[key], theirs[key]) for key in ours):
+        raise ConfigError(f"the autoencoder of {where} has another encoder than the one the model was trained on.")
+    return vae
 
 
 def write_base_card(
@@ -178,6 +192,8 @@ def _runs_of_base(histories: Mapping[str, dict[str, Any]]) -> str:
 ## Training
 
     sun train-emoji vae --config configs/emoji-vae.toml
+    sun train-emoji recode --config configs/emoji-recode.toml
+    sun train-emoji vae --config configs/emoji-decoder.toml
     sun train-emoji base --config configs/emoji-base.toml
 
 {table(["", "steps", "minutes", "loss at the end"], rows)}
@@ -242,12 +258,12 @@ def ship_folder(source: str | Path, destination: str | Path, notes: str = "") ->
 
 
 def ship_runs(
-    runs: Mapping[str, Path], guidance: float, notes: str = "", vae: Path | None = None
+    runs: Mapping[str, Path], guidance: float, notes: str = "", vae: Sequence[Path] = ()
 ) -> Iterator[tuple[str, Path]]:
     """Write finished runs to where the package keeps its models; yields what each is and where it went.
 
     runs: folders of runs by "model", "adapter", "image-text model", "LoRA", "ControlNet" and "inpainting model".
-    guidance: scale of the card's pictures. vae: the autoencoder's run, for the model's card.
+    guidance: scale of the card's pictures. vae: the autoencoder's runs, in order.
     """
     folders = {
         "image-text model": ("contrast", shipped.EMOJI_CONTRAST),
