@@ -5,7 +5,7 @@
 PYTHON ?= python3
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all test-floors lint chromium clean
+.PHONY: help demo test test-slow test-all test-floors lint ruff chromium clean
 
 DEMO := .venv-demo
 TEST := .venv-test
@@ -47,9 +47,11 @@ $(TEST)/.installed: pyproject.toml constraints.txt tests/comfy/requirements.txt
 demo: $(DEMO)/.installed ## four-step pictures beside the 25-step reference, into demo/
 	@$(DEMO)/bin/python -m sun demo --out demo
 
-lint: $(TEST)/.installed ## ruff and mypy
+ruff: $(TEST)/.installed
 	$(TEST)/bin/ruff check $(SOURCES)
 	$(TEST)/bin/ruff format --check $(SOURCES)
+
+lint: ruff ## ruff and mypy
 	$(TEST)/bin/mypy
 
 # The browser tests need a Chromium; where there is none and none can be installed, they skip and say so.
@@ -65,14 +67,14 @@ chromium:
 # in one of them.
 PYTEST = $(TEST)/bin/python -m pytest -c tests/pytest.ini -n 2 --dist loadfile --no-loadscope-reorder tests
 
-test: lint chromium ## linter, types and all tests but those marked slow
-	$(PYTEST) -m "not slow"
+test: ruff chromium ## linter, types and all tests but those marked slow
+	.ci/with-types $(TEST)/bin/mypy $(PYTEST) -m "not slow"
 
 test-slow: $(TEST)/.installed chromium ## the others: whole chains, killed processes, further variants
 	$(PYTEST) -m slow
 
-test-all: lint chromium ## every test, with ten times the random inputs and memory over 200 runs
-	SUN_FUZZ_EXAMPLES=2000 SUN_MEMORY_RUNS=200 $(PYTEST)
+test-all: ruff chromium ## every test, with ten times the random inputs and memory over 200 runs
+	SUN_FUZZ_EXAMPLES=2000 SUN_MEMORY_RUNS=200 .ci/with-types $(TEST)/bin/mypy $(PYTEST)
 
 FLOORS := .venv-floors
 
