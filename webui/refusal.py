@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from modules import paths
 
 from ..sun.common.reading import printable
-from ..sun.compact import CompactError
+from ..sun.compact.structure import CompactError
 from ..sun.files import SunFileError
 from ..sun.inheritance import InheritanceError
 from ..sun.ltc import LtcError

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .settings import ConfigError
+from .errors import ConfigError
 
 AUTO = "auto"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from .settings import ConfigError
+from .errors import ConfigError
 
 EMOJI, PHOTO = "emoji", "photo"
 _PACKAGE = __package__.rpartition(".")[0]

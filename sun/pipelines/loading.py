@@ -28,9 +28,9 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ..common.errors import ConfigError
 from ..common.notes import note
 from ..common.reading import ReadError, check_regular, read_bytes, read_json
-from ..common.settings import ConfigError
 from ..prediction import PredictionError, check_prediction, marked_prediction
 from ..shipped import EMOJI_DIFFUSION, SHIPPED, SINGLE_FILE_CONFIG
 from .schedulers import prediction_of
