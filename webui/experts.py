@@ -12,16 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..sun.common.identity import Stamp, stamp
 from ..sun.compact.expertfile import experts_beside, read_experts
 from ..sun.compact.experts import Experts, alike_of
 from ..sun.compact.ldm_experts import mixing_of
-from . import store
 from .hosts import family
 
 log = logging.getLogger(__name__)
 
 WRITTEN = "SUN experts"
-_kept: list[tuple[store.Key, Experts]] = []
+_kept: list[tuple[Stamp, Experts]] = []
 
 
 def file_of(p: Any) -> Path | None:
@@ -54,7 +54,7 @@ def sampling(p: Any, path: Path) -> Iterator[None]:
 
 
 def _load(path: Path) -> Experts:
-    key = store.key_of(path)
+    key = stamp(path)
     if not _kept or _kept[0][0] != key:
         _kept[:] = [(key, read_experts(path))]
     return _kept[0][1]

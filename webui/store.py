@@ -12,16 +12,8 @@ import torch
 from ..sun import files
 from ..sun.adapter import SunAdapter
 from ..sun.common.errors import NotAnAdapterError
-from ..sun.common.identity import sha256_of
+from ..sun.common.identity import Stamp, sha256_of, stamp
 from ..sun.files import AdapterTensors, SunFileError
-
-Key = tuple[str, int, int]
-
-
-def key_of(path: Path) -> Key:
-    """Changes when the file does, without reading it."""
-    stat = path.stat()
-    return str(path.resolve()), stat.st_mtime_ns, stat.st_size
 
 
 def facts(path: Path) -> AdapterTensors | None:
@@ -30,7 +22,7 @@ def facts(path: Path) -> AdapterTensors | None:
     Of a .safetensors file the head alone is read.
     """
     try:
-        found = _facts(key_of(path))
+        found = _facts(stamp(path))
     except OSError:
         return None
     return found if isinstance(found, AdapterTensors) else None
@@ -39,19 +31,19 @@ def facts(path: Path) -> AdapterTensors | None:
 def is_another_model(path: Path) -> bool:
     """Whether a file can be read and is something else (a LoRA, say). A damaged one may well be an adapter."""
     try:
-        return _facts(key_of(path)) is False
+        return _facts(stamp(path)) is False
     except OSError:
         return False
 
 
 def load(path: Path) -> SunAdapter:
     """The adapter of a file, on the CPU with the file's dtypes. Raises SunFileError."""
-    return _load(key_of(path))
+    return _load(stamp(path))
 
 
 def short_hash(path: Path) -> str:
     """First ten digits of the file's SHA-256, as the host writes its model hashes."""
-    return _short_hash(key_of(path))
+    return _short_hash(stamp(path))
 
 
 def on(adapter: SunAdapter, device: torch.device, dtype: torch.dtype) -> SunAdapter:
@@ -80,10 +72,10 @@ MAX_PICKLE = 2**30
 
 
 @functools.lru_cache(maxsize=1024)
-def _facts(key: Key) -> AdapterTensors | bool | None:
+def _facts(file: Stamp) -> AdapterTensors | bool | None:
     """Facts of an adapter, False for another model, None for what cannot be read."""
-    path = Path(key[0])
-    if path.suffix.lower() != ".safetensors" and key[2] > MAX_PICKLE:
+    path = Path(file[0])
+    if path.suffix.lower() != ".safetensors" and file[2] > MAX_PICKLE:
         return False
     try:
         content = files.peek(path)
@@ -97,10 +89,10 @@ def _facts(key: Key) -> AdapterTensors | bool | None:
 
 
 @functools.lru_cache(maxsize=2)
-def _load(key: Key) -> SunAdapter:
-    return SunAdapter.load(key[0]).requires_grad_(False)
+def _load(file: Stamp) -> SunAdapter:
+    return SunAdapter.load(file[0]).requires_grad_(False)
 
 
 @functools.lru_cache(maxsize=64)
-def _short_hash(key: Key) -> str:
-    return sha256_of(key[0])[:10]
+def _short_hash(file: Stamp) -> str:
+    return sha256_of(file[0])[:10]

@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from modules import sd_models, shared
 
-from ..sun.common.identity import sha256_of
+from ..sun.common.errors import SunFileError
+from ..sun.common.identity import Stamp, stamp
 from ..sun.common.reading import ReadError, check_regular
+from ..sun.common.weights import header_of
 from ..sun.ltc import fingerprint
 from ..sun.prediction import marked_prediction
 from ..sun.switching import Border, Switching, SwitchingError, Traits, check_pair, control_for_small, layers_a_stage
 from ..sun.switching.slim import Slim, is_unet_name, slim, unet_weights
-from . import folders
+from . import folders, store
 from .hosts import family
 from .sampler import function_replaced
 
@@ -67,35 +69,23 @@ def _listed() -> dict[str, Path]:
 
 def _holds_unet(path: Path) -> bool:
     try:
-        stat = path.stat()
+        return any(name.endswith("input_blocks.0.0.weight") for name in _names_in(stamp(path)))
     except OSError:
         return False
-    names = _names_in(str(path), stat.st_mtime_ns, stat.st_size)
-    return any(name.endswith("input_blocks.0.0.weight") for name in names)
 
 
 @functools.lru_cache(maxsize=256)
-def _names_in(path: str, _changed: int, _size: int) -> frozenset[str]:
+def _names_in(file: Stamp) -> frozenset[str]:
     """Names of the tensors of a file, from its head alone; none of a file that cannot be read."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, "pt") as content:
-            return frozenset(content.keys())
-    except (OSError, SafetensorError):
+        return frozenset(header_of(file[0]).tensors)
+    except SunFileError:
         return frozenset()
 
 
 def short_hash(name: str) -> str:
     """First ten digits of the file's SHA-256."""
-    path = find(name)
-    stat = path.stat()
-    return _hash(str(path), stat.st_mtime_ns, stat.st_size)
-
-
-@functools.lru_cache(maxsize=64)
-def _hash(path: str, _changed: int, _size: int) -> str:
-    return sha256_of(path)[:10]
+    return store.short_hash(find(name))
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], str]:
@@ -122,9 +112,8 @@ _made: list[tuple[Any, tuple[Any, ...], Slim]] = []
 def small_of(sd_model: Any, name: str) -> Slim:
     """The small U-Net of a listed file for the loaded model; the last one is kept. Raises SwitchingError."""
     path, host = find(name), family.of(sd_model)
-    large, stat = host.unet_of(sd_model), path.stat()
-    like = next(large.parameters())
-    which = (str(path), stat.st_mtime_ns, stat.st_size, like.dtype)
+    large = host.unet_of(sd_model)
+    which = (*stamp(path), next(large.parameters()).dtype)
     if _made and _made[0][0]() is large and _made[0][1] == which:
         return _made[0][2]
     forget()
