@@ -9,6 +9,7 @@ from typing import Any
 import comfy.model_sampling
 import torch
 
+from ..sun.ltc.kdiffusion import NOISY
 from ..sun.prediction import PredictionError, check_prediction
 
 log = logging.getLogger(__name__)
@@ -18,8 +19,7 @@ SKIPS_STEPS = "sun_ltc"  # Apply LTC-Accel, who is asked to leave out steps
 SHARES_STEPS = "sun_switching"  # Switch U-Nets by Step, whose two models make some each
 RIGHT = "4 steps, cfg 1.0, euler, ddim or dpmpp_2m, scheduler simple (or the sigmas of SUN Scheduler)"
 
-# Samplers of ComfyUI that add new noise on the way, and those that ask the U-Net between the steps as well.
-NOISY = ("ancestral", "sde", "ddpm", "lcm", "seeds", "sa_solver")
+# Samplers of ComfyUI that ask the U-Net between the steps as well.
 TWICE = (
     "heun",
     "heunpp2",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.devices import synchronize
 from .assembly import assemble
 from .planfile import Plan
 from .structure import CompactError, Shape, candidates
@@ -177,8 +178,7 @@ class _Timer:
 
 
 def _now(device: torch.device) -> float:
-    if device.type in ("cuda", "mps", "xpu"):
-        getattr(torch, device.type).synchronize()
+    synchronize(device)
     return time.perf_counter()
 
 

@@ -6,6 +6,7 @@ Reconstructed from the abstract of A-SDM (arXiv 2406.00210), whose body was not 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -52,6 +53,8 @@ class Plan:
             raise InheritanceError(f"every is 2 or more: with {self.every} every step would be a full one.")
         if self.mode not in MODES or self.power < 1:
             raise InheritanceError(f"mode takes {', '.join(MODES)} and power 1 or more, not {self.mode}, {self.power}.")
+        if not (math.isfinite(self.power) and math.isfinite(self.forecast)):
+            raise InheritanceError(f"power and forecast are finite numbers, not {self.power} and {self.forecast}.")
 
     def is_key(self, step: int, steps: int = 0) -> bool:
         """Whether step number ``step`` (from 0) of ``steps`` is a full one.

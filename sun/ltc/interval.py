@@ -32,10 +32,11 @@ class LtcSettings:
             or not 0 <= self.first <= 1
             or self.last < 0
             or self.terms not in (1, 2)
+            or any(number % 1 != 0 for number in (self.every, self.last))
         ):
             raise LtcError(
-                "LTC-Accel takes tau of 0 or more (radians), every of 2 or more, first between 0 and 1, last of 0 or "
-                f"more and 1 or 2 terms, not {self}."
+                "LTC-Accel takes tau of 0 or more (radians), a whole number every of 2 or more, first between 0 and 1, "
+                f"a whole number last of 0 or more and 1 or 2 terms, not {self}."
             )
 
 

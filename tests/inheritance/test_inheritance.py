@@ -72,6 +72,8 @@ def test_plans_read_what_they_print() -> None:
         ("stages=1 every=1", "every step would be a full one"),
         ("stages=x", "takes numbers"),
         ("stages=1 mode=often", "uniform, dense-early, dense-late"),
+        ("stages=1 forecast=nan", "finite numbers"),
+        ("stages=1 mode=dense-early power=inf", "finite numbers"),
     ],
 )
 def test_wrong_plans_say_what_is_right(text: str, words: str) -> None:

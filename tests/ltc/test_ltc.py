@@ -82,8 +82,9 @@ def test_the_interval_is_the_longest_calm_run_away_from_both_ends() -> None:
     assert skipped_steps(turns, settings) == (13, 15, 17)
     assert skipped_steps([0.5] * 19, settings) == ()
     assert skipped_steps(turns, LtcSettings(tau=0.1, every=3)) == (14, 17)
-    with pytest.raises(LtcError, match="every of 2 or more"):
-        LtcSettings(every=1)
+    for wrong in ({"every": 1}, {"every": 2.5}, {"last": 0.5}, {"every": math.inf}, {"tau": math.nan}):
+        with pytest.raises(LtcError, match="every of 2 or more"):
+            LtcSettings(**wrong)
 
 
 # --------------------------------------------------------------------------------------------------------------- files
