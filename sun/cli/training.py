@@ -28,7 +28,10 @@ RUN_OPTIONS = {
         bool | None, typer.Option("--resume/--no-resume", help="Go on from the run's last checkpoint.")
     ],
 }
-MODEL = Annotated[str | None, typer.Option(help="Diffusers folder to start from. (emoji: the shipped one)")]
+MODEL = Annotated[
+    str | None,
+    typer.Option(help="Diffusers folder or SD 1.5 checkpoint (.safetensors) to start from. (emoji: the shipped one)"),
+]
 DATA = Annotated[str | None, typer.Option(help="Folder of pictures and captions, webdataset shards, or emoji:STYLE.")]
 COMMANDS = Annotated[
     bool | None, typer.Option("--allow-commands", help="Let --data run a command of yours: pipe:COMMAND.")

@@ -24,7 +24,7 @@ from ...training.models import load_frozen, use_fast_attention
 from ...training.run import start_run
 from ...training.student import Teacher
 from ...training.targets import Prompts, make_objective
-from .setup import Distillation
+from .setup import Distillation, PeerConfig
 
 USAGE = """```python
 unet = UNet2DConditionModel.from_pretrained("this folder", subfolder="unet")
@@ -37,30 +37,20 @@ pipe(prompt, num_inference_steps=4, guidance_scale=1.0)
 
 
 @dataclass
-class GuidedDistillConfig:
+class GuidedDistillConfig(PeerConfig):
     """The settings of SUN's training (``SunTrainConfig``) but those of an adapter and of negative prompts."""
 
     run: RunConfig = field(
         default_factory=lambda: RunConfig(output="runs/guided-distill", steps=5000, batch_size=32, lr=1e-5)
     )
-    model: str = "emoji"
-    data: str = "emoji:twemoji"
-    allow_commands: bool = field(default=False, metadata={"typed": True})  # as for SUN
-    cache: str = ""  # as for SUN
-    workers: int = 0
-    resolution: int = 0  # 0: the model's own
-    guidance_scale: float = 8.0
     cfg_weight: float = 1.0
     msc_weight: float = 1.0
     msc_error: str = "noise"
     stage_length: float = 0.25
     substeps: int = 6
     replace_probability: float = 0.1
-    empty_captions: float = 0.0
     stage_start_probability: float = 0.0
-    pure_noise_at_start: bool = False
     target_reuse: int = 1
-    gradient_checkpointing: bool = False
     trajectories: bool = False
     teacher_solver: str = "dpmpp_2m"
     bank_size: int = 4096

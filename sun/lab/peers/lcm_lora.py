@@ -31,7 +31,7 @@ from ...training.config import RunConfig
 from ...training.models import load_frozen
 from ...training.run import start_run
 from ...training.student import Teacher
-from .setup import Batch, Distillation
+from .setup import Batch, Distillation, PeerConfig
 
 ADAPTER = "lcm"
 # Attention, feed-forward, convolutions and time embeddings: the layers LCM-LoRA for Stable Diffusion adapts.
@@ -59,7 +59,7 @@ pipe(prompt, num_inference_steps=4, guidance_scale=1.0)
 
 
 @dataclass
-class LcmLoraConfig:
+class LcmLoraConfig(PeerConfig):
     """Settings of latent consistency distillation.
 
     ``run.ema_decay`` is the papers' mu: the averaged weights are the target network and what is written; 0 takes the
@@ -70,22 +70,12 @@ class LcmLoraConfig:
     run: RunConfig = field(
         default_factory=lambda: RunConfig(output="runs/lcm-lora", steps=5000, batch_size=32, lr=1e-4, ema_decay=0.95)
     )
-    model: str = "emoji"
-    data: str = "emoji:twemoji"
-    allow_commands: bool = field(default=False, metadata={"typed": True})  # as for SUN
-    cache: str = ""  # as for SUN
-    workers: int = 0
-    resolution: int = 0  # 0: the model's own
-    guidance_scale: float = 8.0
     guidance_scale_max: float = 0.0  # 0: w is fixed
     skipping_step: int = 20  # k
     rank: int = 0  # 0: about as many parameters as a SUN adapter with both branches
     targets: tuple[str, ...] = TARGETS
     loss: Literal["huber", "l2"] = "huber"
     huber_c: float = 0.001
-    empty_captions: float = 0.0
-    pure_noise_at_start: bool = False  # x_999 is pure noise, as at inference, instead of noised data
-    gradient_checkpointing: bool = False
 
     def check(self) -> None:
         """Raise ConfigError for values that cannot be trained with."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,18 +19,21 @@ from ...training.previews import sample_prompts
 from ...training.run import TrainingRun
 
 
-class PeerConfig(Protocol):
-    """The settings every peer has."""
+@dataclass
+class PeerConfig:
+    """The settings every peer has; those of ``SunTrainConfig`` that bear their names."""
 
-    run: RunConfig
-    model: str
-    data: str
-    cache: str
-    workers: int
-    allow_commands: bool
-    resolution: int
-    guidance_scale: float
-    empty_captions: float
+    run: RunConfig = field(default_factory=RunConfig)
+    model: str = "emoji"
+    data: str = "emoji:twemoji"
+    allow_commands: bool = field(default=False, metadata={"typed": True})
+    cache: str = ""
+    workers: int = 0
+    resolution: int = 0  # 0: the model's own
+    guidance_scale: float = 8.0
+    empty_captions: float = 0.0
+    pure_noise_at_start: bool = False  # x_999 is pure noise, as at inference, instead of noised data
+    gradient_checkpointing: bool = False
 
 
 @dataclass
