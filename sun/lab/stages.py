@@ -317,7 +317,7 @@ def quick(config: ReproduceConfig) -> ReproduceConfig:
     tiny = {
         "autoencoder": {"size": 64, "crop": 32, "run": run},
         "recode": {"scenes": 2, "size": 64, "crop": 48, "flat_colours": 4, "flat_batch": 4, "run": run},
-        "decoder": {"size": 64, "crop": 32, "run": run},
+        "decoder": {"size": 64, "crop": 32, "flat_batch": 4, "run": run},
         "base": {
             **scenes,
             "stages": [[32, 0.5], [64, 0.5]],

@@ -169,7 +169,9 @@ def make_vae() -> Callable[[], Any]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("wrong", [{"colour_weight": -1.0}, {"colour_relax": 2.0}, {"colour_end": -0.1}, {"crop": 12}])
+@pytest.mark.parametrize(
+    "wrong", [{"colour_weight": -1.0}, {"colour_relax": 2.0}, {"colour_end": -0.1}, {"crop": 12}, {"flat_batch": -1}]
+)
 def test_settings_of_the_autoencoder_outside_their_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         VaeConfig(**wrong).check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from helpers.small_models import make_run
 from sun.common.settings import ConfigError
 from sun.lab.emoji import ship
 from sun.lab.emoji.colours import flat_pictures
-from sun.lab.emoji.recoding import CUBE, ColourCube, Extrapolation, Halves, RecodeConfig, Rest, recode
+from sun.lab.emoji.flat_colours import Extrapolation
+from sun.lab.emoji.recoding import CUBE, ColourCube, Halves, RecodeConfig, Rest, recode
+from sun.lab.emoji.vae import Autoencoding, Flat
 
 
 @pytest.fixture
@@ -81,6 +84,27 @@ def test_latents_and_colours_move_alike() -> None:
     moved = (further.of(colours) @ code)[..., None, None].expand(-1, -1, 2, 2)
     torch.testing.assert_close(further.of(latents), moved)
     assert torch.equal(further.of(colours)[:2], colours[:2])
+
+
+def test_the_decoder_learns_colours_whose_latents_are_moved(vae: AutoencoderTiny) -> None:
+    """The flat term falls while the encoder stays, and every second colour is a named one."""
+    torch.manual_seed(0)
+    vae.encoder.requires_grad_(False)
+    both, named = Autoencoding(vae), torch.tensor([[1.0, -1.0, -1.0], [-1.0, 1.0, -1.0]])
+    pixels, noise = torch.zeros(1, 3, 16, 16), torch.zeros(1, 4, 2, 2)
+    flat = Flat.draw(8, named, random.Random(0))
+    assert all(any(torch.equal(colour, name) for name in named) for colour in flat.colours[1::2])
+    assert not any(torch.equal(colour, name) for colour in flat.colours[::2] for name in named)
+    assert float(both(pixels, noise)[3]) == 0.0
+    optimizer = torch.optim.Adam(vae.decoder.parameters(), lr=3e-3)
+    terms = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        moved = both(pixels, noise, flat)[3]
+        moved.backward()
+        optimizer.step()
+        terms.append(moved.item())
+    assert terms[-1] < 0.5 * terms[0]
 
 
 def config_in(folder: Path, vae: AutoencoderTiny, **settings: Any) -> RecodeConfig:

@@ -30,8 +30,9 @@ from ...pipelines.loading import load_part
 from ...training.config import RunConfig
 from ...training.data.cache import hash_weights, write_tensors
 from ...training.run import TrainingRun, start_run
-from .colours import flat_pictures, in_a_line, measure, object_colours
-from .scenes import BACKGROUNDS, random_scene, render_scene
+from .colours import flat_pictures, in_a_line, measure
+from .flat_colours import Extrapolation, colours_of_all_kinds, named_colours
+from .scenes import random_scene, render_scene
 from .sources import load_metadata, load_pictures
 from .vae import ColourMap, ColourTerm, to_tensor
 
@@ -189,7 +190,7 @@ def material_of(config: RecodeConfig, vae: AutoencoderTiny, rest: Rest, device: 
     made_from = hashlib.sha256(known.encode())
     hash_weights(made_from, vae)
     file = cache_dir() / "recoding" / f"{made_from.hexdigest()[:16]}.safetensors"
-    named = len(_named_colours(config.style))
+    named = len(named_colours(config.style))
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(file, _computed(config, rest, device))
@@ -209,31 +210,13 @@ def _computed(config: RecodeConfig, rest: Rest, device: torch.device) -> dict[st
         inputs.append(rest.inputs(pixels))
         features.append(rest.features(inputs[-1]))
         colours.append(F.avg_pool2d(pixels, 8))
-    flat = torch.cat([_named_colours(config.style), _colours_of_all_kinds(config.flat_colours, config.run.seed)])
+    flat = torch.cat([named_colours(config.style), colours_of_all_kinds(config.flat_colours, config.run.seed)])
     flat_inputs = [
         rest.inputs(part.to(device).view(-1, 3, 1, 1).expand(-1, -1, config.crop, config.crop).contiguous())
         for part in tqdm(flat.split(32), desc="flat colours")
     ]
     found = {"inputs": inputs, "features": features, "colours": colours, "flat_inputs": flat_inputs}
     return {name: torch.cat(parts).cpu().contiguous() for name, parts in found.items()} | {"flat_colours": flat}
-
-
-def _named_colours(style: str) -> Tensor:
-    """[N, 3] in -1..1: of the backgrounds and of everyday objects, where those of the style are known."""
-    try:
-        objects = object_colours(style, "everyday")
-    except ConfigError:  # a style whose colours nobody listed
-        objects = {}
-    return torch.tensor([*BACKGROUNDS.values(), *objects.values()]) / 127.5 - 1
-
-
-def _colours_of_all_kinds(count: int, seed: int) -> Tensor:
-    """[count, 3] in -1..1: two of three anywhere, the third near the pure ones, black and white."""
-    generator = torch.Generator().manual_seed(seed)
-    pure = count // 3
-    anywhere = torch.rand(count - pure, 3, generator=generator) * 2 - 1
-    corners = (torch.rand(pure, 3, generator=generator) > 0.5) * 2.0 - 1
-    return torch.cat([anywhere, (corners + 0.15 * torch.randn(pure, 3, generator=generator)).clamp(-1, 1)])
 
 
 class Recoding:
@@ -295,29 +278,6 @@ class Recoding:
 
 def _inner(values: Tensor, border: int) -> Tensor:
     return values[..., border:-border, border:-border]
-
-
-@dataclass(frozen=True)
-class Extrapolation:
-    """How flat colours are moved, their latents and the colours themselves alike: the first ones are scaled by
-    ``scale`` [A], the others lie on the line to a neighbour at ``share`` [B], 1 being their own place."""
-
-    scale: Tensor
-    share: Tensor
-
-    @classmethod
-    def draw(cls, count: int, device: torch.device) -> Extrapolation:
-        """Of ``count`` colours half are scaled by 0.35 to 2.2, a quarter of those by 1; half move, up to 0.6 beyond
-        either colour."""
-        scale = torch.exp(torch.empty(count // 2, device=device).uniform_(-1.05, 0.79))
-        scale[: count // 8] = 1.0
-        return cls(scale, torch.empty(count - count // 2, device=device).uniform_(-0.6, 1.6))
-
-    def of(self, values: Tensor) -> Tensor:
-        """Values [A + B, ...], moved."""
-        scale, share = (part.view(-1, *[1] * (values.ndim - 1)) for part in (self.scale, self.share))
-        first, second = values[: len(scale)], values[len(scale) :]
-        return torch.cat([scale * first, share * second + (1 - share) * second.roll(1, 0)])
 
 
 def recode(config: RecodeConfig) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +19,11 @@ from ...pipelines.loading import load_part
 from ...training.config import RunConfig
 from ...training.run import TrainingRun, start_run
 from .colours import in_a_line, measure
+from .flat_colours import Extrapolation, colours_of_all_kinds, named_colours
 from .scenes import random_scene, render_scene
 from .sources import load_metadata, load_pictures
+
+FLAT = 32  # pixels to a side of a flat picture
 
 
 @dataclass
@@ -75,12 +78,16 @@ class VaeConfig(ColourTerm):
     latent_noise: float = 0.1  # the decoder sees latents with noise of up to this standard deviation
     latent_weight: float = 0.05
     colour_map: Literal["fixed", "fitted"] = "fixed"
+    # Flat pictures in a step, every second in the colour of a background or an object, the others in any: half of them
+    # have their latents scaled, half extrapolated from one to another, and must become the colours moved alike.
+    flat_batch: int = 0
+    flat_weight: float = 0.25  # of their error against that of the crops
 
     def check(self) -> None:
         """Raise ConfigError for numbers outside their range."""
         self.check_colours()
-        if min(self.latent_noise, self.latent_weight, self.edge_weight) < 0:
-            raise ConfigError("latent_noise, latent_weight and edge_weight are 0 or above.")
+        if min(self.latent_noise, self.latent_weight, self.edge_weight, self.flat_weight, self.flat_batch) < 0:
+            raise ConfigError("latent_noise, latent_weight, edge_weight, flat_weight and flat_batch are 0 or above.")
         if self.crop % 8 or not 8 <= self.crop <= self.size:
             raise ConfigError(f"crop is a multiple of 8 pixels up to size ({self.size}), not {self.crop}.")
 
@@ -119,6 +126,25 @@ class ColourMap(torch.nn.Module):
         return torch.einsum("rc,bchw->brhw", self.linear, latents) + self.offset.view(1, 3, 1, 1)
 
 
+class Flat(NamedTuple):
+    """Flat pictures of ``colours`` [N, 3] in -1..1, and how their latents are moved."""
+
+    colours: torch.Tensor
+    extrapolation: Extrapolation
+
+    def pixels(self) -> torch.Tensor:
+        """[N, 3, FLAT, FLAT]."""
+        return self.colours[..., None, None].expand(-1, -1, FLAT, FLAT).contiguous(memory_format=torch.channels_last)
+
+    @classmethod
+    def draw(cls, count: int, named: torch.Tensor, rng: random.Random) -> Flat:
+        """Every second colour is one of ``named``."""
+        colours = colours_of_all_kinds(count, rng.randrange(2**31)).to(named)
+        some = [rng.randrange(len(named)) for _ in range(count // 2)]
+        colours[1::2] = named[some]
+        return cls(colours, Extrapolation.draw(count, named.device))
+
+
 class Autoencoding(torch.nn.Module):
     """One training pass through the autoencoder as one module, so that several processes average its gradients."""
 
@@ -127,14 +153,29 @@ class Autoencoding(torch.nn.Module):
         self.vae = vae
         self.colours = ColourMap(fitted_colours)
 
-    def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pixels [B, 3, H, W], noise [B, 4, H/8, W/8] added to the latents -> (latents, restored pixels, colour term),
-        fp32. The colour term is the mean squared error of the colours that the latents give."""
+    def forward(
+        self, pixels: torch.Tensor, noise: torch.Tensor, flat: Flat | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pixels [B, 3, H, W], noise [B, 4, H/8, W/8] added to the latents -> (latents, restored pixels, colour term,
+        flat term), fp32.
+
+        The colour term is the mean squared error of the colours that the latents give, the flat term that of the
+        pictures made of the moved latents of ``flat``; 0 without.
+        """
         latents = self.vae.encoder(pixels).float()
-        restored = self.vae.decoder((latents + noise).contiguous(memory_format=torch.channels_last))
+        restored = self._decode(latents + noise)
+        moved = restored.new_zeros(())
+        if flat is not None:
+            wanted = flat.extrapolation.of(flat.colours).clamp(-1, 1)[..., None, None]
+            made = self._decode(flat.extrapolation.of(self.vae.encoder(flat.pixels()).float()))
+            moved = F.l1_loss(made, wanted.expand_as(made)) + 2 * F.mse_loss(made, wanted.expand_as(made))
         with torch.autocast(latents.device.type, enabled=False):
             colour = F.mse_loss(self.colours(latents), F.avg_pool2d(pixels.float(), 8))
-        return latents, restored.float(), colour
+        return latents, restored, colour, moved
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        restored: torch.Tensor = self.vae.decoder(latents.contiguous(memory_format=torch.channels_last))
+        return restored.float()
 
 
 def train_vae(config: VaeConfig) -> Path:
@@ -147,17 +188,20 @@ def train_vae(config: VaeConfig) -> Path:
     rng = random.Random(config.run.seed + 7919 * run.progress.step + run.accelerator.process_index)
     crops = Crops(config, rng, run.accelerator.device)
     held = crops.draw(8, config.size)
+    named = named_colours(config.style).to(run.accelerator.device)
     sampled = 0.0
     for _ in run.steps():
         pixels = crops.draw(config.run.batch_size, config.crop)
         noise = torch.randn(len(pixels), 4, config.crop // 8, config.crop // 8, device=pixels.device)
         noise *= config.latent_noise * torch.rand(1).item()
         with run.accelerator.autocast():
-            latents, output, colour = run.modules["autoencoding"](pixels, noise)
+            flat = Flat.draw(config.flat_batch, named, rng) if config.flat_batch else None
+            latents, output, colour, moved = run.modules["autoencoding"](pixels, noise, flat)
         pull = latents.mean((0, 2, 3)).square().mean() + (latents.std((0, 2, 3)) - 1).square().mean()
         restored = reconstruction_loss(output, pixels, config.edge_weight)
         loss = restored + config.latent_weight * pull + config.colour_weight_at(run.fraction) * colour
-        run.update(loss, restored=restored, pull=pull, colour=colour)
+        loss = loss + config.flat_weight * moved
+        run.update(loss, restored=restored, pull=pull, colour=colour, flat=moved)
         if run.progress.seconds - sampled > 60 * config.run.sample_minutes:
             sampled = run.progress.seconds
             _sample(run, vae, held)
