@@ -12,6 +12,7 @@ import torch
 
 TEXT_WIDTH = 16
 STAGES = (8, 16, 24, 24)
+SHORT_STAGES = (8, 16)
 
 
 def make_unet(
@@ -43,11 +44,29 @@ def make_short_unet(seed: int = 0, in_channels: int = 4, text_width: int = TEXT_
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=in_channels,
-        block_out_channels=(8, 16),
+        block_out_channels=SHORT_STAGES,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=text_width,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    ).eval()
+
+
+def make_single_stage_unet(seed: int = 0) -> Any:
+    """One stage with a layer and no middle: three layers of SUN, for compilers that follow each several times."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=SHORT_STAGES[:1],
+        down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("CrossAttnUpBlock2D",),
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=2,
         norm_num_groups=4,
     ).eval()

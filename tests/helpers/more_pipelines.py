@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import torch
 from PIL import Image
-from tiny import STAGES, TEXT_WIDTH, make_unet
+from tiny import SHORT_STAGES, TEXT_WIDTH, make_short_unet
 
 FRAMES = 2
 
@@ -22,7 +22,8 @@ def picture(seed: int = 0) -> Image.Image:
 def motion_adapter() -> Any:
     torch.manual_seed(21)
     made = diffusers.MotionAdapter(
-        block_out_channels=STAGES,
+        block_out_channels=SHORT_STAGES,
+        motion_layers_per_block=1,
         motion_num_attention_heads=2,
         motion_norm_num_groups=4,
         motion_max_seq_length=16,
@@ -32,14 +33,16 @@ def motion_adapter() -> Any:
 
 def t2i_adapter(seed: int = 22) -> Any:
     torch.manual_seed(seed)
-    return diffusers.T2IAdapter(channels=list(STAGES), num_res_blocks=1, downscale_factor=8).eval()
+    return diffusers.T2IAdapter(channels=list(SHORT_STAGES), num_res_blocks=1, downscale_factor=8).eval()
 
 
 def sparse_controlnet() -> Any:
     torch.manual_seed(23)
     made = diffusers.SparseControlNetModel(
         conditioning_channels=3,
-        block_out_channels=STAGES,
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        layers_per_block=1,
+        block_out_channels=SHORT_STAGES,
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=2,
         norm_num_groups=4,
@@ -68,7 +71,7 @@ def controlnet(unet: Any) -> Any:
 def build(make_pipeline: Callable[..., Any], kind: Any) -> Any:
     """A pipeline of diffusers by its class's name, or of a class, with every part it asks for."""
     cls = getattr(diffusers, kind) if isinstance(kind, str) else kind
-    name, unet = cls.__name__, make_unet()
+    name, unet = cls.__name__, make_short_unet()
     parts = {**make_pipeline(unet=unet).components, "requires_safety_checker": False}
     if "SparseControlNet" in name:
         parts["controlnet"] = sparse_controlnet()

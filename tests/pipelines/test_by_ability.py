@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -11,7 +12,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from more_pipelines import FRAMES, build, controlnet, draw, motion_adapter, picture, t2i_adapter
 from peft import LoraConfig
-from tiny import TEXT_WIDTH, make_adapter, make_unet
+from tiny import TEXT_WIDTH, make_adapter, make_short_unet, make_unet
 
 import sun
 from sun.layers import layers_from_structure
@@ -33,6 +34,11 @@ KINDS = {
     "AnimateDiffVideoToVideoPipeline": 1,
     "AnimateDiffVideoToVideoControlNetPipeline": 1,
 }
+
+
+@pytest.fixture(scope="session")
+def make_pipeline(make_short_pipeline: Callable[..., Any]) -> Callable[..., Any]:
+    return make_short_pipeline
 
 
 def with_sun(make_pipeline: Any, kind: Any) -> Any:
@@ -121,7 +127,7 @@ def test_the_released_layout_maps_by_name_on_stable_diffusions_motion_unet() -> 
 @torch.no_grad()
 def test_a_video_without_motion_is_its_frames_one_by_one() -> None:
     """The adapter's layers act in a motion U-Net as in the U-Net that it was made of."""
-    unet = make_unet()
+    unet = make_short_unet()
     motion = motion_adapter()
     for name, parameter in motion.named_parameters():
         if ".proj_out." in name:
@@ -155,7 +161,7 @@ def test_long_videos_by_freenoise(make_pipeline: Any, count_calls: Any) -> None:
     pipe.enable_free_noise_split_inference(temporal_split_size=4)
     torch.testing.assert_close(draw(pipe, prompts, {0: "x", 3: "y"}, **options), first, rtol=1e-3, atol=1e-3)
     sun.detach(pipe)
-    sun.attach(pipe, make_adapter(make_unet()))
+    sun.attach(pipe, make_adapter(make_short_unet()))
     torch.testing.assert_close(draw(pipe, prompts, {0: "x", 3: "y"}, **options), first, rtol=1e-3, atol=1e-3)
 
 
@@ -177,7 +183,7 @@ def test_an_ip_adapter_beside_sun_in_a_video(make_pipeline: Any) -> None:
     from ip_adapters import image_embeds, ip_adapter, load
 
     pipe = with_sun(make_pipeline, "AnimateDiffPipeline")
-    state = ip_adapter(make_unet())
+    state = ip_adapter(make_short_unet())
     load(pipe, state)
     one = draw(pipe, ip_adapter_image_embeds=[image_embeds()])
     assert (draw(pipe, ip_adapter_image_embeds=[image_embeds(seed=9)]) - one).abs().max() > 0.01
@@ -302,7 +308,8 @@ def test_what_cannot_work_is_refused_in_a_sentence(make_pipeline: Any, kind: str
         chosen = {name: parts.get(name) for name in asked if name in parts}
         chosen |= {name: make() for name, make in other.items() if name in asked}
     if kind == "StableDiffusionControlNetXSPipeline":
-        chosen["controlnet"] = diffusers.ControlNetXSAdapter.from_unet(make_unet(), size_ratio=1.0)
+        chosen["unet"] = make_unet()  # of two layers a stage, which this class takes for granted
+        chosen["controlnet"] = diffusers.ControlNetXSAdapter.from_unet(chosen["unet"], size_ratio=1.0)
     if kind == "DDPMPipeline":
         chosen["unet"] = diffusers.UNet2DModel(block_out_channels=(8, 8), norm_num_groups=4,
                                                down_block_types=("DownBlock2D",) * 2,
@@ -314,7 +321,7 @@ def test_what_cannot_work_is_refused_in_a_sentence(make_pipeline: Any, kind: str
         chosen["requires_safety_checker"] = False
     pipe = cls(**chosen)
     with pytest.raises(TypeError, match=rf"SUN does not support {kind}: .*({reason}).*negative prompt"):
-        sun.attach(pipe, make_adapter(make_unet()))
+        sun.attach(pipe, make_adapter(make_short_unet()))
 
 
 # ------------------------------------------------------------------------------------------------ what callers change

@@ -22,7 +22,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
-from tiny import make_adapter, make_unet
+from tiny import make_adapter, make_short_unet
 
 import sun
 from sun import inheritance
@@ -36,6 +36,11 @@ ASKED = [("a cat", "a dog", 1), ("a tree", "blue", 2), ("red", "", 3)]
 @pytest.fixture(scope="session")
 def make_pipeline(make_short_pipeline: Callable[..., Any]) -> Callable[..., Any]:
     return make_short_pipeline
+
+
+@pytest.fixture
+def unet() -> Any:
+    return make_short_unet()
 
 
 def draw(
@@ -125,7 +130,7 @@ def test_a_pipeline_without_a_method_is_not_drawn_into_anothers_run(make_pipelin
 
 @torch.no_grad()
 def test_threads_that_call_a_bare_unet_inherit_their_own_features() -> None:
-    unet = make_unet()
+    unet = make_short_unet()
     inheritance.attach(unet, "stages=1")
 
     def run(seed: int) -> torch.Tensor:

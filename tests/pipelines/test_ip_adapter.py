@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +17,11 @@ import sun
 from sun.attention import sun_attention
 from sun.pipelines.schedulers import make_scheduler
 from sun.pipelines.unet import NEGATIVE
+
+
+@pytest.fixture(scope="session")
+def make_pipeline(make_short_pipeline: Callable[..., Any]) -> Callable[..., Any]:
+    return make_short_pipeline
 
 
 def draw(pipe: Any, prompt: Any = "a cat", negative: Any = "a dog", images: Any = None, **options: Any) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from tiny import TEXT_WIDTH, make_adapter, make_unet
+from tiny import TEXT_WIDTH, make_adapter, make_short_unet
 
 import sun
 from sun import SunFileError, trailing_timesteps
@@ -29,6 +30,11 @@ KINDS = {
     "controlnet-img2img": "StableDiffusionControlNetImg2ImgPipeline",
     "controlnet-inpaint": "StableDiffusionControlNetInpaintPipeline",
 }
+
+
+@pytest.fixture(scope="session")
+def make_pipeline(make_short_pipeline: Callable[..., Any]) -> Callable[..., Any]:
+    return make_short_pipeline
 
 
 def picture(seed: int = 0) -> Image.Image:
@@ -275,7 +281,7 @@ def test_attaching_again_replaces_and_detaches_to_the_origin(pipe):
 
 def test_a_refused_adapter_changes_nothing(sun_pipe, tmp_path):
     before, expected = state_of(sun_pipe), sample(sun_pipe)
-    for broken in (from_unet(make_unet(text_width=12)), tmp_path / "none.safetensors"):
+    for broken in (from_unet(make_short_unet(text_width=12)), tmp_path / "none.safetensors"):
         with pytest.raises(SunFileError):
             sun.attach(sun_pipe, broken)
     assert {**state_of(sun_pipe), "attributes": 0} == {**before, "attributes": 0}
@@ -329,7 +335,7 @@ def test_callbacks_may_ask_for_the_negative(sun_pipe):
 
 @pytest.mark.parametrize("first", ["lora", "sun"])
 def test_loras_load_before_or_after(make_pipeline, tmp_path, first):
-    donor = make_unet()
+    donor = make_short_unet()
     torch.manual_seed(3)
     donor.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
     StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(donor))
@@ -407,7 +413,7 @@ def test_a_detached_or_replaced_unet_is_noticed(sun_pipe):
     with pytest.raises(RuntimeError, match=r"sun\.attach"):
         sample(sun_pipe)
     sun.attach(sun_pipe, make_adapter(sun_pipe.unet))
-    sun_pipe.unet = make_unet(seed=4)
+    sun_pipe.unet = make_short_unet(seed=4)
     with pytest.raises(RuntimeError, match="replaced"):
         sample(sun_pipe)
 
@@ -419,7 +425,7 @@ def test_replaced_processors_are_noticed(sun_pipe):
 
 
 def test_inpainting_models_with_nine_channels(make_pipeline, count_calls):
-    pipe = make_pipeline(diffusers.StableDiffusionInpaintPipeline, unet=make_unet(in_channels=9))
+    pipe = make_pipeline(diffusers.StableDiffusionInpaintPipeline, unet=make_short_unet(in_channels=9))
     sun.attach(pipe, make_adapter(pipe.unet))
     calls = count_calls(pipe.unet)
     out = sample(pipe, **extra_inputs("inpaint"))
@@ -450,7 +456,7 @@ def test_an_attached_pipeline_can_be_saved_and_loaded(sun_pipe, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_pipelines(make_pipeline, dtype):
     pipe = make_pipeline().to(dtype)
-    adapter = make_adapter(make_unet())
+    adapter = make_adapter(make_short_unet())
     sun.attach(pipe, adapter)
     out = sample(pipe)
     assert out.dtype == dtype

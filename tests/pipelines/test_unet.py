@@ -19,11 +19,16 @@ from diffusers.models.attention_processor import (
 )
 from einops import einsum, rearrange
 from peft import LoraConfig
-from tiny import TEXT_WIDTH, make_adapter, make_unet
+from tiny import TEXT_WIDTH, make_adapter, make_short_unet, make_unet
 
 import sun
 from sun import SunAdapter, SunFileError, layers_of_unet
 from sun.surgery import from_unet
+
+
+@pytest.fixture
+def unet() -> Any:
+    return make_short_unet()
 
 
 def inputs(rows: int = 2, tokens: int = 6, seed: int = 5) -> dict[str, torch.Tensor]:
@@ -161,7 +166,7 @@ def test_unusable_negatives_are_refused(unet, adapter, negative, error, message)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("late", [True, False])
 def test_the_adapter_follows_the_unets_dtype(dtype, late):
-    unet = make_unet()
+    unet = make_short_unet()
     adapter, values, negative = make_adapter(unet), inputs(), negatives()
     sun.attach(unet, adapter)
     exact = run(unet, values, negative)
@@ -179,7 +184,7 @@ def test_the_adapter_follows_the_unets_dtype(dtype, late):
 
 
 def test_an_adapter_in_training_keeps_its_precision():
-    unet = make_unet().to(torch.bfloat16)
+    unet = make_short_unet().to(torch.bfloat16)
     adapter = from_unet(unet, dtype=torch.float32).train()
     sun.attach(unet, adapter)
     values = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs().items()}
@@ -269,7 +274,7 @@ def test_nothing_of_a_run_stays_on_the_unet(unet, adapter):
     sun.attach(unet, adapter)
     values, negative = inputs(), negatives()
     before, expected = snapshot(unet), run(unet, values, negative)
-    handle = unet.up_blocks[3].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    handle = unet.up_blocks[-1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         run(unet, values, negative)
     handle.remove()
@@ -282,13 +287,13 @@ def test_nothing_of_a_run_stays_on_the_unet(unet, adapter):
 
 
 def test_wrong_base_models_are_refused_and_leave_no_trace(unet, tmp_path):
-    other = from_unet(make_unet(text_width=12))
+    other = from_unet(make_short_unet(text_width=12))
     other.save(tmp_path / "other.safetensors")
     before = snapshot(unet)
     with pytest.raises(SunFileError, match=r"other\.safetensors does not fit: .*text width 12, and this U-Net has 16"):
         sun.attach(unet, tmp_path / "other.safetensors")
     with pytest.raises(SunFileError, match=r"is 16 wide, and that of this U-Net is 12"):
-        sun.attach(make_unet(stages=(8, 12, 24, 24)), make_adapter(unet))
+        sun.attach(make_unet(stages=(8, 12, 24, 24)), make_adapter(make_unet()))
     assert snapshot(unet) == before
 
 
@@ -296,7 +301,7 @@ def test_a_refused_adapter_leaves_the_old_one_working(unet, adapter):
     sun.attach(unet, adapter)
     expected = run(unet, inputs(), negatives())
     with pytest.raises(SunFileError):
-        sun.attach(unet, from_unet(make_unet(text_width=12)))
+        sun.attach(unet, from_unet(make_short_unet(text_width=12)))
     assert torch.equal(run(unet, inputs(), negatives()), expected)
 
 
@@ -364,7 +369,7 @@ def test_lora_before_or_after(unet, adapter, first):
         sun.attach(unet, adapter)
     out = run(unet, values, negative)
     assert (out - without).abs().max() > 1e-3
-    merged = make_unet()
+    merged = make_short_unet()
     torch.manual_seed(3)
     merged.add_adapter(config)
     merged.fuse_lora()
