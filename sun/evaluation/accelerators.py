@@ -76,16 +76,16 @@ def inheriting(unet: Any, call: MethodCall) -> Iterator[None]:
 class LtcSkipper:
     """LTC-Accel's forecast of one picture, as a peer is asked."""
 
-    def __init__(self, settings: SkipSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: SkipSettings, noisy: bool = False) -> None:
+        self.settings, self.noisy = settings, noisy
         self._run: SkipRun | None = None
 
     def __repr__(self) -> str:
-        return repr(self.settings)
+        return f"{self.settings!r}{' on fresh noise' if self.noisy else ''}"
 
     def forecast(self, at: Moment) -> Tensor | None:
         if self._run is None:  # a run that begins at a picture has no steps before this one
-            self._run = SkipRun(at.levels[at.step :], self.settings, noisy=False)
+            self._run = SkipRun(at.levels[at.step :], self.settings, noisy=self.noisy)
         level, x = at.sigma / at.alpha, (at.z / at.alpha)[None]
         return at.noise(self._run.answer(level, x)[0]) if self._run.skips(level) and self._run.suits(x) else None
 
@@ -109,7 +109,7 @@ def skipper_of(call: MethodCall) -> Callable[[], Skipper]:
     name = call.method.name
     if call.method.ltc:
         chosen = skip_settings(call)
-        return lambda: LtcSkipper(chosen)
+        return lambda: LtcSkipper(chosen, noisy=call.scheduler == "lcm")
     if name == "spectrum":
         spectrum = spectrum_settings(call.variant or "comfyui", **call.numbers())
         return lambda: Spectrum(spectrum)

@@ -171,12 +171,27 @@ def _training_free(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
 @contextmanager
 def _lcm_lora(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
     """The LoRA is fused into a copy of the U-Net: no time is lost, and the frozen weights stay exactly as they are."""
-    if call.method.name not in assets.loaded:
+    yield _plain(_lcm_unet(assets, call))
+
+
+@contextmanager
+def _lcm_nag(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
+    """What people use for a negative prompt without guidance: NAG in the attention of the LCM-LoRA's U-Net."""
+    unet = _lcm_unet(assets, call)
+    attach_nag(unet, **call.numbers())
+    try:
+        yield _steered(unet, "negative")
+    finally:
+        detach_nag(unet)
+
+
+def _lcm_unet(assets: Assets, call: MethodCall) -> Any:
+    if "lcm-lora" not in assets.loaded:
         path = _existing(assets.lcm_lora, "lcm_lora", "the folder of an LCM-LoRA as diffusers saves it", call)
         unet = copy.deepcopy(assets.unet)
         apply_lora(SimpleNamespace(unet=unet, text_encoder=torch.nn.Module()), path)
-        assets.loaded[call.method.name] = unet.to(assets.unet.device, assets.unet.dtype).eval()
-    yield _plain(assets.loaded[call.method.name])
+        assets.loaded["lcm-lora"] = unet.to(assets.unet.device, assets.unet.dtype).eval()
+    return assets.loaded["lcm-lora"]
 
 
 @contextmanager
@@ -203,6 +218,11 @@ def _with_ltc(base: Prepare) -> Prepare:
             if call.forecasts:
                 skipping = Skipping(partial(_alike, ready.predict), skipper_of(call), 1.0)
                 yield replace(ready, predict=skipping, begin=skipping.begin)
+            elif call.scheduler == "lcm":
+                raise ConfigError(
+                    f"{call.text}: LTC-Accel as published needs a sampler without fresh noise. Name a preset, as in "
+                    f"{call.method.name}[balanced]-{call.steps}."
+                )
             else:
                 yield replace(ready, ltc=ltc_settings(call))
 
@@ -293,6 +313,8 @@ _PREPARE: dict[str, Prepare] = {
     "nasa": _training_free,
     "nag": _training_free,
     "lcm-lora": _lcm_lora,
+    "lcm-lora+nag": _lcm_nag,
+    "lcm-lora+ltc": _with_ltc(_lcm_lora),
     "guided-distill": _guided_distill,
     "ltc": _with_ltc(_guided),
     "inherit": _inheriting(_guided),

@@ -18,6 +18,7 @@ from ..pipelines.schedulers import SCHEDULERS
 
 LTC_OPTIONS = ("tau", "every", "first", "last", "terms")
 FORECAST_OPTIONS = ("row", "guard", "ridge", "memory")  # of LTC-Accel's presets, beside some of the above
+NAG_OPTIONS = ("phi", "tau", "alpha")
 INHERIT_OPTIONS = ("stages", "outer", "every", "forecast", "early", "late")
 PRESET_NAMES = tuple(PRESETS)
 SPECTRUM_OPTIONS = ("weight", "degree", "ridge", "window", "growth", "warmup", "tail", "history")
@@ -69,8 +70,10 @@ METHODS = {
         Method("cond", "dpmpp_2m", "DPM-Solver++ without guidance"),
         Method("sun", "ddim", "SUN", uses_negative=True, options=("strength",), named=True, adapter=True),
         Method("nasa", "ddim", "NASA", uses_negative=True, options=("scale",)),
-        Method("nag", "ddim", "NAG", uses_negative=True, options=("phi", "tau", "alpha")),
+        Method("nag", "ddim", "NAG", uses_negative=True, options=NAG_OPTIONS),
         Method("lcm-lora", "lcm", "LCM-LoRA", peer="lcm_lora"),
+        Method("lcm-lora+nag", "lcm", "LCM-LoRA and NAG", uses_negative=True, options=NAG_OPTIONS, peer="lcm_lora"),
+        Method("lcm-lora+ltc", "lcm", "LCM-LoRA and LTC-Accel", peer="lcm_lora", **_LTC),
         Method("guided-distill", "ddim", "guided distillation", peer="guided_distill"),
         Method("ltc", "dpmpp_2m", "LTC-Accel", **_CFG, **_LTC),
         Method("inherit", "dpmpp_2m", "feature inheritance", **_CFG, **_INHERIT),

@@ -121,6 +121,22 @@ def test_lcm_lora_is_diffusers_own_pipeline(sampler: Sampler, tiny_model: Path, 
     assert all(torch.equal(v, after[k]) for k, v in before.items())
 
 
+def test_lcm_lora_takes_negatives_through_nag_and_skips_steps(sampler: Sampler) -> None:
+    """One row a picture; NAG changes what the negative changes and is taken off again; skipped steps are not asked."""
+    noise = sampler.noise(2, 7)
+    plain = sampler("lcm-lora-8", PROMPTS, NEGATIVES, noise)
+    steered, other = (sampler("lcm-lora+nag-8", PROMPTS, texts, noise) for texts in (NEGATIVES, NEGATIVES[::-1]))
+    assert steered.unet_calls == plain.unet_calls == 8
+    assert not torch.allclose(steered.latents, other.latents, atol=1e-5)
+    assert not torch.allclose(steered.latents, plain.latents, atol=1e-5)
+    skipped = sampler("lcm-lora+ltc[fast]-8", PROMPTS, NEGATIVES, noise)
+    assert skipped.unet_calls < 8
+    assert not torch.equal(skipped.latents, plain.latents)
+    assert torch.equal(sampler("lcm-lora-8", PROMPTS, NEGATIVES, noise).latents, plain.latents)
+    with pytest.raises(ConfigError, match=r"without fresh noise. Name a preset, as in lcm-lora\+ltc\[balanced\]-8"):
+        sampler("lcm-lora+ltc-8", PROMPTS, NEGATIVES, noise)
+
+
 def test_switching_lets_two_unets_take_turns(tiny_model: Path, tmp_path: Path) -> None:
     """As sun.switching does in a pipeline, and each U-Net alone at share 0 and 1, for one call a step and row."""
     from diffusers import UNet2DConditionModel
