@@ -40,7 +40,7 @@ def draw(sampler: Sampler, method: str) -> Any:
         ("inherit[fine]-6", 12, "dpmpp-6"),
         ("ltc+inherit[fast,every=3]-12", 20, "dpmpp-12"),
         ("sun+ltc[last=0]-8", 5, "sun-8"),
-        ("sun+inherit[stages=2]-4", 4, "sun-4"),
+        ("sun+inherit[stages=1]-4", 4, "sun-4"),
     ],
 )  # fmt: skip
 def test_calls_and_results(sampler: Sampler, method: str, calls: float, like: str) -> None:

@@ -145,7 +145,7 @@ def test_switching_lets_two_unets_take_turns(tiny_model: Path, tmp_path: Path) -
 
     pipe = load(tiny_model)
     torch.manual_seed(3)
-    config = dict(pipe.unet.config) | {"layers_per_block": (1, 1, 1, 1)}
+    config = dict(pipe.unet.config) | {"layers_per_block": (1, 1)}
     UNet2DConditionModel.from_config(config).save_pretrained(tmp_path)
     made = Sampler(
         pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, w=4.0, unets={"small": str(tmp_path)}

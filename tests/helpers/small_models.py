@@ -106,13 +106,18 @@ def short_reference(monkeypatch: pytest.MonkeyPatch) -> str:
     return short.text
 
 
-def _save_model(folder: Path, layers_per_block: int) -> Path:
+STAGES = (("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"),) * 3 + (("DownBlock2D", "UpBlock2D"),)
+"""Stable Diffusion's, on the way down and on the way up."""
+
+
+def _save_model(folder: Path, layers_per_block: int, stages: tuple[tuple[str, str], ...]) -> Path:
     torch.manual_seed(0)
     tokenizer = build_tokenizer(EMOJIS, 700, folder / "vocabulary")
     text_encoder = build_text_encoder(BaseConfig(text_width=32, text_layers=1), tokenizer)
     unet = UNet2DConditionModel(
-        sample_size=4, block_out_channels=(32, 32, 32, 32), cross_attention_dim=32, attention_head_dim=2,
+        sample_size=4, block_out_channels=(32,) * len(stages), cross_attention_dim=32, attention_head_dim=2,
         layers_per_block=layers_per_block, norm_num_groups=8,
+        down_block_types=tuple(down for down, _ in stages), up_block_types=tuple(up for _, up in reversed(stages)),
     )  # fmt: skip
     vae = AutoencoderTiny(
         encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
@@ -127,14 +132,15 @@ def _save_model(folder: Path, layers_per_block: int) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All of Stable Diffusion's stages with one layer each, which is where most of a test's seconds go."""
-    return _save_model(tmp_path_factory.mktemp("tiny-model"), 1)
+    """The outermost and the innermost of Stable Diffusion's stages with one layer each: calls are where most of a
+    test's seconds go."""
+    return _save_model(tmp_path_factory.mktemp("tiny-model"), 1, (STAGES[0], STAGES[-1]))
 
 
 @pytest.fixture(scope="session")
 def full_depth_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with Stable Diffusion's two layers a stage, as plans of compact U-Nets count them."""
-    return _save_model(tmp_path_factory.mktemp("full-depth-model"), 2)
+    """All of its stages with its two layers each, as plans of compact U-Nets count them."""
+    return _save_model(tmp_path_factory.mktemp("full-depth-model"), 2, STAGES)
 
 
 @pytest.fixture(scope="session")

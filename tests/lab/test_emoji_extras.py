@@ -17,7 +17,7 @@ from small_models import EMOJIS, make_run
 from torch.nn.utils import parametrize
 
 from sun.common.settings import apply, read_config
-from sun.lab.emoji.checks import control_figures, inpainting_figures, table
+from sun.lab.emoji.checks import control_figures, figure_table, inpainting_figures
 from sun.lab.emoji.controlnet import ControlNetConfig, build_controlnet, save_controlnet, train_controlnet
 from sun.lab.emoji.inpainting import (
     FIRST_LAYER,
@@ -203,7 +203,7 @@ def test_names_are_those_of_an_ldm_controlnet(full_depth_model: Path) -> None:
 def test_a_controlnet_for_another_model_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     unet = load(tiny_model).unet
     file = save_controlnet(build_controlnet(unet, 4), tmp_path / "edges.safetensors", "tiny")
-    wider = type(unet).from_config({**unet.config, "block_out_channels": (64, 64, 64, 64)})
+    wider = type(unet).from_config({**unet.config, "block_out_channels": (64, 64)})
     with pytest.raises(ValueError, match=r"edges\.safetensors is for a base model of another size"):
         controlnet_from_unet(wider, file)
     with pytest.raises(ValueError, match="inpainting models have 9"):
@@ -366,7 +366,7 @@ def test_inpainting_errors_are_counted_where_they_are() -> None:
     made[..., 20:] = 0  # only the 4 columns at the seam are wrong
     seam = inpainting_figures({"a": made}, pixels, masks)["a"]
     assert seam["seam"] > 3 * seam["inside"]
-    assert "| a | 0.0 | 25.5 |" in table({"a": {"x": 0.0, "y": 25.5}}, "", "{:.1f}".format)
+    assert "| a | 0.0 | 25.5 |" in figure_table({"a": {"x": 0.0, "y": 25.5}}, "", "{:.1f}".format)
 
 
 def test_control_figures_compare_pictures_with_the_scenes_edges() -> None:

@@ -43,9 +43,6 @@ from sun.training.run import TrainingRun
 CONFIGS = Path(__file__).parents[2] / "configs"
 Train = Callable[[Any], Path]
 SIZE = 64
-# There the innermost feature maps are 1 x 1, where torch's bfloat16 gradient of a strided convolution on the CPU is now
-# and then not finite.
-SIZE_IN_BF16 = 128
 
 
 def lcm(model: Path, data: Path, output: Path, **run: Any) -> LcmLoraConfig:
@@ -55,19 +52,15 @@ def lcm(model: Path, data: Path, output: Path, **run: Any) -> LcmLoraConfig:
         data=str(data),
         guidance_scale=3.0,
         rank=2,
-        resolution=size_for(run),
+        resolution=SIZE,
     )
 
 
 def distill(model: Path, data: Path, output: Path, **run: Any) -> GuidedDistillConfig:
     return GuidedDistillConfig(
         run=settings(output, **run), model=str(model), data=str(data), guidance_scale=3.0, substeps=2,
-        replace_probability=0.5, target_reuse=2, resolution=size_for(run),
+        replace_probability=0.5, target_reuse=2, resolution=SIZE,
     )  # fmt: skip
-
-
-def size_for(run: dict[str, Any]) -> int:
-    return SIZE_IN_BF16 if run.get("precision") == "bf16" else SIZE
 
 
 def settings(output: Path, **run: Any) -> RunConfig:
