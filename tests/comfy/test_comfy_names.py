@@ -98,15 +98,15 @@ STRANGE = [
     "key", ["w", "stage_length", "training", "base_model", "layers", "branches", "format", "notes"]
 )
 def test_metadata_of_any_kind_breaks_neither_the_route_nor_the_info_node(
-    host: SimpleNamespace, adapter_file: Path, key: str
+    host: SimpleNamespace, short: SimpleNamespace, key: str
 ) -> None:
     """A stranger's file gives facts or a sentence, both of which the page's JSON can carry."""
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     path = host.base / "models" / "sun" / "strange.safetensors"
-    tensors = load_file(adapter_file)
-    with safe_open(adapter_file, "pt") as content:
+    tensors = load_file(short.adapter_file)
+    with safe_open(short.adapter_file, "pt") as content:
         metadata = content.metadata()
     load, info = host.nodes["SUN_LoadAdapter"], host.nodes["SUN_AdapterInfo"]
     try:
