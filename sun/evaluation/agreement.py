@@ -45,7 +45,7 @@ class Judge(Protocol):
 
     print: str
 
-    def questions(self, count: int, seed: int, negatives: bool) -> Sequence[Any]:
+    def questions(self, count: int, seed: int, negatives: bool) -> Sequence[Question]:
         """``count`` questions; a larger count begins with the same ones."""
         ...
 
@@ -56,7 +56,7 @@ class Judge(Protocol):
 
 
 class Agreement:
-    """The agreement of one :class:`~.model.ModelEvaluation`, as a judge sees it."""
+    """The agreement of one :class:`~.measured.ModelEvaluation`, as a judge sees it."""
 
     def __init__(self, evaluation: ModelEvaluation, judge: Judge):
         self.of, self.judge = evaluation, judge

@@ -18,7 +18,7 @@ PAIRED = ("mse", "psnr", "ssim")
 
 
 class Distances:
-    """The distances of one :class:`~.model.ModelEvaluation`."""
+    """The distances of one :class:`~.measured.ModelEvaluation`."""
 
     def __init__(self, evaluation: ModelEvaluation):
         self.of = evaluation

@@ -43,7 +43,7 @@ def centre_mask(height: int, width: int) -> Tensor:
 
 
 class Edits:
-    """The edits of one :class:`~.model.ModelEvaluation`."""
+    """The edits of one :class:`~.measured.ModelEvaluation`."""
 
     def __init__(self, evaluation: ModelEvaluation):
         self.of = evaluation

@@ -24,7 +24,7 @@ Agreements = dict[str, Tensor]
 
 
 class Negatives:
-    """The experiment on negatives of one :class:`~.model.ModelEvaluation`: with and without, method by method."""
+    """The experiment on negatives of one :class:`~.measured.ModelEvaluation`: with and without, method by method."""
 
     def __init__(self, evaluation: ModelEvaluation):
         self.of = evaluation

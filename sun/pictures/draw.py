@@ -164,12 +164,6 @@ def load_adapter(name: str) -> SunAdapter:
     return SunAdapter.load(EMOJI_SUN if name == SHIPPED else name)
 
 
-def load_base(model: str, dtype: torch.dtype = torch.float32, config: str = "") -> Any:
-    """:func:`sun.pipelines.loading.load_pipeline`, of which this raises the errors as RecipeError."""
-    with _as_recipe_error():
-        return load_pipeline(model, dtype, config)
-
-
 def _load_controlnet(name: str, unet: Any, dtype: torch.dtype) -> Any:
     if name != SHIPPED:
         return load_controlnet(name, unet, dtype)

@@ -22,7 +22,7 @@ from typer.testing import Result
 from sun.common.settings import ConfigError
 from sun.evaluation.config import EvaluateConfig
 from sun.evaluation.loading import load_sampler
-from sun.pictures.draw import load, load_base
+from sun.pictures.draw import load
 from sun.pictures.recipe import Recipe, RecipeError
 from sun.pipelines.loading import ModelError, load_pipeline, load_unet
 from sun.training.models import FrozenModels, load_frozen
@@ -30,7 +30,7 @@ from sun.training.models import FrozenModels, load_frozen
 Run = Callable[..., Result]
 LOADERS: dict[str, Callable[[Path], Any]] = {
     "generate, compare, calibrate": lambda folder: load(Recipe(model=str(folder), adapter="none")),
-    "bench, demo": lambda folder: load_base(str(folder)),
+    "assemble": lambda folder: load_pipeline(str(folder)),
     "train": lambda folder: load_frozen(str(folder)),
     "evaluate": lambda folder: load_sampler(EvaluateConfig(model=str(folder), adapter="init")),
 }
@@ -236,7 +236,7 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_folders_that_are_not_a_whole_model_are_refused_in_words(folder, kind):
     change, words = BREAKS[kind]
     change(folder)
-    for loader in (load_base, load_frozen):
+    for loader in (load_pipeline, load_frozen):
         with pytest.raises(ERRORS) as caught:
             loader(str(folder))
         assert words in str(caught.value)

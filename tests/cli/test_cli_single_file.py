@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
-from sun.pictures.draw import load_base
+from sun.pipelines.loading import load_pipeline
 from sun.shipped import SINGLE_FILE_CONFIG
 
 Run = Callable[..., Result]
@@ -47,7 +47,7 @@ def test_a_single_file_gives_the_pictures_of_its_diffusers_folder(
 
 def test_a_single_file_holds_the_weights_of_its_diffusers_folder_bit_by_bit(both: tuple[Path, Path]) -> None:
     folder, file = both
-    one, other = load_base(str(folder)), load_base(str(file), config=str(folder))
+    one, other = load_pipeline(str(folder)), load_pipeline(str(file), config=str(folder))
     for name in ("unet", "vae", "text_encoder"):
         expected, found = (getattr(pipe, name).state_dict() for pipe in (one, other))
         assert found.keys() == expected.keys()

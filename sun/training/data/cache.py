@@ -40,10 +40,10 @@ _BATCH = 8
 
 
 class CachedFolder:
-    """A :class:`~.data.Source` over latents on disk; the autoencoder takes no part in training.
+    """A :class:`~.sources.Source` over latents on disk; the autoencoder takes no part in training.
 
-    The mean of the autoencoder's posterior is kept, where :class:`~.data.FolderSource` draws from it anew each time
-    (its deviation is far below the noise that training adds).
+    The mean of the autoencoder's posterior is kept, where :class:`~.captioned.FolderSource` draws from it anew each
+    time (its deviation is far below the noise that training adds).
     """
 
     def __init__(
