@@ -41,8 +41,7 @@ def release(made: Release, folder: Path | None = None) -> list[Path]:
     def to(path: Path) -> Path:
         return path if folder is None else folder / path.relative_to(ROOT)
 
-    colours = (made.autoencoder[-1] / "colours.md").read_text()
-    base = ship_base(made.base, to(EMOJI_DIFFUSION), made.guidance, f"## Colours\n\n{colours}", made.autoencoder)
+    base = ship_base(made.base, to(EMOJI_DIFFUSION), made.guidance, vae_runs=made.autoencoder)
     add_agreement(base, made.agreement)
     written = [
         base,
