@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from exports import Exported, attached, check_four_steps, check_smaller_weights, difference, latents_of
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -25,44 +26,17 @@ from sun.shipped import EMOJI_SUN
 for package in ("openvino", "nncf", "onnx", "onnxruntime"):
     pytest.importorskip(package, reason='the tests of exports need the extra: pip install -e ".[export]"')
 
-Exported = Callable[..., tuple[Path, Any]]
 RUNTIMES = ["openvino", "onnx"]
-TEXTS = {"prompt": ["a cat", "a dog on a hill"], "negative_prompt": ["blurry", "x"]}
 
 
-def attached(files: Path, adapter: str = "adapter.safetensors", **options: Any) -> Any:
-    pipe = load_pipeline(files / "model")
-    sun.attach(pipe, files / adapter, **options)
-    return pipe
+@pytest.mark.slow  # test_openvino.py has the other runtime's
+def test_four_steps_are_torch_s_at_any_size_and_batch(exported: Exported, files: Path) -> None:
+    check_four_steps(exported, files, "onnx")
 
 
-def latents_of(pipe: Any, seed: int = 5, size: tuple[int, int] = (64, 64), **options: Any) -> torch.Tensor:
-    """(width, height) = size; two prompts unless ``options`` say otherwise."""
-    noise = torch.randn(2, 4, size[1] // 8, size[0] // 8, generator=torch.Generator().manual_seed(seed))
-    options = {**TEXTS, "latents": noise, "width": size[0], "height": size[1], **options}
-    return pipe(num_inference_steps=4, output_type="latent", **options).images
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
-
-
-@pytest.mark.parametrize("runtime", ["openvino", pytest.param("onnx", marks=pytest.mark.slow)])
-def test_four_steps_are_torch_s_at_any_size_and_batch(exported: Exported, files: Path, runtime: str) -> None:
-    folder, contents = exported(runtime, "guided.safetensors", controlnet=str(files / "controlnet"))
-    assert contents.agreement["latents"] <= 1e-4
-    ours, theirs = sun.load_exported(folder, threads=1), attached(files, "guided.safetensors")
-    assert difference(latents_of(ours), latents_of(theirs)) <= 1e-4
-    odd = (72, 104)  # 9 x 13 latents, which no downsampling divides evenly
-    assert difference(latents_of(ours, size=odd), latents_of(theirs, size=odd)) <= 1e-4
-    assert difference(latents_of(ours, size=odd), latents_of(ours, size=odd, negative_prompt=["", ""])) > 1e-3
-    assert difference(latents_of(ours, guidance_scale=7.0), latents_of(theirs, guidance_scale=7.0)) <= 1e-4
-    assert difference(latents_of(ours, guidance_scale=7.0), latents_of(ours)) > 1e-3
-    half = attached(files, "guided.safetensors", strength=0.5)
-    assert difference(latents_of(ours, sun_strength=0.5), latents_of(half)) <= 1e-4
-    plain = load_pipeline(files / "model")
-    plain.scheduler = theirs.scheduler
-    assert difference(latents_of(ours, sun_strength=0.0), latents_of(plain, guidance_scale=1.0)) <= 1e-4
+def test_smaller_weights_say_what_they_cost(exported: Exported, files: Path) -> None:
+    """Those in int8 are tested on the command line below."""
+    check_smaller_weights(exported, files, "onnx", "fp16")
 
 
 def test_a_pipeline_takes_what_people_know(exported: Exported) -> None:
@@ -131,20 +105,6 @@ def test_loras_are_part_of_the_weights(exported: Exported, files: Path, tmp_path
     assert difference(latents_of(changed, size=size), latents_of(plain, size=size)) > 1e-3
     with pytest.raises(ValueError, match="exported for pictures of 64x80"):
         latents_of(changed, size=(64, 64))
-
-
-@pytest.mark.parametrize(
-    ("runtime", "weights"),
-    [pytest.param("openvino", "fp16", marks=pytest.mark.slow), ("openvino", "int8"), ("onnx", "fp16")],
-)
-def test_smaller_weights_say_what_they_cost(exported: Exported, files: Path, runtime: str, weights: str) -> None:
-    """Those of ONNX Runtime in int8 are tested on the command line below."""
-    whole = exported(runtime, "guided.safetensors", controlnet=str(files / "controlnet"))[0]
-    _, contents = exported(runtime, weights=weights)
-    assert 0 < contents.agreement["latents"] < (0.02 if weights == "fp16" else 0.1)
-    assert 30 < contents.agreement["psnr"] < 200
-    data = "unet/model.bin" if runtime == "openvino" else "unet/model.onnx.data"
-    assert contents.files[data]["bytes"] < 0.8 * (whole / data).stat().st_size
 
 
 def test_without_an_adapter_the_model_itself_is_exported_and_guided(exported: Exported, files: Path) -> None:
