@@ -6,6 +6,7 @@ A name ends in the number of steps; brackets hold the name of an adapter (SUN) o
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -196,9 +197,11 @@ def _checked(key: str, value: str, name: str) -> str:
             raise ConfigError(f"{name}: scheduler takes {', '.join(SCHEDULERS)} or lcm, not {value!r}")
         return value
     try:
-        float(value)
+        number = float(value)
     except ValueError:
-        raise ConfigError(f"{name}: {key} takes a number, not {value!r}") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"{name}: {key} takes a number, not {value!r}")
     return value
 
 

@@ -14,6 +14,7 @@ from ..shipped import SHIPPED
 
 OptimizerName = Literal["adamw", "fused", "8bit"]
 DTYPES = {"fp32": torch.float32, **AUTOCAST}
+MOST_VIRTUAL = 1000
 
 
 @dataclass
@@ -161,6 +162,8 @@ def check_settings(config: SunTrainConfig) -> None:
         raise ConfigError("virtual_fine_tunes needs trajectories = true: data has no pictures of theirs.")
     if config.virtual_strength < 0 or config.virtual_fine_tunes < 0 or config.virtual_rank < 1:
         raise ConfigError("virtual_fine_tunes and virtual_strength are 0 or above, virtual_rank 1 or above.")
+    if config.virtual_fine_tunes > MOST_VIRTUAL:  # each keeps trajectories of its own
+        raise ConfigError(f"virtual_fine_tunes is {MOST_VIRTUAL} at most, not {config.virtual_fine_tunes}.")
     if config.virtual_fine_tunes and not config.virtual_strength and not config.fine_tunes:
         raise ConfigError("virtual_strength = 0 without fine_tunes: the virtual ones would all be the base itself.")
     _check_unused(config)

@@ -54,8 +54,9 @@ class VirtualFineTune:
             moved += share * (other[name] - weight)
         if weight.ndim > 1 and self.strength:
             rows, columns = weight.flatten(1).shape
-            left = torch.randn(rows, self.rank, generator=draw)
-            right = torch.randn(self.rank, columns, generator=draw)
+            rank = min(self.rank, rows, columns)  # more would cost memory and change nothing
+            left = torch.randn(rows, rank, generator=draw)
+            right = torch.randn(rank, columns, generator=draw)
             delta = (left @ right).view_as(weight).to(weight)
             moved += delta * (self.strength * weight.norm() / delta.norm().clamp(min=1e-12))
         return moved

@@ -82,6 +82,7 @@ def test_names_are_taken_apart() -> None:
 @pytest.mark.parametrize(
     ("name", "part"),
     [("nag[psi=3]-4", "phi=VALUE"), ("ddim[late]-4", "no option"), ("sun[strength=much]-4", "number"),
+     ("lcm-lora+nag[phi=nan]-4", "number"), ("nag[tau=inf]-4", "number"),
      ("sun[scheduler=best]-4", "euler"), ("sun-0", "choose from")],
 )  # fmt: skip
 def test_wrong_names_say_what_there_is(name: str, part: str) -> None:

@@ -170,7 +170,15 @@ def make_vae() -> Callable[[], Any]:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"colour_weight": -1.0}, {"colour_relax": 2.0}, {"colour_end": -0.1}, {"crop": 12}, {"flat_batch": -1}]
+    "wrong",
+    [
+        {"colour_weight": -1.0},
+        {"colour_relax": 2.0},
+        {"colour_end": -0.1},
+        {"crop": 12},
+        {"size": 100},
+        {"flat_batch": -1},
+    ],
 )
 def test_settings_of_the_autoencoder_outside_their_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):

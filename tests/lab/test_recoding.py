@@ -132,9 +132,12 @@ def test_a_decoder_ships_only_with_the_latents_it_was_trained_on(vae: Autoencode
     assert ship.of_same_latents(later, vae, "here") is later
     with pytest.raises(ConfigError, match="here has another encoder"):
         ship.of_same_latents(other, vae, "here")
+    later.register_to_config(scaling_factor=0.5)
+    with pytest.raises(ConfigError, match=r"here scales latents by 0\.5, .* by 1\."):
+        ship.of_same_latents(later, vae, "here")
 
 
-@pytest.mark.parametrize("wrong", [{"crop": 40}, {"crop": 50}, {"scenes": 0}, {"colour_weight": -1.0}])
+@pytest.mark.parametrize("wrong", [{"crop": 40}, {"crop": 50}, {"size": 100}, {"scenes": 0}, {"colour_weight": -1.0}])
 def test_settings_outside_their_range_are_refused(tmp_path: Path, vae: AutoencoderTiny, wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         recode(config_in(tmp_path, vae, **wrong))

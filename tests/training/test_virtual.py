@@ -27,6 +27,8 @@ def test_a_matrix_moves_by_a_random_one_of_the_rank_and_strength(base: dict[str,
         assert float(delta.norm() / base[name].norm()) == pytest.approx(0.1, rel=1e-3)
         assert torch.linalg.matrix_rank(delta, rtol=1e-4) == 2
     assert torch.equal(moved["norm.bias"], base["norm.bias"])
+    full = VirtualFineTune(3, rank=10**12, strength=0.1).weights(base)  # as far as a matrix has ranks
+    assert torch.linalg.matrix_rank(full["to_k.weight"] - base["to_k.weight"], rtol=1e-4) == 10
     again, other = (VirtualFineTune(seed, 2, 0.1).weights(base) for seed in (3, 4))
     assert all(torch.equal(moved[name], again[name]) for name in base)
     assert not torch.equal(moved["to_k.weight"], other["to_k.weight"])
@@ -69,6 +71,7 @@ def test_they_take_turns_and_the_base_comes_back_as_it_was(tiny_model: Path) -> 
     ("settings", "message"),
     [
         ({"virtual_fine_tunes": 2}, "needs trajectories"),
+        ({"virtual_fine_tunes": 10**9, "trajectories": True}, "at most"),
         ({"virtual_fine_tunes": -1, "trajectories": True}, "0 or above"),
         ({"virtual_fine_tunes": 2, "virtual_rank": 0, "trajectories": True}, "1 or above"),
         ({"virtual_fine_tunes": 2, "virtual_strength": 0.0, "trajectories": True}, "the base itself"),

@@ -80,6 +80,8 @@ class RecodeConfig(ColourTerm):
     def check(self) -> None:
         """Raise ConfigError for numbers outside their range."""
         self.check_colours()
+        if self.size % 8:
+            raise ConfigError(f"size is a multiple of 8 pixels, not {self.size}.")
         if self.crop % 8 or not 48 <= self.crop <= self.size:
             raise ConfigError(f"crop is a multiple of 8 pixels from 48 to size ({self.size}), not {self.crop}.")
         if min(self.scenes, self.flat_colours, self.flat_batch) < 2:

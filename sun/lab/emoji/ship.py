@@ -111,10 +111,16 @@ def ship_base(
 
 
 def of_same_latents(vae: Any, other: Any, where: str | Path) -> Any:
-    """``vae``, if its encoder is ``other``'s. Raises ConfigError, naming ``where``, if not."""
+    """``vae``, if its encoder and the scale of its latents are ``other``'s. Raises ConfigError, naming ``where``, if not."""
     ours, theirs = vae.encoder.state_dict(), other.encoder.state_dict()
     if ours.keys() != theirs.keys() or any(not torch.equal(ours[key], theirs[key]) for key in ours):
         raise ConfigError(f"the autoencoder of {where} has another encoder than the one the model was trained on.")
+    factors = vae.config.scaling_factor, other.config.scaling_factor
+    if factors[0] != factors[1]:
+        raise ConfigError(
+            f"the autoencoder of {where} scales latents by {factors[0]:g}, the one the model was trained on by "
+            f"{factors[1]:g}."
+        )
     return vae
 
 

@@ -88,6 +88,8 @@ class VaeConfig(ColourTerm):
         self.check_colours()
         if min(self.latent_noise, self.latent_weight, self.edge_weight, self.flat_weight, self.flat_batch) < 0:
             raise ConfigError("latent_noise, latent_weight, edge_weight, flat_weight and flat_batch are 0 or above.")
+        if self.size % 8:
+            raise ConfigError(f"size is a multiple of 8 pixels, not {self.size}.")
         if self.crop % 8 or not 8 <= self.crop <= self.size:
             raise ConfigError(f"crop is a multiple of 8 pixels up to size ({self.size}), not {self.crop}.")
 
