@@ -137,7 +137,18 @@ def test_a_decoder_ships_only_with_the_latents_it_was_trained_on(vae: Autoencode
         ship.of_same_latents(later, vae, "here")
 
 
-@pytest.mark.parametrize("wrong", [{"crop": 40}, {"crop": 50}, {"size": 100}, {"scenes": 0}, {"colour_weight": -1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"crop": 40},
+        {"crop": 50},
+        {"size": 100},
+        {"scenes": 0},
+        {"colour_weight": -1.0},
+        {"flat_weight": -1.0},
+        {"latent_noise": -0.1},
+    ],
+)
 def test_settings_outside_their_range_are_refused(tmp_path: Path, vae: AutoencoderTiny, wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         recode(config_in(tmp_path, vae, **wrong))

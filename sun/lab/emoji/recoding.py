@@ -86,6 +86,11 @@ class RecodeConfig(ColourTerm):
             raise ConfigError(f"crop is a multiple of 8 pixels from 48 to size ({self.size}), not {self.crop}.")
         if min(self.scenes, self.flat_colours, self.flat_batch) < 2:
             raise ConfigError("scenes, flat_colours and flat_batch are 2 or above.")
+        weights = self.pixel_weight, self.feature_weight, self.latent_weight, self.flat_weight
+        if min(*weights, self.latent_noise) < 0:
+            raise ConfigError(
+                "pixel_weight, feature_weight, latent_weight, flat_weight and latent_noise are 0 or above."
+            )
 
 
 class Halves(nn.Module):
