@@ -13,7 +13,7 @@ from diffusers import AutoencoderTiny
 from helpers.small_models import make_run
 
 from sun.common.settings import ConfigError
-from sun.lab.emoji import ship
+from sun.lab.emoji import recoding, ship
 from sun.lab.emoji.colours import flat_pictures
 from sun.lab.emoji.flat_colours import Extrapolation
 from sun.lab.emoji.recoding import CUBE, ColourCube, Halves, RecodeConfig, Rest, recode
@@ -121,6 +121,25 @@ def test_only_what_makes_and_reads_the_latents_is_trained(packages: Path, tmp_pa
     for part in ("tail", "head"):
         before, after = getattr(Halves(vae), part), getattr(Halves(written), part)
         assert all(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def test_what_an_earlier_run_computed_is_kept_and_a_damaged_file_made_again(
+    packages: Path, tmp_path: Path, vae: AutoencoderTiny, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("SUN_CACHE", str(tmp_path / "cache"))
+    computed: list[int] = []
+    compute = recoding._computed
+    monkeypatch.setattr(recoding, "_computed", lambda *given: (computed.append(1), compute(*given))[1])
+    config = config_in(tmp_path, vae)
+    for times in (1, 1):
+        first = recoding.material_of(config, vae, Rest(vae), torch.device("cpu"))
+        assert len(computed) == times
+    (file,) = (tmp_path / "cache" / "recoding").iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    again = recoding.material_of(config, vae, Rest(vae), torch.device("cpu"))
+    assert len(computed) == 2
+    assert "damaged. It is made again" in capsys.readouterr().out
+    torch.testing.assert_close(again.features, first.features)
 
 
 def test_a_decoder_ships_only_with_the_latents_it_was_trained_on(vae: AutoencoderTiny) -> None:

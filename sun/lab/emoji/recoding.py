@@ -198,10 +198,27 @@ def material_of(config: RecodeConfig, vae: AutoencoderTiny, rest: Rest, device: 
     hash_weights(made_from, vae)
     file = cache_dir() / "recoding" / f"{made_from.hexdigest()[:16]}.safetensors"
     named = len(named_colours(config.style))
-    if not file.is_file():
+    found = _kept(file)
+    if found is None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(file, _computed(config, rest, device))
-    return Material(**{name: part.to(device) for name, part in load_file(file).items()}, named=named)
+        found = _computed(config, rest, device)
+        write_tensors(file, found)
+    return Material(**{name: part.to(device) for name, part in found.items()}, named=named)
+
+
+def _kept(file: Path) -> dict[str, Tensor] | None:
+    """What an earlier run computed; None where nothing is, or a damaged file, which is removed and told of."""
+    if not file.is_file():
+        return None
+    try:
+        found = load_file(file)
+        if found.keys() == {*Material._fields} - {"named"}:
+            return found
+    except Exception:  # a damaged header makes safetensors raise anything
+        pass
+    tqdm.write(f"the cache {file} is damaged. It is made again.")
+    file.unlink()
+    return None
 
 
 @torch.no_grad()
