@@ -155,6 +155,7 @@ def _adapter(assets: Assets, call: MethodCall) -> SunAdapter:
 _TRAINING_FREE: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
     "nasa": (attach_nasa, detach_nasa),
     "nag": (attach_nag, detach_nag),
+    "lcm-lora+nag": (attach_nag, detach_nag),
 }
 
 
@@ -177,12 +178,8 @@ def _lcm_lora(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
 @contextmanager
 def _lcm_nag(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
     """What people use for a negative prompt without guidance: NAG in the attention of the LCM-LoRA's U-Net."""
-    unet = _lcm_unet(assets, call)
-    attach_nag(unet, **call.numbers())
-    try:
-        yield _steered(unet, "negative")
-    finally:
-        detach_nag(unet)
+    with _training_free(replace(assets, unet=_lcm_unet(assets, call)), call) as ready:
+        yield ready
 
 
 def _lcm_unet(assets: Assets, call: MethodCall) -> Any:

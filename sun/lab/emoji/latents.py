@@ -5,18 +5,16 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 from diffusers import AutoencoderTiny
 from PIL import Image
-from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from ...common.cache import cache_dir
 from ...common.devices import autocast
-from ...common.reading import check_regular
-from ...training.data.cache import hash_weights, write_tensors
+from ...training.data.cache import hash_weights, read_tensors, write_tensors
 from .scenes import Scene, random_scene, render_scene
 from .sources import Emoji, load_pictures
 from .vae import to_tensor
@@ -35,10 +33,10 @@ def encode_scenes(
 
 
 def scenes_in_style(
-    emojis: list[Emoji], style: str, count: int, seed: int
+    emojis: list[Emoji], style: str, count: int, seed: int, size: int = 128
 ) -> tuple[list[Scene], dict[str, Image.Image]]:
-    """``count`` random scenes of the emojis that ``style`` has, and its pictures by code."""
-    pictures = load_pictures(style, emojis, 128)
+    """``count`` random scenes of the emojis that ``style`` has, and its pictures of ``size`` pixels by code."""
+    pictures = load_pictures(style, emojis, size)
     known = [e for e in emojis if e.code in pictures]
     rng = random.Random(seed)
     return [random_scene(known, rng) for _ in range(count)], pictures
@@ -58,9 +56,8 @@ def encode_pictures(
     made_from = hashlib.sha256(identity.encode())
     hash_weights(made_from, vae.encoder)
     file = cache / f"{name}-{count}-{made_from.hexdigest()[:16]}.safetensors"
-    kept = _kept(file, count)
-    if kept is not None:
-        return kept
+    if kept := read_tensors(file, partial(_are_latents, count)):
+        return kept["latents"]
     encoder = vae.encoder.to(memory_format=torch.channels_last)
     device = next(encoder.parameters()).device
     out = []
@@ -73,19 +70,6 @@ def encode_pictures(
     return latents
 
 
-def _kept(file: Path, count: int) -> torch.Tensor | None:
-    """The latents in a file of the cache; None where there is none, or a damaged one, which is removed and told of."""
-    if not file.exists() and not file.is_symlink():
-        return None
-    try:
-        check_regular(file)
-        with safe_open(str(file), "pt") as handle:
-            latents: torch.Tensor = handle.get_tensor("latents").clone()
-        if latents.ndim == 4 and len(latents) == count and bool(torch.isfinite(latents).all()):
-            return latents
-    except Exception:  # a damaged header makes safetensors raise anything
-        if file.is_dir():
-            raise
-    tqdm.write(f"the cache {file} is damaged. It is made again.")
-    file.unlink()
-    return None
+def _are_latents(count: int, found: dict[str, torch.Tensor]) -> bool:
+    latents = found["latents"]
+    return latents.ndim == 4 and len(latents) == count and bool(torch.isfinite(latents).all())

@@ -20,7 +20,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -28,13 +27,14 @@ from ...common.cache import cache_dir
 from ...common.settings import ConfigError
 from ...pipelines.loading import load_part
 from ...training.config import RunConfig
-from ...training.data.cache import hash_weights, write_tensors
+from ...training.data.cache import hash_weights, read_tensors, write_tensors
 from ...training.run import TrainingRun, start_run
 from .colours import flat_pictures, in_a_line, measure
 from .flat_colours import Extrapolation, colours_of_all_kinds, named_colours
-from .scenes import random_scene, render_scene
-from .sources import load_metadata, load_pictures
-from .vae import ColourMap, ColourTerm, to_tensor
+from .latents import scenes_in_style
+from .scenes import render_scene
+from .sources import load_metadata
+from .vae import ColourMap, ColourTerm, autoencoder_run, far_from_standard, to_tensor
 
 BORDER = 1  # latents at a crop's border saw other neighbours than those of the whole picture
 CUBE = 9  # flat colours to a side of the cube between which the features of any colour are interpolated
@@ -45,19 +45,7 @@ _FLAT = 40  # pixels to a side of those
 class RecodeConfig(ColourTerm):
     """Crops of ``crop`` pixels are cut from ``scenes`` scenes of ``size`` pixels."""
 
-    run: RunConfig = field(
-        default_factory=lambda: RunConfig(
-            output="runs/emoji-recoded",
-            steps=5000,
-            batch_size=32,
-            lr=2e-3,
-            lr_schedule="cosine",
-            warmup_steps=50,
-            weight_decay=0.0,
-            betas=(0.9, 0.99),
-            ema_decay=0.99,
-        )
-    )
+    run: RunConfig = field(default_factory=lambda: autoencoder_run("runs/emoji-recoded", 5000))
     vae: str = "runs/emoji-vae/vae"  # a diffusers folder of the autoencoder to begin with
     style: str = "twemoji"
     scenes: int = 1536
@@ -198,7 +186,8 @@ def material_of(config: RecodeConfig, vae: AutoencoderTiny, rest: Rest, device: 
     hash_weights(made_from, vae)
     file = cache_dir() / "recoding" / f"{made_from.hexdigest()[:16]}.safetensors"
     named = len(named_colours(config.style))
-    found = _kept(file)
+    parts = {*Material._fields} - {"named"}
+    found = read_tensors(file, lambda kept: kept.keys() == parts)
     if found is None:
         file.parent.mkdir(parents=True, exist_ok=True)
         found = _computed(config, rest, device)
@@ -206,31 +195,13 @@ def material_of(config: RecodeConfig, vae: AutoencoderTiny, rest: Rest, device: 
     return Material(**{name: part.to(device) for name, part in found.items()}, named=named)
 
 
-def _kept(file: Path) -> dict[str, Tensor] | None:
-    """What an earlier run computed; None where nothing is, or a damaged file, which is removed and told of."""
-    if not file.is_file():
-        return None
-    try:
-        found = load_file(file)
-        if found.keys() == {*Material._fields} - {"named"}:
-            return found
-    except Exception:  # a damaged header makes safetensors raise anything
-        pass
-    tqdm.write(f"the cache {file} is damaged. It is made again.")
-    file.unlink()
-    return None
-
-
 @torch.no_grad()
 def _computed(config: RecodeConfig, rest: Rest, device: torch.device) -> dict[str, Tensor]:
-    emojis, rng = load_metadata("wide"), random.Random(config.run.seed)
-    drawings = load_pictures(config.style, emojis, config.size)
-    known = [e for e in emojis if e.code in drawings]
+    scenes, drawings = scenes_in_style(load_metadata("wide"), config.style, config.scenes, config.run.seed, config.size)
     inputs, features, colours = [], [], []
     for start in tqdm(range(0, config.scenes, 32), desc="scenes"):
-        count = min(32, config.scenes - start)
-        scenes = [render_scene(random_scene(known, rng), drawings, config.size) for _ in range(count)]
-        pixels = to_tensor(scenes).to(device)
+        some = scenes[start : start + 32]
+        pixels = to_tensor([render_scene(scene, drawings, config.size) for scene in some]).to(device)
         inputs.append(rest.inputs(pixels))
         features.append(rest.features(inputs[-1]))
         colours.append(F.avg_pool2d(pixels, 8))
@@ -284,13 +255,12 @@ class Recoding:
         named = have.flat_colours[flat][..., None, None].expand(-1, -1, side - 2 * BORDER, side - 2 * BORDER)
         colour = F.mse_loss(self.colour_map(scenes), colours)
         colour = colour + 0.5 * F.mse_loss(_inner(self.colour_map(flats), BORDER), named)
-        pull = scenes.mean((0, 2, 3)).square().mean() + (scenes.std((0, 2, 3)) - 1).square().mean()
         loss = (
             config.pixel_weight * pixels
             + config.feature_weight * (own + 0.2 * flat_own)
             + config.flat_weight * flat_pixels
             + colour_weight * colour
-            + config.latent_weight * pull
+            + config.latent_weight * far_from_standard(scenes)
         )
         return {"loss": loss, "pixels": pixels, "features": own, "flat": flat_pixels, "colour": colour}
 

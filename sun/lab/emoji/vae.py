@@ -51,23 +51,26 @@ class ColourTerm:
         return self.colour_weight * (self.colour_end + (1 - self.colour_end) * left / self.colour_relax)
 
 
+def autoencoder_run(output: str, steps: int) -> RunConfig:
+    """What runs of autoencoders have in common."""
+    return RunConfig(
+        output=output,
+        steps=steps,
+        batch_size=32,
+        lr=2e-3,
+        lr_schedule="cosine",
+        warmup_steps=50,
+        weight_decay=0.0,
+        betas=(0.9, 0.99),
+        ema_decay=0.99,
+    )
+
+
 @dataclass
 class VaeConfig(ColourTerm):
     """Crops of ``crop`` pixels are cut from scenes of ``size`` pixels."""
 
-    run: RunConfig = field(
-        default_factory=lambda: RunConfig(
-            output="runs/emoji-vae",
-            steps=4000,
-            batch_size=32,
-            lr=2e-3,
-            lr_schedule="cosine",
-            warmup_steps=50,
-            weight_decay=0.0,
-            betas=(0.9, 0.99),
-            ema_decay=0.99,
-        )
-    )
+    run: RunConfig = field(default_factory=lambda: autoencoder_run("runs/emoji-vae", 4000))
     style: str = "twemoji"
     extra_styles: tuple[str, ...] = ()
     init_vae: str = ""  # a diffusers folder to go on from
@@ -108,6 +111,11 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, edge_weight:
     """L1 of the pixels plus L1 of their gradients (edges are what an emoji is made of)."""
     edges = sum(F.l1_loss(a, b) for a, b in zip(_gradients(output), _gradients(target), strict=True))
     return F.l1_loss(output, target) + 2 * F.mse_loss(output, target) + edge_weight * edges
+
+
+def far_from_standard(latents: torch.Tensor) -> torch.Tensor:
+    """How far the channels of latents [B, C, h, w] are from mean 0 and standard deviation 1: a sum of mean squares."""
+    return latents.mean((0, 2, 3)).square().mean() + (latents.std((0, 2, 3)) - 1).square().mean()
 
 
 class ColourMap(torch.nn.Module):
@@ -190,16 +198,16 @@ def train_vae(config: VaeConfig) -> Path:
     rng = random.Random(config.run.seed + 7919 * run.progress.step + run.accelerator.process_index)
     crops = Crops(config, rng, run.accelerator.device)
     held = crops.draw(8, config.size)
-    named = named_colours(config.style).to(run.accelerator.device)
+    named = named_colours(config.style).to(run.accelerator.device) if config.flat_batch else None
     sampled = 0.0
     for _ in run.steps():
         pixels = crops.draw(config.run.batch_size, config.crop)
         noise = torch.randn(len(pixels), 4, config.crop // 8, config.crop // 8, device=pixels.device)
         noise *= config.latent_noise * torch.rand(1).item()
+        flat = None if named is None else Flat.draw(config.flat_batch, named, rng)
         with run.accelerator.autocast():
-            flat = Flat.draw(config.flat_batch, named, rng) if config.flat_batch else None
             latents, output, colour, moved = run.modules["autoencoding"](pixels, noise, flat)
-        pull = latents.mean((0, 2, 3)).square().mean() + (latents.std((0, 2, 3)) - 1).square().mean()
+        pull = far_from_standard(latents)
         restored = reconstruction_loss(output, pixels, config.edge_weight)
         loss = restored + config.latent_weight * pull + config.colour_weight_at(run.fraction) * colour
         loss = loss + config.flat_weight * moved

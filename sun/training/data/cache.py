@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,25 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
         raise OSError(f"the cache {file} could not be written: {error}. Make room, or set SUN_CACHE.") from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def read_tensors(file: Path, fits: Callable[[dict[str, Tensor]], bool]) -> dict[str, Tensor] | None:
+    """What :func:`write_tensors` wrote, if it ``fits``; None where nothing is, or a damaged file, which is removed and
+    told of."""
+    if not file.exists() and not file.is_symlink():
+        return None
+    try:
+        check_regular(file)
+        with safe_open(str(file), "pt") as handle:
+            found = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118 - no mapping
+        if fits(found):
+            return found
+    except Exception:  # a damaged header makes safetensors raise anything
+        if file.is_dir():
+            raise
+    tqdm.write(f"the cache {file} is damaged. It is made again.")
+    file.unlink()
+    return None
 
 
 def _must_encode(folder: Path, chunk: int, pairs: list[tuple[Path, str]], text: bool) -> bool:
