@@ -17,6 +17,7 @@ _PACKAGE = __package__.rpartition(".")[0]
 WORLDS: dict[str, dict[str, str]] = {
     EMOJI: {
         "prompts": ".lab.emoji.scenes:random_captions",
+        "consistent_negative": ".lab.emoji.scenes:consistent_negative",
         "negatives": ".training.data.negative_phrases:NegativePrompts",
         "features": ".lab.emoji.contrast:EmojiContrast",
         "judge": ".lab.emoji.agreement:EmojiJudge",

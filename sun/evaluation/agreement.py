@@ -2,7 +2,8 @@
 
 A method can be near a reference that is itself wrong; this says whether it is right. What is asked and how pictures are
 judged belongs to the world a model was trained on, a :class:`Judge` of :mod:`..common.worlds`. Half of the pictures
-are drawn without negative prompts and half with.
+are drawn without negative prompts and half with. Negatives that contradict the prompt are a set apart, of which the
+whole knows nothing: guidance is asked there to go past what was asked for.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ PART_WORDS = {
     "negative": "without the negative",
 }
 SETS = ("plain", "with_negatives")
+CONTRADICTING = "contradicting"  # half as many, at the guidance scales alone
+SET_WORDS = {
+    "plain": "without negatives",
+    "with_negatives": "with negatives",
+    CONTRADICTING: "with contradicting negatives (not in the whole)",
+}
 BLOCK = 16  # pictures a cell; a longer run goes on from a shorter one's
 
 
@@ -45,8 +52,8 @@ class Judge(Protocol):
 
     print: str
 
-    def questions(self, count: int, seed: int, negatives: bool) -> Sequence[Question]:
-        """``count`` questions; a larger count begins with the same ones."""
+    def questions(self, count: int, seed: int, kind: str) -> Sequence[Question]:
+        """``count`` questions for one of ``SETS`` or ``CONTRADICTING``; a larger count begins with the same ones."""
         ...
 
     def judge(self, pixels: Tensor, questions: Sequence[Any]) -> dict[str, Tensor]:
@@ -61,11 +68,13 @@ class Agreement:
     def __init__(self, evaluation: ModelEvaluation, judge: Judge):
         self.of, self.judge = evaluation, judge
         count, seed = evaluation.config.agreement_prompts, evaluation.config.seed
-        self.asked = {name: self.judge.questions(count, seed, name == "with_negatives") for name in SETS}
+        self.asked = {name: self.judge.questions(count, seed, name) for name in SETS}
+        self.asked[CONTRADICTING] = self.judge.questions(-(-count // 2), seed, CONTRADICTING)
 
-    def row(self, call: MethodCall) -> dict[str, Any]:
+    def row(self, call: MethodCall, contradicting: bool = False) -> dict[str, Any]:
         """``agreement``: the share of pictures that are right in all that was asked, with its 95 % interval;
-        ``agreement_parts``: the same of each part alone; ``agreement_sets``: the whole without and with negatives."""
+        ``agreement_parts``: the same of each part alone; ``agreement_sets``: the whole without and with negatives,
+        and with ``contradicting`` ones if they are drawn."""
         judged = {name: self._judged(call, name) for name in SETS}
         right = {name: all_right(parts) for name, parts in judged.items()}
         found = mean_and_interval("agreement", torch.cat(list(right.values())))
@@ -73,6 +82,8 @@ class Agreement:
             part: mean_and_interval("share", torch.cat([judged[name][part] for name in SETS])).get("share")
             for part in PARTS
         }
+        if contradicting:
+            right[CONTRADICTING] = all_right(self._judged(call, CONTRADICTING))
         found["agreement_sets"] = {
             name: mean_and_interval("share", values).get("share") for name, values in right.items()
         }
@@ -81,7 +92,7 @@ class Agreement:
     def figures(self) -> dict[str, Any]:
         """``agreement_pictures``, and ``agreement_by_guidance``: the reference's row at each of the chosen scales, and
         ``best``, the scale with the largest share of right pictures, the smallest of equals."""
-        out: dict[str, Any] = {"agreement_pictures": sum(map(len, self.asked.values()))}
+        out: dict[str, Any] = {"agreement_pictures": sum(len(self.asked[name]) for name in SETS)}
         if not self.of.config.agreement_scales:
             return out
         rows = {}
@@ -89,7 +100,7 @@ class Agreement:
             # at w = 1 guidance is the prompt's own prediction, at half the cost
             call = parse_method(f"cond-{REFERENCE.steps}") if scale == 1 else REFERENCE
             with self.of.sampler.guided_by(scale):
-                rows[f"{scale:g}"] = self.row(call)
+                rows[f"{scale:g}"] = self.row(call, contradicting=True)
         best = max(rows, key=lambda scale: (rows[scale]["agreement"], -float(scale)))
         return out | {"agreement_by_guidance": {"rows": rows, "best": float(best)}}
 

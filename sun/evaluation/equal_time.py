@@ -42,8 +42,8 @@ class EqualTime:
     def questions(self) -> list[Any]:
         assert self.judge is not None
         count, seed = self.of.config.prompts, self.of.config.seed
-        plain = self.judge.questions(-(-count // 2), seed, False)
-        negative = self.judge.questions(-(-count // 2), seed, True)
+        plain = self.judge.questions(-(-count // 2), seed, "plain")
+        negative = self.judge.questions(-(-count // 2), seed, "with_negatives")
         return [question for pair in zip(plain, negative, strict=True) for question in pair][:count]
 
     @cached_property

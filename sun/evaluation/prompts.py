@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -35,20 +36,28 @@ class Drawn:
 
 
 def build_prompts(config: EvaluateConfig) -> PromptSet:
-    """Prompts with random negatives: from a file, or emoji scenes that training did not render."""
+    """Prompts with random negatives: from a file, or emoji scenes that training did not render.
+
+    Random negatives for emoji do not contradict the prompt's background (see ``consistent_negative`` of its world).
+    """
     rng = random.Random(config.seed)
     if config.prompts_file:
         positives, negatives = read_pairs(Path(config.prompts_file), config.prompts)
         source, scenes = worlds.find(PHOTO, "negatives").load(config.negatives, PHOTO, 8, 0.0), []
+        consistent = _as_written
     else:
-        captions = worlds.find(EMOJI, "prompts")
+        captions, consistent = worlds.find(EMOJI, "prompts"), worlds.find(EMOJI, "consistent_negative")
         positives = captions(config.prompts, rng)
         source = worlds.find(EMOJI, "negatives").load(config.negatives, EMOJI, 6, 0.1)
-        negatives = [source.draw(rng) for _ in positives]
+        negatives = [consistent(source.draw(rng), prompt) for prompt in positives]
         scenes = captions(config.negative_pairs, rng)
-    pairs = min(config.negative_pairs, len(positives))
-    groups = {name: _group(name, pairs, source.phrases, scenes, rng) for name in config.negative_groups}
+    beside = positives[: config.negative_pairs]
+    groups = {name: _group(name, beside, source.phrases, scenes, consistent, rng) for name in config.negative_groups}
     return PromptSet(positives, negatives, groups)
+
+
+def _as_written(negative: str, prompt: str) -> str:
+    return negative
 
 
 def calibration_pairs(config: EvaluateConfig) -> list[tuple[str, str]]:
@@ -79,16 +88,26 @@ def read_pairs(path: Path, count: int) -> tuple[list[str], list[str]]:
     return [p.strip() for p, _ in pairs], [n.strip() for _, n in pairs]
 
 
-def _group(name: str, count: int, phrases: list[str], scenes: list[str], rng: random.Random) -> list[str]:
+def _group(
+    name: str,
+    positives: list[str],
+    phrases: list[str],
+    scenes: list[str],
+    consistent: Callable[[str, str], str],
+    rng: random.Random,
+) -> list[str]:
     """``seen``: one to a few phrases of the training list. ``unseen``: what that list cannot make.
 
     For emoji an unseen negative is the caption of another scene; otherwise the first words of one phrase with the
     last of another, which are in no phrase together.
     """
     if name == "seen":
-        return [", ".join(rng.sample(phrases, rng.randint(1, min(4, len(phrases))))) for _ in range(count)]
+        fitting = [[phrase for phrase in phrases if consistent(phrase, prompt)] for prompt in positives]
+        return [", ".join(rng.sample(some, rng.randint(1, min(4, len(some))))) for some in fitting]
     if name == "unseen":
-        return scenes[:count] if scenes else [_recombined(phrases, rng) for _ in range(count)]
+        if not scenes:
+            return [_recombined(phrases, rng) for _ in positives]
+        return [consistent(scene, prompt) for scene, prompt in zip(scenes, positives, strict=False)]
     raise ConfigError(f"negative_groups takes seen and unseen, not {name!r}.")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..common.markdown import number_table
 from ..common.settings import ConfigError
-from .agreement import PART_WORDS, PARTS
+from .agreement import PART_WORDS, PARTS, SET_WORDS
 from .names import parse_method
 
 # figure -> (head, format, what is better)
@@ -218,7 +218,7 @@ def _agreement(head: str, rows: dict[str, dict[str, Any]]) -> str:
         whole = _cell(row["agreement"], ".3f", False, row.get("agreement_interval"))
         shares = [*row["agreement_sets"].values(), *(row["agreement_parts"][part] for part in PARTS)]
         body.append([name, whole, *(_cell(share, ".3f") for share in shares)])
-    sets = ("without negatives", "with negatives")
+    sets = [SET_WORDS[kind] for kind in next(iter(rows.values()))["agreement_sets"]]
     return number_table([head, "right in all", *sets, *(PART_WORDS[part] for part in PARTS)], body)
 
 

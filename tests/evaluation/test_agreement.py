@@ -17,7 +17,7 @@ from torch import Tensor
 from sun.common import worlds
 from sun.common.settings import ConfigError
 from sun.evaluation import EvaluateConfig, Sampler, evaluate, report
-from sun.evaluation.agreement import PARTS, all_right
+from sun.evaluation.agreement import CONTRADICTING, PARTS, SETS, all_right
 from sun.evaluation.tables import markdown
 from sun.lab.emoji.agreement import EmojiJudge, EmojiQuestion
 from sun.lab.emoji.main_colours import derive_main_colours, main_colours, pixels_to_lab, shown_background, write_table
@@ -132,20 +132,34 @@ def test_a_network_names_objects_and_finds_the_unwanted_one() -> None:
         assert (float(found["object"][0]), float(found["negative"][0])) == (right, absent)
 
 
+def test_an_unwanted_object_alone_is_judged_too() -> None:
+    question = EmojiQuestion(FROG, "yellow", APPLE)
+    for first, absent in (("frog face", 1), ("red apple", 0)):
+        names = (first, "frog face", "red apple", "owl", "pizza", "rocket", "ghost")
+        found = EmojiJudge(Namer(*names)).judge(frog("yellow"), [question])
+        assert float(found["negative"][0]) == absent
+    assert math.isnan(EmojiJudge().judge(frog("yellow"), [question])["negative"][0]), "no network to name it"
+
+
 def test_questions_are_the_same_for_any_count_and_can_be_judged() -> None:
     judge = EmojiJudge()
-    many, few = (judge.questions(count, 5, negatives=True) for count in (130, 9))
+    many, few, contradicting = (
+        judge.questions(count, 5, kind) for count, kind in ((130, SETS[1]), (9, SETS[1]), (130, CONTRADICTING))
+    )
     assert many[:9] == few
-    plain = judge.questions(130, 5, negatives=False)
+    plain = judge.questions(130, 5, SETS[0])
     assert len({q.emoji.code for q in plain[: len(judge.emojis)]}) == len(judge.emojis), "each once before one again"
     assert not any(q.negative for q in plain)
     assert all(q.prompt == f"{q.emoji.name}, {q.background} background" for q in plain)
     assert [q.emoji for q in many] == [q.emoji for q in plain]
+    assert [q.prompt for q in contradicting] == [q.prompt for q in plain]
     for asked in many[::2]:
-        assert asked.negative.endswith(" background")
-        assert asked.unwanted != asked.background
         assert asked.other is not None
+        assert asked.negative == asked.other.name, "names no background beside the prompt's"
         assert asked.other.code != asked.emoji.code
+    for asked in contradicting:
+        assert asked.negative.endswith(f", {asked.unwanted} background")
+        assert asked.unwanted != asked.background
     assert all(q.prompt == q.emoji.name and q.negative == "white background" for q in many[1::2])
     for asked in plain:
         tone = pixels_to_lab(paint(asked.background))[0, 0, 0]
@@ -184,9 +198,10 @@ class Hue:
     def __init__(self, network: Any = None, style: str = ""):
         self.seen: list[int] = []
 
-    def questions(self, count: int, seed: int, negatives: bool) -> Sequence[EmojiQuestion]:
+    def questions(self, count: int, seed: int, kind: str) -> Sequence[EmojiQuestion]:
         emoji, other = EMOJIS[:2]
-        return [EmojiQuestion(emoji, "red", other if negatives else None) for _ in range(count)]
+        unwanted = "blue" if kind == CONTRADICTING else ""
+        return [EmojiQuestion(emoji, "red", None if kind == "plain" else other, unwanted) for _ in range(count)]
 
     def judge(self, pixels: Tensor, questions: Sequence[Any]) -> dict[str, Tensor]:
         bright = (pixels[:, 0, 0, 0] > 0).float()
@@ -228,7 +243,8 @@ def test_agreement_is_in_the_figures_the_tables_and_a_plot(config: EvaluateConfi
         row["agreement"] for row in by_scale["rows"].values()
     )
     tables = markdown(found)
-    assert "| w | right in all |" in tables
+    assert "| w | right in all | without negatives | with negatives | with contradicting negatives" in tables
+    assert set(by_scale["rows"]["2"]["agreement_sets"]) == {"plain", "with_negatives", "contradicting"}
     assert "for want of an image-text model: named object" in tables
     plot = next(Path(config.output).glob("*/agreement-vs-guidance.png"))
     assert Image.open(plot).width > 100
@@ -255,7 +271,8 @@ def test_guidance_scales_are_really_drawn_and_kept(config: EvaluateConfig, monke
     drawn.clear()
     config.agreement_prompts = 24
     report(config)
-    assert {count for _, _, count in drawn} == {8}, "the first 16 pictures are there; the last block is a larger one"
+    counts = {count for _, _, count in drawn}
+    assert counts == {8, 12}, "the first 16 pictures are there; only blocks that are larger now are drawn anew"
     config.agreement_prompts = 20
     drawn.clear()
     assert report(config)["models"] == first["models"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from sun.evaluation.metrics import (
 from sun.evaluation.negative import compare_change
 from sun.evaluation.sampler import picture_generators
 from sun.evaluation.timing import Timing, time_methods, time_unet_calls
+from sun.lab.emoji.scenes import BACKGROUNDS
 from sun.pipelines.schedulers import make_scheduler
 from sun.surgery import from_unet
 from sun.training.data.negative_phrases import NegativePrompts
@@ -305,6 +307,24 @@ def test_unseen_negatives_are_none_of_the_list(tmp_path: Path) -> None:
     config.negative_groups = ("odd",)
     with pytest.raises(ConfigError, match="seen and unseen"):
         build_prompts(config)
+
+
+def test_random_negatives_name_no_other_background_than_the_prompts() -> None:
+    config = EvaluateConfig(prompts=300, negative_groups=("seen", "unseen"), negative_pairs=300)
+    prompts = build_prompts(config)
+    tones = "|".join(BACKGROUNDS)
+    named, open_, other = re.compile(rf"({tones}) background"), 0, 0
+    for i, prompt in enumerate(prompts.positives):
+        negatives = [prompts.negatives[i], *(prompts.groups[name][i] for name in ("seen", "unseen"))]
+        assert all(negatives[1:])
+        found = [text for text in negatives if re.search(rf"({tones}) background|(^|, )(on an? )?({tones})(,|$)", text)]
+        if named.search(prompt):
+            assert not found, (prompt, found)
+            other += 1
+        else:
+            open_ += len(found)
+    assert other > 200
+    assert open_ > 20, "where the prompt leaves it open, a negative may say which it is not"
 
 
 def test_features_say_what_they_lack(sampler: Sampler, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Whether pictures of Emoji Diffusion show what was asked for: the judge of ``sun evaluate``'s measure ``agreement``.
 
-A question is "OBJECT, COLOUR background". With negatives, every second one also names another object on another
-background as unwanted; the others leave the background open and do not want a white one, which is what the model
-draws most often where it is free to choose.
+A question is "OBJECT, COLOUR background". With negatives, every second one also names another object as unwanted; the
+others leave the background open and do not want a white one, which is what the model draws most often where it is free
+to choose. A contradicting negative names an object *and* another background than the prompt's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .main_colours import (
 from .scenes import BACKGROUNDS
 from .sources import Emoji
 
-VERSION = 1  # of the judgement; raise it when pictures are judged in another way
+VERSION = 2  # of the judgement; raise it when pictures are judged in another way
 UNWANTED = "white"  # the background that is not wanted where none is named
 TELLABLE = 0.6  # share of an emoji's area that differs from the backgrounds it is asked on
 APART = 35.0  # CIELAB
@@ -65,8 +65,9 @@ class EmojiJudge:
         self.emojis = known_emojis(vocabulary, self.style)
         self.print = f"{VERSION} {self.style} {vocabulary}"
 
-    def questions(self, count: int, seed: int, negatives: bool) -> list[EmojiQuestion]:
-        """``count`` questions; the first of them are the same whatever ``count`` is.
+    def questions(self, count: int, seed: int, kind: str) -> list[EmojiQuestion]:
+        """``count`` questions; the first of them are the same whatever ``count`` is. ``kind``: ``plain``,
+        ``with_negatives`` or ``contradicting``.
 
         Each emoji comes once before one comes again, on a background that most of its colours differ from.
         """
@@ -77,10 +78,12 @@ class EmojiJudge:
             background = rng.choice(self._backgrounds_of(emoji))
             other = rng.choice([e for e in self.emojis if e.code != emoji.code])
             unwanted = rng.choice([name for name in BACKGROUNDS if name != background])
-            if not negatives:
+            if kind == "plain":
                 found.append(EmojiQuestion(emoji, background))
-            elif i % 2 == 0:
+            elif kind == "contradicting":
                 found.append(EmojiQuestion(emoji, background, other, unwanted))
+            elif i % 2 == 0:
+                found.append(EmojiQuestion(emoji, background, other))
             else:
                 found.append(EmojiQuestion(emoji, "", None, UNWANTED))
         return found
@@ -112,14 +115,15 @@ class EmojiJudge:
         found["object"] = torch.full((len(questions),), torch.nan)
         if self.network is not None:
             found["object"], absent = self._objects(pixels, questions, [name for name, *_ in shown])
-            found["negative"] = torch.minimum(found["negative"], absent)  # not a number stays one
+            found["negative"] = torch.fmin(found["negative"], absent)  # of a number and none the number
         return found
 
     @torch.no_grad()
     def _objects(
         self, pixels: Tensor, questions: Sequence[EmojiQuestion], shown: Sequence[str]
     ) -> tuple[Tensor, Tensor]:
-        """Whether the named object is among the names that fit best, and whether the unwanted one is not the best."""
+        """Whether the named object is among the names that fit best, and whether the unwanted one is not the best (not
+        a number where none is unwanted)."""
         assert self.network is not None
         images = self.network.image_features(pixels).float().cpu()
         codes = [emoji.code for emoji in self.emojis]
@@ -127,7 +131,7 @@ class EmojiJudge:
         for image, asked, background in zip(images, questions, shown, strict=True):
             best = [codes[k] for k in (self._texts(background) @ image).topk(min(AMONG, len(codes))).indices.tolist()]
             named.append(float(asked.emoji.code in best))
-            absent.append(float(asked.other is None or asked.other.code != best[0]))
+            absent.append(float(asked.other.code != best[0]) if asked.other else torch.nan)
         return torch.tensor(named), torch.tensor(absent)
 
     @cache  # noqa: B019 - one judge a model under test

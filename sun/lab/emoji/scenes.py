@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from dataclasses import dataclass
 
 from PIL import Image
@@ -48,6 +49,10 @@ CATEGORY_WORDS = {
     "Symbols": "symbol",
 }
 
+_TONE = rf"(?:{'|'.join(BACKGROUNDS)})"
+_NAMES_A_BACKGROUND = re.compile(rf"(?:on an? )?{_TONE} background")
+_NAMES_A_TONE = re.compile(rf"(?:on an? )?{_TONE}(?: background)?")
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -78,6 +83,18 @@ def random_captions(count: int, rng: random.Random) -> list[str]:
     """Prompts of random scenes of the everyday emoji."""
     emojis = load_metadata()
     return [random_scene(emojis, rng).caption for _ in range(count)]
+
+
+def consistent_negative(negative: str, prompt: str) -> str:
+    """The negative without its colours of a background, where the prompt names the background itself.
+
+    Guidance goes from what the negative names through what the prompt names and on: purple away from orange is light
+    blue. Nobody who wants purple says so, and the picture would be called wrong for doing as it was told.
+    """
+    if not any(_NAMES_A_BACKGROUND.fullmatch(part.strip()) for part in prompt.split(",")):
+        return negative
+    parts = (part.strip() for part in negative.split(","))
+    return ", ".join(part for part in parts if not _NAMES_A_TONE.fullmatch(part))
 
 
 def write_caption(
