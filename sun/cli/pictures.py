@@ -207,8 +207,9 @@ def compare(
     target: Annotated[Path, typer.Option("--out", help="PNG to write: a row a method.")] = Path("compare.png"),
     steps: Annotated[int, typer.Option(help="SUN's steps.", min=1, max=1000)] = 4,
     also: Annotated[
-        list[str] | None, typer.Option(help="Another method: ddim-4, dpmpp-8, unipc-4, euler-4, cond-25, sun-8.")
+        list[str] | None, typer.Option(help="Another method: ddim-4, dpmpp-8, unipc-4, nag-4, lcm-lora-4, sun-8.")
     ] = None,
+    lcm_lora: Annotated[str, typer.Option(help="Folder of an LCM-LoRA, for the methods lcm-lora.")] = "",
     seed: Seed = 0,
     size: Size = "",
     guidance: Annotated[
@@ -247,7 +248,7 @@ def compare(
         loaded = engine.load(recipe)
         recipe = engine.complete(recipe, loaded)
         pairs = [(prompt, negative) for prompt in prompts]
-        rows = run(loaded, recipe, pairs, methods, guidance, lambda method: status(f"running {method}"))
+        rows = run(loaded, recipe, pairs, methods, guidance, lambda name: status(f"running {name}"), lcm_lora=lcm_lora)
     save_png(picture(rows, pairs), target)
     out.print(figures_table({row.method: row.figures() for row in rows}, f"{len(pairs)} pictures, reference first"))
     out.print(str(target), soft_wrap=True)

@@ -58,12 +58,13 @@ def compare(
     guidance: float | None = None,
     on_method: Callable[[str], None] | None = None,
     offsets: Sequence[int] | None = None,
+    lcm_lora: str = "",
 ) -> list[Row]:
     """Run the reference and ``methods`` (``sun-4``, ``ddim-4``, ...) on (prompt, negative) pairs of one model.
 
     Pair ``i`` starts from the noise of ``recipe.seed + offsets[i]`` (without offsets: ``+ i``) in every method.
-    ``guidance``: the reference's w; None: the adapter's own. The reference's row comes first. Raises RecipeError, and
-    ValueError for an unknown method.
+    ``guidance``: the reference's w; None: the adapter's own. ``lcm_lora``: the folder of an LCM-LoRA, for its
+    methods. The reference's row comes first. Raises RecipeError, and ValueError for an unknown method.
     """
     calls = [parse_method(method) for method in methods]
     if loaded.adapter is None:
@@ -78,6 +79,7 @@ def compare(
         pipe.scheduler,
         adapter=adapter,
         w=guidance or adapter.info.guidance_scale or 8.0,
+        lcm_lora=lcm_lora,
     )
     prompts, negatives = [p for p, _ in pairs], [n for _, n in pairs]
     offsets = list(range(len(pairs)) if offsets is None else offsets)

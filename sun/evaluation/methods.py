@@ -162,7 +162,10 @@ _TRAINING_FREE: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
 @contextmanager
 def _training_free(assets: Assets, call: MethodCall) -> Iterator[Prepared]:
     put_on, take_off = _TRAINING_FREE[call.method.name]
-    put_on(assets.unet, **call.numbers())
+    try:
+        put_on(assets.unet, **call.numbers())
+    except ValueError as error:
+        raise ConfigError(f"{call.text}: {error}") from error
     try:
         yield _steered(assets.unet, "negative")
     finally:

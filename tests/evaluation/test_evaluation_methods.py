@@ -92,6 +92,13 @@ def test_wrong_names_say_what_there_is(name: str, part: str) -> None:
         parse_method(name)
 
 
+@pytest.mark.parametrize("name", ["nag[phi=-1]-2", "nag[alpha=2]-2", "lcm-lora+nag[tau=0]-2"])
+def test_settings_that_a_peer_refuses_are_said_with_the_method(sampler: Sampler, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"nag\[.*\]-2: NAG needs phi >= 0"):
+        sampler(name, PROMPTS, NEGATIVES, sampler.noise(2, 0))
+    assert sampler("cond-2", PROMPTS, NEGATIVES, sampler.noise(2, 0)).unet_calls == 2, "nothing is left attached"
+
+
 def test_an_unknown_adapter_is_named(sampler: Sampler) -> None:
     with pytest.raises(ConfigError, match=r"no adapter 'late'.*there are: weak"):
         sampler("sun[late]-2", PROMPTS, NEGATIVES, sampler.noise(2, 0))

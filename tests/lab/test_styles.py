@@ -14,6 +14,8 @@ from small_models import make_run
 from typer.testing import CliRunner
 
 from sun.common.settings import ConfigError, apply, read_config
+from sun.lab.emoji.base import BaseConfig, train_base
+from sun.lab.emoji.recoding import RecodeConfig, recode
 from sun.lab.emoji.sources import STYLES
 from sun.lab.emoji.style import (
     LORA_TARGETS,
@@ -24,6 +26,8 @@ from sun.lab.emoji.style import (
     train_lora,
     train_style,
 )
+from sun.lab.emoji.vae import VaeConfig, train_vae
+from sun.training.config import RunConfig
 
 
 def load(folder: Path) -> StableDiffusionPipeline:
@@ -104,6 +108,11 @@ def test_a_saved_lora_gives_the_same_numbers_in_diffusers(tiny_model: Path, tmp_
 def test_unknown_styles_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"style takes twemoji, openmoji, .*streamline, not 'noto'"):
         train_style(StyleConfig(style="noto"))
+    for train, config in ((train_base, BaseConfig), (train_vae, VaeConfig), (recode, RecodeConfig)):
+        asked = config(style="noto", run=RunConfig(output=str(tmp_path / "run")))
+        with pytest.raises(ConfigError, match="style takes twemoji"):
+            train(asked)
+    assert not any(tmp_path.iterdir()), "refused before a folder is made"
 
 
 def test_the_commands_refuse_an_unknown_style_with_one_sentence() -> None:

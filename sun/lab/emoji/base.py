@@ -33,7 +33,7 @@ from ...training.models import use_fast_attention
 from ...training.run import TrainingRun, start_run
 from .latents import encode_scenes
 from .scenes import Scene, caption_of
-from .sources import Emoji, load_metadata
+from .sources import Emoji, check_style, load_metadata
 from .text_pretraining import pretrain_text
 from .tokenizer import build_tokenizer
 
@@ -176,6 +176,7 @@ def sd15_scheduler() -> DDIMScheduler:
 
 def train_base(config: BaseConfig) -> Path:
     """Train, and write ``<output>/model`` (a StableDiffusionPipeline folder); returns that folder."""
+    check_style(config.style)
     vae = load_part(AutoencoderTiny, Path(config.vae), torch.float32).requires_grad_(False)
     torch.manual_seed(config.run.seed)
     emojis, folder = load_metadata(config.emojis), Path(config.run.output)

@@ -33,7 +33,7 @@ from .colours import flat_pictures, in_a_line, measure
 from .flat_colours import Extrapolation, colours_of_all_kinds, named_colours
 from .latents import scenes_in_style
 from .scenes import render_scene
-from .sources import load_metadata
+from .sources import check_style, load_metadata
 from .vae import ColourMap, ColourTerm, autoencoder_run, far_from_standard, to_tensor
 
 BORDER = 1  # latents at a crop's border saw other neighbours than those of the whole picture
@@ -66,7 +66,8 @@ class RecodeConfig(ColourTerm):
     flat_weight: float = 8.0
 
     def check(self) -> None:
-        """Raise ConfigError for numbers outside their range."""
+        """Raise ConfigError for an unknown style and for numbers outside their range."""
+        check_style(self.style)
         self.check_colours()
         if self.size % 8:
             raise ConfigError(f"size is a multiple of 8 pixels, not {self.size}.")

@@ -191,10 +191,15 @@ def _emoji(row: dict[str, Any]) -> Emoji:
     return Emoji(row["code"], row["name"], tuple(row["aliases"]), row["category"], row["subcategory"])
 
 
+def check_style(style: str) -> None:
+    """Raise ConfigError for a name that is none of the styles."""
+    if style not in STYLES:
+        raise ConfigError(f"style takes {', '.join(STYLES)}, not {style!r}.")
+
+
 def load_pictures(style: str, emojis: list[Emoji], size: int = 128) -> dict[str, Image.Image]:
     """RGBA pictures of ``size`` x ``size`` pixels by emoji code, for every emoji the style has. Raises ConfigError."""
-    if style not in STYLES:
-        raise ConfigError(f"there is no emoji style {style!r}; there are: {', '.join(STYLES)}.")
+    check_style(style)
     spec = STYLES[style]
     if spec.suffix == "json":
         return _iconify_pictures(spec, emojis, size)

@@ -9,13 +9,12 @@ from typing import Any, Protocol
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from ...common.settings import ConfigError
 from ...training.config import RunConfig
 from ...training.models import load_frozen, use_fast_attention
 from ...training.run import TrainingRun, start_run
 from .base import Batch, Losses, SceneConfig, denoising_loss, train_on_scenes
 from .scenes import Scene
-from .sources import STYLES
+from .sources import check_style
 
 
 def addition_run(output: str, steps: int) -> RunConfig:
@@ -46,8 +45,7 @@ class AdditionConfig(SceneConfig):
 
 def load_start(config: SceneConfig, model: str) -> StableDiffusionPipeline:
     """The frozen pipeline to start from; fills in ``config.stages``. Raises ConfigError."""
-    if config.style not in STYLES:
-        raise ConfigError(f"style takes {', '.join(STYLES)}, not {config.style!r}.")
+    check_style(config.style)
     pipe = load_frozen(model)
     config.stages = config.stages or ((pipe.unet.config.sample_size * 8, 1.0),)
     return pipe

@@ -21,7 +21,7 @@ from ...training.run import TrainingRun, start_run
 from .colours import in_a_line, measure
 from .flat_colours import Extrapolation, colours_of_all_kinds, named_colours
 from .scenes import random_scene, render_scene
-from .sources import load_metadata, load_pictures
+from .sources import check_style, load_metadata, load_pictures
 
 FLAT = 32  # pixels to a side of a flat picture
 
@@ -87,7 +87,8 @@ class VaeConfig(ColourTerm):
     flat_weight: float = 0.25  # of their error against that of the crops
 
     def check(self) -> None:
-        """Raise ConfigError for numbers outside their range."""
+        """Raise ConfigError for an unknown style and for numbers outside their range."""
+        check_style(self.style)
         self.check_colours()
         if min(self.latent_noise, self.latent_weight, self.edge_weight, self.flat_weight, self.flat_batch) < 0:
             raise ConfigError("latent_noise, latent_weight, edge_weight, flat_weight and flat_batch are 0 or above.")
