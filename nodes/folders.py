@@ -9,14 +9,14 @@ from pathlib import Path
 import folder_paths
 
 from ..sun.compact.expertfile import IN_FOLDER, SUFFIX
-from ..sun.shipped import EMOJI_SUN
+from ..sun.shipped import EMOJI_LORA, EMOJI_SUN
 
 FOLDER = "sun"
 SHIPPED = "emoji-sun (shipped with SUN)"  # no file name looks like this, so it can never hide one of the user's
 
 
 def register() -> None:
-    """Adds the model folder "sun" to ComfyUI, keeping what extra_model_paths.yaml has put there already."""
+    """Adds the model folder "sun", and the shipped LoRA's to "loras", keeping what extra_model_paths.yaml put there."""
     default = Path(folder_paths.models_dir) / FOLDER
     folder_paths.add_model_folder_path(FOLDER, str(default))
     paths, _ = folder_paths.folder_names_and_paths[FOLDER]
@@ -24,6 +24,8 @@ def register() -> None:
     folder_paths.folder_names_and_paths[FOLDER] = (paths, set(folder_paths.supported_pt_extensions))
     with contextlib.suppress(OSError):  # a read-only models folder: the other paths and the shipped adapter still work
         default.mkdir(parents=True, exist_ok=True)
+    if EMOJI_LORA.is_file():  # so that ComfyUI's own loader has it
+        folder_paths.add_model_folder_path("loras", str(EMOJI_LORA.parent))
 
 
 def names() -> list[str]:

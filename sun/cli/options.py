@@ -122,7 +122,10 @@ ConfigDir = Annotated[
     str, typer.Option("--config", help="Diffusers folder that describes an unusual single-file checkpoint.")
 ]
 Adapter = Annotated[str, typer.Option(help="SUN adapter file; none runs the plain model. (emoji: the shipped one)")]
-Lora = Annotated[list[str] | None, typer.Option(help="LoRA as PATH or PATH:WEIGHT; may be given several times.")]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(help="LoRA as PATH or PATH:WEIGHT, several times if you like. (emoji: the shipped one)"),
+]
 Negative = Annotated[str, typer.Option(help="What to keep out of the picture.")]
 ControlNet = Annotated[
     str,

@@ -90,7 +90,7 @@ def check_models(config: EvaluateConfig, specs: Mapping[str, ModelSpec]) -> None
     for name, spec in specs.items():
         files = {
             "model": "" if spec.model in (EMOJI, "random") else spec.model,
-            "lora": split_lora(spec.lora)[0],
+            "lora": "" if split_lora(spec.lora)[0] == EMOJI else split_lora(spec.lora)[0],
             "adapter": "" if spec.adapter in (EMOJI, "init") else spec.adapter,
             "unet": spec.unet,
             **{kind: getattr(spec, kind) for kind in PEERS},

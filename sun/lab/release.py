@@ -11,8 +11,16 @@ from pathlib import Path
 
 from ..evaluation.demo import run as draw_demo
 from ..pictures.recipe import Recipe
-from ..shipped import EMOJI_CONTRAST, EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_INPAINTING, EMOJI_SUN, MODELS_DIR
-from .emoji.ship import add_agreement, ship_adapter, ship_base, ship_folder
+from ..shipped import (
+    EMOJI_CONTRAST,
+    EMOJI_CONTROLNET,
+    EMOJI_DIFFUSION,
+    EMOJI_INPAINTING,
+    EMOJI_LORA,
+    EMOJI_SUN,
+    MODELS_DIR,
+)
+from .emoji.ship import add_agreement, ship_adapter, ship_base, ship_folder, ship_lora
 
 ROOT = MODELS_DIR.parents[1]
 REPORTS = Path("reports") / "emoji"
@@ -47,7 +55,7 @@ def release(made: Release, folder: Path | None = None) -> list[Path]:
         base,
         ship_adapter(made.adapter, to(EMOJI_SUN)),
         ship_folder(made.contrast, to(EMOJI_CONTRAST)),
-        ship_folder(made.lora, to(MODELS_DIR / "emoji-lora")),
+        ship_lora(made.lora, to(EMOJI_LORA)),
         ship_folder(made.controlnet, to(EMOJI_CONTROLNET.parent)),
         ship_folder(made.inpainting, to(EMOJI_INPAINTING.parent)),
         *_reports(made, to(ROOT / REPORTS)),

@@ -46,7 +46,7 @@ from ..pipelines.text import encode_prompts, read_as_words
 from ..pipelines.weighted import encode_weighted
 from ..runtimes.contents import is_exported
 from ..schedule import denoise_timesteps, respaced_steps, trailing_timesteps
-from ..shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_SUN, SHIPPED
+from ..shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_LORA, EMOJI_SUN, SHIPPED
 from ..switching import SwitchingError
 from ..switching.pipelines import attach as attach_switching
 from ..switching.pipelines import detach as detach_switching
@@ -601,4 +601,6 @@ def _dtype(recipe: Recipe) -> torch.dtype:
 def _shipped(recipe: Recipe) -> dict[str, str]:
     found = {"model": str(EMOJI_DIFFUSION)} if recipe.model == SHIPPED else {}
     found |= {"controlnet": str(EMOJI_CONTROLNET)} if recipe.controlnet == SHIPPED else {}
+    loras = (split_lora(lora)[0] for lora in recipe.loras)
+    found |= {f"lora {i}": str(EMOJI_LORA) for i, path in enumerate(loras) if path == SHIPPED}
     return found | ({"adapter": str(EMOJI_SUN)} if recipe.adapter == SHIPPED else {})

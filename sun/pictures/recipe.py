@@ -12,7 +12,7 @@ from typing import Any
 
 from ..common.identity import fingerprint
 from ..common.reading import ReadError, check_regular, parse_json, printable
-from ..shipped import EMOJI_DIFFUSION, EMOJI_SUN, SHIPPED
+from ..shipped import EMOJI_DIFFUSION, EMOJI_LORA, EMOJI_SUN, SHIPPED
 from ..switching import ORDERS, SMALL_FIRST
 from ..user_pictures import PictureError
 from .png import read_png_text
@@ -153,7 +153,8 @@ class Recipe:
         named |= {"model": "" if self.model == SHIPPED else self.model}
         named |= {"config": self.config, "switch": self.switch, "ltc_table": self.ltc_table}
         named |= {"adapter": "" if self.adapter in (SHIPPED, INSIDE, "none") else self.adapter}
-        named |= {f"lora {i}": split_lora(lora)[0] for i, lora in enumerate(self.loras)}
+        loras = {f"lora {i}": split_lora(lora)[0] for i, lora in enumerate(self.loras)}
+        named |= {field: path for field, path in loras.items() if path != SHIPPED}
         return {field: path for field, path in named.items() if path}
 
 
@@ -266,7 +267,8 @@ def parameters(recipe: Recipe, prints: Mapping[str, str] | None = None, version:
         pairs["Switching share"], pairs["Switching order"] = recipe.share, recipe.switch_order
     pairs |= {"LTC-Accel": recipe.ltc} if recipe.ltc != "none" else {}
     pairs |= {"Feature inheritance": recipe.inherit} if recipe.inherit != "none" else {}
-    words = "".join(f" <lora:{Path(p).stem}:{w:g}>" for p, w in map(split_lora, recipe.loras))
+    loras = [(EMOJI_LORA if path == SHIPPED else Path(path), weight) for path, weight in map(split_lora, recipe.loras)]
+    words = "".join(f" <lora:{path.stem}:{weight:g}>" for path, weight in loras)
     lines = [recipe.prompt + words]
     if recipe.negative:
         lines.append(f"Negative prompt: {recipe.negative}")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..common.notes import note
 from ..common.reading import ReadError, check_regular, parse_json, read_json
 from ..layers import layers_of_unet
+from ..shipped import EMOJI_LORA, SHIPPED
 from .loading import ModelError, ModelMissing
 from .lora_changes import LOHA, LOKR, WHOLE, changed, kind_of
 
@@ -169,6 +170,10 @@ def _weighted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _lora_file(path: Path) -> Path:
+    if str(path) == SHIPPED:
+        if not EMOJI_LORA.is_file():
+            raise ModelMissing("this installation has no shipped LoRA. Give --lora a file, or update SUN.")
+        return EMOJI_LORA
     if not path.exists():
         raise ModelMissing(f"the LoRA {path} does not exist. Check the path.")
     if path.is_dir():

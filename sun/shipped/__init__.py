@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 SHIPPED = "emoji"
-"""What the shipped model, adapter and ControlNet are called where a file is asked for."""
+"""What the shipped model, adapter, ControlNet and LoRA are called where a file is asked for."""
 
 MODELS_DIR = Path(__file__).resolve().parents[1] / "models"
 EMOJI_DIFFUSION = MODELS_DIR / "emoji-diffusion"
@@ -13,5 +13,6 @@ EMOJI_SUN = MODELS_DIR / "emoji-sun.safetensors"
 EMOJI_CONTRAST = MODELS_DIR / "emoji-contrast"
 EMOJI_CONTROLNET = MODELS_DIR / "emoji-controlnet" / "emoji-edges.safetensors"
 EMOJI_INPAINTING = MODELS_DIR / "emoji-inpainting" / "emoji-inpainting.safetensors"
+EMOJI_LORA = MODELS_DIR / "emoji-lora" / "emoji-google-style.safetensors"
 EMOJI_COMPACT = MODELS_DIR / "emoji-compact"
 SINGLE_FILE_CONFIG = MODELS_DIR / "stable-diffusion-v1"

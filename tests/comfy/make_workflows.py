@@ -18,7 +18,7 @@ from workflow_graph import GREEN, RED, Added, Graph, Ref
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "example_workflows"
 SHIPPED = "emoji-sun (shipped with SUN)"
-LORA_FILE = "pytorch_lora_weights.safetensors"  # what `sun train-emoji lora` writes
+LORA_FILE = "emoji-google-style.safetensors"  # ships with the pack
 
 
 class EmojiGraph(Graph):
@@ -185,12 +185,10 @@ def lora(g: EmojiGraph) -> None:
         adapter = g.add("SUN_LoadAdapter", adapter_name=SHIPPED)
         applied = g.add("SUN_Apply", model=styled[0], adapter=adapter[0])
         g.note(
-            "# LoRA\n\nOne file is needed: a LoRA of Emoji Diffusion in `models/loras`. Train it in a clone of the "
-            "repository (`pip install -e .[emoji]`, npm on the PATH, 15 minutes on a CPU core) and copy the result "
-            "there:\n\n`sun train-emoji lora --style google --config configs/emoji-lora.toml`\n\nwrites "
-            f"`runs/emoji-lora-google/lora/{LORA_FILE}`. Press **R** to refresh the list.\n\nThe LoRA may stand before "
-            "or after **Apply SUN to Model**: the picture is the same. With Stable Diffusion 1.5, any SD 1.5 LoRA goes "
-            "here."
+            "# LoRA\n\nA LoRA of Emoji Diffusion comes with SUN: it draws in the style of Google's emoji, which the "
+            "adapter never saw. Choose another of `models/loras` in **Load LoRA**, 0 for its strength to compare.\n\nThe "
+            "LoRA may stand before or after **Apply SUN to Model**: the picture is the same. With Stable Diffusion 1.5, "
+            "any SD 1.5 LoRA goes here."
         )
     with g.group("Prompts"):
         positive, negative, latent = g.inputs(loader["clip"], "large polar bear, yellow background")

@@ -23,6 +23,8 @@ from make_workflows import GRAPHS, LORA_FILE, build
 from PIL import Image
 from workflows import NOTES, to_prompt, with_defaults
 
+from sun.shipped import EMOJI_LORA
+
 WORKFLOWS = REPOSITORY / "example_workflows"
 STOCK = {"SUN with Stable Diffusion 1.5"}  # needs a checkpoint of 475 MB: see test_comfy_server.py
 # Workflow: (U-Net calls, sampling runs with SUN, size of the picture saved)
@@ -64,11 +66,14 @@ def known(host: SimpleNamespace) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def lora_in_place(host: SimpleNamespace, emoji_folder: Path) -> Iterator[None]:
-    """A LoRA of random weights where a user puts a trained one."""
+    """The shipped LoRA, or, in a checkout without it, random weights where a user puts a LoRA."""
+    assert EMOJI_LORA.name == LORA_FILE
+    if EMOJI_LORA.is_file():
+        yield
+        return
     folder = host.base / "models" / "loras"
     folder.mkdir(exist_ok=True)
-    path = make_lora(emoji_folder, folder)
-    assert path.name == LORA_FILE
+    path = make_lora(emoji_folder, folder).rename(folder / LORA_FILE)
     yield
     path.unlink()
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionControlNetPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from peft import LoraConfig
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from small_models import EMOJIS, make_run
@@ -31,6 +32,7 @@ from sun.lab.emoji.inpainting import (
     widen,
 )
 from sun.lab.emoji.scenes import Scene, render_scene, subject_mask
+from sun.lab.emoji.style import LORA_TARGETS, LORA_WEIGHTS, save_lora
 from sun.shipped import EMOJI_CONTROLNET, EMOJI_INPAINTING
 from sun.shipped.control_lora import MARK, OWN_LAYERS, controlnet_from_unet, ldm_name, to_control_lora
 from sun.shipped.edges import edge_agreement, edge_picture, find_edges
@@ -237,6 +239,32 @@ def test_a_controlnet_trains_and_loads_with_its_card(packages: Path, tiny_model:
     assert (folder / "samples.png").exists()
 
 
+def test_generate_takes_the_shipped_lora_by_name(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sun.pictures import draw as generate
+    from sun.pictures.recipe import Recipe, RecipeError, png_text
+    from sun.pipelines import lora
+
+    unet = load(tiny_model).unet
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights="gaussian", target_modules=LORA_TARGETS))
+    shake(unet)
+    file = save_lora(unet, tmp_path / "lora")
+    plain = Recipe(prompt="owl", model=str(tiny_model), adapter="none", steps=1, batch=2, guidance=1.0, device="cpu")
+    monkeypatch.setattr(lora, "EMOJI_LORA", tmp_path / "gone.safetensors")
+    with pytest.raises(RecipeError, match="no shipped LoRA"):
+        generate.load(replace(plain, loras=("emoji",)))
+    monkeypatch.setattr(lora, "EMOJI_LORA", file)
+    drawn = []
+    for loras in ((), ("emoji:0.5",), (f"{file}:0.5",)):
+        recipe = replace(plain, loras=loras)
+        loaded = generate.load(recipe)
+        drawn.append(generate.generate(loaded, generate.complete(recipe, loaded)).latents)
+    assert torch.equal(drawn[1], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
+    assert "<lora:emoji-google-style:0.5>" in png_text(replace(recipe, loras=("emoji:0.5",)), 0, {}, {})["parameters"]
+
+
 def test_generate_takes_the_shipped_controlnet_by_name(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,12 +423,13 @@ def test_finished_runs_are_shipped_with_their_cards(tmp_path: Path, monkeypatch:
     from sun import shipped
     from sun.cli import app
 
-    for name, target in (("controlnet", "EMOJI_CONTROLNET"), ("inpainting", "EMOJI_INPAINTING")):
+    homes = {"controlnet": "EMOJI_CONTROLNET", "inpainting": "EMOJI_INPAINTING", "lora": "EMOJI_LORA"}
+    for name, target in homes.items():
         run = tmp_path / name / name
         run.mkdir(parents=True)
-        (run / "README.md").write_text("# A card\n")
+        (run / "README.md").write_text(f"# A card\nLoad {LORA_WEIGHTS}.\n" if name == "lora" else "# A card\n")
         file = tmp_path / "shipped" / getattr(shipped, target).parent.name / getattr(shipped, target).name
-        (run / file.name).write_bytes(b"weights")
+        (run / (LORA_WEIGHTS if name == "lora" else file.name)).write_bytes(b"weights")
         monkeypatch.setattr(shipped, target, file)
         (tmp_path / "notes.md").write_text("Seen by a person.")
         done = CliRunner().invoke(
@@ -408,4 +437,6 @@ def test_finished_runs_are_shipped_with_their_cards(tmp_path: Path, monkeypatch:
         )
         assert done.exit_code == 0, done.output
         assert file.read_bytes() == b"weights"
-        assert "Seen by a person." in (file.parent / "README.md").read_text()
+        card = (file.parent / "README.md").read_text()
+        assert "Seen by a person." in card
+        assert name != "lora" or f"Load {file.name}." in card

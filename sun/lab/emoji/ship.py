@@ -263,6 +263,17 @@ def ship_folder(source: str | Path, destination: str | Path, notes: str = "") ->
     return out
 
 
+def ship_lora(source: str | Path, destination: str | Path, notes: str = "") -> Path:
+    """:func:`ship_folder`, with the weights under a name that says what they are: that of the file ``destination``."""
+    file = Path(destination)
+    out = ship_folder(source, file.parent, notes)
+    (weights,) = out.glob("*.safetensors")
+    weights.rename(file)
+    card = out / "README.md"
+    write_text(card, card.read_text(encoding="utf-8").replace(weights.name, file.name))
+    return file
+
+
 def ship_runs(
     runs: Mapping[str, Path], guidance: float, notes: str = "", vae: Sequence[Path] = ()
 ) -> Iterator[tuple[str, Path]]:
@@ -281,8 +292,10 @@ def ship_runs(
             yield name, Path(ship_base(run, shipped.EMOJI_DIFFUSION, guidance, notes, vae))
         elif name == "adapter":
             yield name, Path(ship_adapter(run, shipped.EMOJI_SUN, notes))
+        elif name == "LoRA":
+            yield name, ship_lora(run / "lora", shipped.EMOJI_LORA, notes)
         else:
-            product, home = folders.get(name, ("lora", shipped.MODELS_DIR / run.name))
+            product, home = folders[name]
             yield name, Path(ship_folder(run / product, home, notes))
 
 
