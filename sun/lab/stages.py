@@ -201,7 +201,8 @@ def _distilled(recipe: Recipe) -> list[Stage]:
         return recipe.guidance
 
     def scales() -> tuple[float, float]:
-        return (1.0, max(*recipe.config.guidance_scales, recipe.guidance))
+        """The chosen scale in the middle of their logarithms, and at least up to 4."""
+        return (1.0, max(4.0, recipe.guidance**2))
 
     on_base: dict[str, Any] = {"model": str(recipe.base), "guidance_scale": scale}
     widened = {**on_base, "init_adapter": str(first), "guidance_range": scales}
