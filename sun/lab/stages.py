@@ -200,14 +200,17 @@ def _distilled(recipe: Recipe) -> list[Stage]:
     def scale() -> float:
         return recipe.guidance
 
+    def middle() -> float:
+        """Of the scales' logarithms: the chosen scale, but for small ones."""
+        return max(2.0, recipe.guidance)
+
     def scales() -> tuple[float, float]:
-        """The chosen scale in the middle of their logarithms, and at least up to 4."""
-        return (1.0, max(4.0, recipe.guidance**2))
+        return (1.0, middle() ** 2)
 
     on_base: dict[str, Any] = {"model": str(recipe.base), "guidance_scale": scale}
     widened = {**on_base, "init_adapter": str(first), "guidance_range": scales}
     return [
-        _trained(recipe, "sun", "SUN", first, **on_base),
+        _trained(recipe, "sun", "SUN", first, **{**on_base, "guidance_scale": middle}),
         _trained(recipe, "sun-guided", "SUN, with the guidance scale as input", recipe.adapter, **widened),
         _trained(recipe, "lcm-lora", "LCM-LoRA", lcm, **on_base),
         _trained(recipe, "guided-distill", "guided distillation", recipe.path("guided-distill") / "unet", **on_base),
