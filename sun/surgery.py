@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -97,3 +98,25 @@ def widen(adapter: SunAdapter, w: float | None = None) -> SunAdapter:
     )
     wide.load_state_dict(state, strict=adapter.guided)
     return wide.eval()
+
+
+def recentre(adapter: SunAdapter, w: float) -> SunAdapter:
+    """The same adapter, with ``w`` as the guidance scale it takes by default and counts others from.
+
+    Nothing changes at any scale: alpha and beta are a + s1 u + s2 u^2 in u = log(scale / w0), rewritten for another w0.
+    Raises ValueError for an adapter of one fixed scale, and for a w that is no positive number.
+    """
+    step = adapter.guidance(w)  # of the scale by default as seen from the old one
+    if step is None:
+        return adapter
+    by = float(step[0, 0])
+    moved = copy.deepcopy(adapter)
+    with torch.no_grad():
+        for layer in moved.sun_layers():
+            for name, slope in layer.named_parameters(recurse=False):
+                if name.endswith("_w"):
+                    linear, square = slope
+                    getattr(layer, name.removesuffix("_w")).add_(by * linear + by**2 * square)
+                    linear.add_(2 * by * square)
+    moved.info = replace(adapter.info, guidance_scale=w)
+    return moved

@@ -11,7 +11,7 @@ from ..adapter import SunAdapter
 from ..common.settings import ConfigError, without_folders
 from ..files import SunInfo
 from ..shipped import EMOJI_SUN, SHIPPED
-from ..surgery import from_unet, widen
+from ..surgery import from_unet, recentre, widen
 from .algorithm import guided_noise
 from .card import name_of, progress_of
 from .config import SunTrainConfig
@@ -72,12 +72,7 @@ def _earlier_adapter(config: SunTrainConfig, guided: bool) -> SunAdapter:
     if not guided:
         return adapter
     adapter = adapter if adapter.guided else widen(adapter, config.guidance_scale)
-    if adapter.info.guidance_scale != config.guidance_scale:
-        raise ConfigError(
-            f"init_adapter counts guidance scales from {adapter.info.guidance_scale:g}, its own: set "
-            f"guidance_scale to that, not to {config.guidance_scale:g}."
-        )
-    return adapter
+    return recentre(adapter, config.guidance_scale)
 
 
 def describe_training(

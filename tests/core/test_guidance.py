@@ -12,7 +12,7 @@ import sun
 from sun.adapter import SunAdapter, SunLayer
 from sun.attention import attend, attention_normalization, sun_attention
 from sun.files import SunFileError, SunInfo
-from sun.surgery import bake, from_unet, widen
+from sun.surgery import bake, from_unet, recentre, widen
 
 
 def adapter(positive: bool = True, guided: bool = True) -> SunAdapter:
@@ -72,6 +72,22 @@ def test_baking_fixes_one_scale(scale: float) -> None:
     assert plain.info.guidance_scale == scale
     for mine, theirs in zip(made.sun_layers(), plain.sun_layers(), strict=True):
         torch.testing.assert_close(run(theirs), run(mine, made.guidance(scale)))
+
+
+@pytest.mark.parametrize("scale", [1.5, 4.0, 9.5])
+def test_another_scale_by_default_changes_nothing_at_any_scale(scale: float) -> None:
+    made = adapter()
+    moved = recentre(made, scale)
+    assert (moved.guided, moved.info.guidance_scale) == (True, scale)
+    for mine, theirs in zip(made.sun_layers(), moved.sun_layers(), strict=True):
+        torch.testing.assert_close(run(theirs), run(mine, made.guidance(scale)))
+        for w in (1.0, 4.0, 6.0):
+            torch.testing.assert_close(
+                run(theirs, moved.guidance(torch.tensor([w]))), run(mine, made.guidance(torch.tensor([w])))
+            )
+    assert made.info.guidance_scale == 4.0
+    with pytest.raises(ValueError, match="fixed at"):
+        recentre(bake(made, 4.0), 2.0)
 
 
 @pytest.mark.parametrize("positive", [True, False])

@@ -222,8 +222,16 @@ def test_a_fixed_adapter_is_trained_on_to_take_the_guidance_scale(
     plain, on_top = card.index("configs/emoji-sun.toml"), card.index("configs/emoji-sun-guided.toml")
     assert plain < on_top
     assert "by default, takes others (trained from 1 to 8)" in card
-    with pytest.raises(ConfigError, match="counts guidance scales from 3"):
-        train_sun(SunTrainConfig(run=guided, **{**on, "guidance_scale": 4.0}))
+    third = RunConfig(output=str(tmp_path / "d"), steps=1, batch_size=3, precision="fp32", lr=0.0)
+    moved = sun.SunAdapter.load(
+        train_sun(SunTrainConfig(run=third, **{**on, "init_adapter": str(second), "guidance_scale": 2.0}))
+    )
+    assert moved.info.guidance_scale == 2.0, "others are counted from the scale it is trained for now"
+    for w in (1.0, 2.0, 5.0):
+        before, after = (
+            each.layers[0].factor("alpha_neg", each.guidance(torch.tensor([w]))) for each in (adapter, moved)
+        )
+        assert torch.allclose(before, after, atol=2e-3), "and at every scale it is what it was"
     back = {**on, "init_adapter": str(second), "guidance_range": (0.0, 0.0)}
     with pytest.raises(ConfigError, match="init_adapter takes the guidance scale: set guidance_range"):
         train_sun(SunTrainConfig(run=RunConfig(output=str(tmp_path / "c"), steps=1), **back))
