@@ -292,7 +292,7 @@ def train_emoji_ship(
     lora: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji lora` run.")] = None,
     controlnet: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji controlnet` run.")] = None,
     inpainting: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji inpainting` run.")] = None,
-    guidance: Annotated[float, typer.Option(help="Guidance scale of the card's pictures.")] = 4.0,
+    guidance: Annotated[float, typer.Option(help="Guidance scale of the card's pictures.")] = 1.5,
     notes: Annotated[Path | None, typer.Option(help="Markdown to put at the end of the card.")] = None,
 ) -> None:
     """Write finished runs into the package, as fp16 with a model card."""

@@ -286,7 +286,7 @@ def without_adapter(g: EmojiGraph, note: str, *nodes: str) -> None:
         positive, negative, latent = g.inputs(loader["clip"], "owl, pink background")
         samples = g.add(
             "KSampler", model=model, positive=positive, negative=negative, latent_image=latent, seed=7, steps=25,
-            cfg=4.0, sampler_name="dpmpp_2m", scheduler="simple", denoise=1.0,
+            cfg=1.5, sampler_name="dpmpp_2m", scheduler="simple", denoise=1.0,
         )[0]  # fmt: skip
         g.picture(samples, loader["vae"])
 
@@ -329,7 +329,7 @@ def switching(g: EmojiGraph) -> None:
         positive, negative, latent = g.inputs(loader["clip"], "owl, pink background")
         samples = g.add(
             "KSampler", model=model, positive=positive, negative=negative, latent_image=latent, seed=7, steps=25,
-            cfg=4.0, sampler_name="dpmpp_2m", scheduler="simple", denoise=1.0,
+            cfg=1.5, sampler_name="dpmpp_2m", scheduler="simple", denoise=1.0,
         )[0]  # fmt: skip
         g.picture(samples, loader["vae"])
 
@@ -365,7 +365,7 @@ def compact(g: EmojiGraph) -> None:
         positive, negative, latent = g.inputs(loader["clip"], "large polar bear, yellow background")
         samples = g.add(
             "KSampler", model=loader["model"], positive=positive, negative=negative, latent_image=latent, seed=7,
-            steps=25, cfg=4.0, sampler_name="dpmpp_2m", scheduler="simple",
+            steps=25, cfg=1.5, sampler_name="dpmpp_2m", scheduler="simple",
         )[0]  # fmt: skip
         g.picture(samples, loader["vae"])
 

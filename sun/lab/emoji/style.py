@@ -51,7 +51,7 @@ class StyleConfig(SceneConfig):
     )
     style: str = "openmoji"
     stages: tuple[tuple[int, float], ...] = ()
-    sample_guidance: float = 4.0
+    sample_guidance: float = 1.5
     model: str = "emoji"
     train_text_encoder: bool = False
 

@@ -38,7 +38,7 @@ class AdditionConfig(SceneConfig):
 
     run: RunConfig = field(default_factory=lambda: addition_run("", 1000))
     stages: tuple[tuple[int, float], ...] = ()
-    sample_guidance: float = 4.0
+    sample_guidance: float = 1.5
     model: str = "emoji"
     rank: int = 16
 
