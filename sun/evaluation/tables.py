@@ -202,7 +202,7 @@ def agreement_tables(model: dict[str, Any]) -> list[str]:
         f"Agreement: share of {model['agreement_pictures']} pictures, half of them with negatives, that show what was "
         "asked for" + (f". Not judged, for want of an image-text model: {', '.join(unseen)}" if unseen else "")
     )
-    tables = [f"{text}.\n\n{_agreement('method', rows)}"] if rows else []
+    tables = [f"{text}. w = {model['guidance_scale']:g}.\n\n{_agreement('method', rows)}"] if rows else []
     if scales:
         best = model["agreement_by_guidance"]["best"]
         tables.append(

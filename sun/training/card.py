@@ -11,15 +11,33 @@ from torch import Tensor
 
 from ..common.atomic import write_json, write_text
 from ..common.markdown import table
+from ..common.reading import ReadError, read_json
 from ..common.settings import last_name, without_folders
 from ..shipped import SHIPPED
 from .run import TrainingRun
 from .state import describe_machine
 
+EMOJI_DIFFUSION = "Emoji Diffusion"
+_NAME = "_sun_name"  # in model_index.json, where diffusers passes over what begins so
+
 
 def name_of(model: str) -> str:
-    """What a card calls the model of a setting: the shipped one by its name, another by that of its folder or file."""
-    return "Emoji Diffusion" if model == SHIPPED else last_name(model)
+    """What a card calls the model of a setting: its name (see :func:`put_name`; the shipped one has one), else that of
+    its folder or file."""
+    if model == SHIPPED:
+        return EMOJI_DIFFUSION
+    index = Path(model) / "model_index.json"
+    try:
+        found = read_json(index).get(_NAME) if index.is_file() else None
+    except (ReadError, AttributeError):
+        found = None
+    return found if isinstance(found, str) and found else last_name(model)
+
+
+def put_name(folder: Path, name: str) -> None:
+    """Call the model of a diffusers folder ``name`` in the cards of what is trained on it."""
+    index = folder / "model_index.json"
+    write_json(index, {**read_json(index), _NAME: name})
 
 
 def card(title: str, parts: Iterable[str], **front: str) -> str:

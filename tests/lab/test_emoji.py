@@ -22,6 +22,7 @@ from sun.lab.emoji.scenes import BACKGROUNDS, Scene, caption_of, random_scene, r
 from sun.lab.emoji.ship import captioned_grid, ship_base
 from sun.lab.emoji.text_pretraining import SceneReader, pretrain_text
 from sun.lab.emoji.vae import VaeConfig, reconstruction_loss, to_tensor, train_vae
+from sun.training.card import name_of
 
 
 def test_metadata_leaves_flags_out(packages: Path) -> None:
@@ -189,6 +190,8 @@ def test_the_whole_chain_from_pictures_to_a_shipped_folder(packages: Path, tmp_p
     assert "| backgrounds of another hue, of 12 |" in card
     assert (out / "samples.png").exists()
     assert not [f for f in out.rglob("*.json") if str(tmp_path) in f.read_text()]
+    for folder in (tmp_path / "base" / "model", out):
+        assert name_of(str(folder)) == "Emoji Diffusion", "whatever the folder is called"
     # A later run goes on from the shipped folder.
     again = replace(config, run=make_run(tmp_path, "more", steps=1, lr=0.0), init_model=str(out))
     unet = StableDiffusionPipeline.from_pretrained(train_base(again), safety_checker=None).unet

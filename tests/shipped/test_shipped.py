@@ -63,7 +63,7 @@ def test_the_adapter_says_what_it_is_and_fits():
     info, unet = adapter.info, settings("unet")
     layers = layers_from_structure(tuple(unet["block_out_channels"]))
     adapter.check_base([layer.channels for layer in layers], unet["cross_attention_dim"], "Emoji Diffusion")
-    assert (info.base_model, info.guidance_scale, info.stage_length) == ("Emoji Diffusion", 4.0, 0.25)
+    assert (info.base_model, info.guidance_scale, info.stage_length) == ("Emoji Diffusion", 1.5, 0.25)
     assert info.normalized
     assert info.training["step"] > 100
     assert all(torch.isfinite(p).all() for p in adapter.parameters())

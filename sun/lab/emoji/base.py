@@ -28,6 +28,7 @@ from ...pictures.png import save_grid
 from ...pipelines.loading import load_part, load_text_encoder, load_unet
 from ...pipelines.schedulers import make_scheduler
 from ...pipelines.text import encode_texts
+from ...training.card import EMOJI_DIFFUSION, put_name
 from ...training.config import RunConfig
 from ...training.models import use_fast_attention
 from ...training.run import TrainingRun, start_run
@@ -200,6 +201,8 @@ def train_base(config: BaseConfig) -> Path:
         text_encoder.requires_grad_(False)
     run = start_run(config, trained)
     train_on_scenes(config, run, pipe, lambda size: save_base(config, run, pipe, size))
+    if run.accelerator.is_main_process:
+        put_name(run.folder / "model", EMOJI_DIFFUSION)
     return run.folder / "model"
 
 
