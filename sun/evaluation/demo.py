@@ -18,8 +18,8 @@ PICTURES = (
     ("owl, pink background", "", 2),
     ("smiling face with sunglasses, green background", "", 3),
     ("rocket, black background", "", 4),
-    ("polar bear", "", 12),
-    ("polar bear", "white background", 12),
+    ("polar bear", "", 19),
+    ("polar bear", "white background", 19),
 )
 
 

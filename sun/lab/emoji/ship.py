@@ -239,9 +239,11 @@ def _run_lines(training: Mapping[str, Any]) -> str:
     launcher = f"torchrun --nproc_per_node {processes} -m " if processes > 1 else ""
     kind = "-several" if training.get("fine_tunes") else "-guided" if any(training.get("guidance_range", ())) else ""
     machine = f", on {training['machine']}" if "machine" in training else ""
+    calls = run.get("unet_calls")
+    budget = f"--set run.unet_calls={calls}" if calls else f"--minutes {run['minutes']:g}"
     return (
-        f"    {launcher}sun train --config configs/emoji-sun{kind}.toml --minutes {run['minutes']:g} "
-        f"--batch-size {run['batch_size']}\n\n"
+        f"    {launcher}sun train --config configs/emoji-sun{kind}.toml "
+        f"{budget} --batch-size {run['batch_size']}\n\n"
         f"{training['step']} steps of {batch_in_words(run, processes)}, {training['seconds'] / 60:.0f} minutes, "
         f"seed {run['seed']}{machine}.\n\n"
     )
