@@ -85,7 +85,8 @@ def grey_like(
     vae: comfy.sd.VAE, latent_format: comfy.latent_formats.LatentFormat
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """What ComfyUI gives an inpainting model as masked picture when there is none: grey, in this model's latents."""
-    latent = latent_format.process_in(vae.encode(torch.full((1, 128, 128, 3), 0.5))).mean((2, 3), keepdim=True)
+    grey = latent_format.process_in(vae.encode(torch.full((1, 128, 128, 3), 0.5)))
+    latent = grey[:, :, 4:12, 4:12].mean((2, 3), keepdim=True)  # latents near the edge know that it is one
 
     def blank(like: torch.Tensor) -> torch.Tensor:
         return latent.to(like).expand_as(like).clone()

@@ -243,7 +243,7 @@ def test_agreement_is_in_the_figures_the_tables_and_a_plot(config: EvaluateConfi
         row["agreement"] for row in by_scale["rows"].values()
     )
     tables = markdown(found)
-    assert "asked for. Not judged, for want of an image-text model: named object. w = 3." in tables
+    assert "negative. w = 3.\n" in tables
     assert "| w | right in all | without negatives | with negatives | with contradicting negatives" in tables
     assert set(by_scale["rows"]["2"]["agreement_sets"]) == {"plain", "with_negatives", "contradicting"}
     assert "for want of an image-text model: named object" in tables

@@ -153,7 +153,7 @@ def test_no_allowed_version_has_a_known_hole_on_our_path(name: str, safe: tuple[
 
 def test_what_is_not_ours_is_named_with_its_licence() -> None:
     notice = (REPOSITORY / "NOTICE").read_text(encoding="utf-8")
-    for part in ("OpenAI", "Twemoji", "CC-BY 4.0", "Noto Emoji", "Apache-2.0", "emoji-datasource", "Streamline"):
+    for part in ("OpenAI", "Twemoji", "CC-BY 4.0", "Noto Emoji", "Apache-2.0", "emoji-datasource", "OpenMoji"):
         assert part in notice
     for model in (REPOSITORY / "sun" / "models").iterdir():
         assert model.name in notice or model.stem in notice, f"NOTICE says nothing of {model.name}"

@@ -321,8 +321,8 @@ def test_the_command_trains(command: str, tiny_model: Path, pictures: Path, tmp_
 
 
 def test_configs_hold_known_settings() -> None:
-    assert apply(LcmLoraConfig(), read_config(CONFIGS / "peers-lcm-lora.toml")).guidance_scale == 4.0
-    assert apply(GuidedDistillConfig(), read_config(CONFIGS / "peers-guided-distill.toml")).guidance_scale == 4.0
+    assert apply(LcmLoraConfig(), read_config(CONFIGS / "peers-lcm-lora.toml")).guidance_scale == 1.5
+    assert apply(GuidedDistillConfig(), read_config(CONFIGS / "peers-guided-distill.toml")).guidance_scale == 1.5
 
 
 @pytest.mark.parametrize(
