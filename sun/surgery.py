@@ -109,14 +109,13 @@ def recentre(adapter: SunAdapter, w: float) -> SunAdapter:
     step = adapter.guidance(w)  # of the scale by default as seen from the old one
     if step is None:
         return adapter
-    by = float(step[0, 0])
     moved = copy.deepcopy(adapter)
     with torch.no_grad():
         for layer in moved.sun_layers():
             for name, slope in layer.named_parameters(recurse=False):
                 if name.endswith("_w"):
-                    linear, square = slope
-                    getattr(layer, name.removesuffix("_w")).add_(by * linear + by**2 * square)
-                    linear.add_(2 * by * square)
+                    own, (linear, square) = name.removesuffix("_w"), slope
+                    getattr(layer, own).copy_(layer.factor(own, step).reshape(-1))
+                    linear.add_(2 * float(step[0, 0]) * square)
     moved.info = replace(adapter.info, guidance_scale=w)
     return moved

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..common.settings import ConfigError, configured, read_config
+from ..shipped import EMOJI_GUIDANCE
 from .app import app, emoji_app
 from .options import ConfigFile, Json, Settings
 from .show import out, write_json
@@ -292,7 +293,7 @@ def train_emoji_ship(
     lora: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji lora` run.")] = None,
     controlnet: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji controlnet` run.")] = None,
     inpainting: Annotated[Path | None, typer.Option(help="Folder of a finished `train-emoji inpainting` run.")] = None,
-    guidance: Annotated[float, typer.Option(help="Guidance scale of the card's pictures.")] = 1.5,
+    guidance: Annotated[float, typer.Option(help="Guidance scale of the card's pictures.")] = EMOJI_GUIDANCE,
     notes: Annotated[Path | None, typer.Option(help="Markdown to put at the end of the card.")] = None,
 ) -> None:
     """Write finished runs into the package, as fp16 with a model card."""

@@ -261,7 +261,7 @@ def _agreement(recipe: Recipe, resume: bool) -> None:
         measure=("agreement",),
         agreement_scales=recipe.config.guidance_scales,
         agreement_methods=("cond-25",),
-        guidance_scale=max(recipe.config.guidance_scales),
+        guidance_scale=max(recipe.config.guidance_scales),  # so that the reference is drawn at no other scale
         features="emoji",
         contrast=str(recipe.contrast),
         output=str(recipe.agreement),

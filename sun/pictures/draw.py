@@ -601,6 +601,5 @@ def _dtype(recipe: Recipe) -> torch.dtype:
 def _shipped(recipe: Recipe) -> dict[str, str]:
     found = {"model": str(EMOJI_DIFFUSION)} if recipe.model == SHIPPED else {}
     found |= {"controlnet": str(EMOJI_CONTROLNET)} if recipe.controlnet == SHIPPED else {}
-    loras = (split_lora(lora)[0] for lora in recipe.loras)
-    found |= {f"lora {i}": str(EMOJI_LORA) for i, path in enumerate(loras) if path == SHIPPED}
+    found |= {field: str(EMOJI_LORA) for field, path in recipe.lora_files().items() if path == SHIPPED}
     return found | ({"adapter": str(EMOJI_SUN)} if recipe.adapter == SHIPPED else {})

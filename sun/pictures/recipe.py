@@ -153,9 +153,12 @@ class Recipe:
         named |= {"model": "" if self.model == SHIPPED else self.model}
         named |= {"config": self.config, "switch": self.switch, "ltc_table": self.ltc_table}
         named |= {"adapter": "" if self.adapter in (SHIPPED, INSIDE, "none") else self.adapter}
-        loras = {f"lora {i}": split_lora(lora)[0] for i, lora in enumerate(self.loras)}
-        named |= {field: path for field, path in loras.items() if path != SHIPPED}
+        named |= {field: path for field, path in self.lora_files().items() if path != SHIPPED}
         return {field: path for field, path in named.items() if path}
+
+    def lora_files(self) -> dict[str, str]:
+        """The LoRAs as they are named here, by the field that names them."""
+        return {f"lora {i}": split_lora(lora)[0] for i, lora in enumerate(self.loras)}
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -14,5 +14,6 @@ EMOJI_CONTRAST = MODELS_DIR / "emoji-contrast"
 EMOJI_CONTROLNET = MODELS_DIR / "emoji-controlnet" / "emoji-edges.safetensors"
 EMOJI_INPAINTING = MODELS_DIR / "emoji-inpainting" / "emoji-inpainting.safetensors"
 EMOJI_LORA = MODELS_DIR / "emoji-lora" / "emoji-google-style.safetensors"
+EMOJI_GUIDANCE = 1.5  # the scale at which most of its pictures are right: see its card
 EMOJI_COMPACT = MODELS_DIR / "emoji-compact"
 SINGLE_FILE_CONFIG = MODELS_DIR / "stable-diffusion-v1"

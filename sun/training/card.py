@@ -17,7 +17,7 @@ from ..shipped import SHIPPED
 from .run import TrainingRun
 from .state import describe_machine
 
-EMOJI_DIFFUSION = "Emoji Diffusion"
+EMOJI_NAME = "Emoji Diffusion"
 _NAME = "_sun_name"  # in model_index.json, where diffusers passes over what begins so
 
 
@@ -25,7 +25,7 @@ def name_of(model: str) -> str:
     """What a card calls the model of a setting: its name (see :func:`put_name`; the shipped one has one), else that of
     its folder or file."""
     if model == SHIPPED:
-        return EMOJI_DIFFUSION
+        return EMOJI_NAME
     index = Path(model) / "model_index.json"
     try:
         found = read_json(index).get(_NAME) if index.is_file() else None

@@ -19,6 +19,7 @@ from workflow_graph import GREEN, RED, Added, Graph, Ref
 WORKFLOWS = Path(__file__).resolve().parents[2] / "example_workflows"
 SHIPPED = "emoji-sun (shipped with SUN)"
 LORA_FILE = "emoji-google-style.safetensors"  # ships with the pack
+CFG = 1.5  # the scale Emoji Diffusion is guided by
 
 
 class EmojiGraph(Graph):
@@ -286,7 +287,7 @@ def without_adapter(g: EmojiGraph, note: str, *nodes: str) -> None:
         positive, negative, latent = g.inputs(loader["clip"], "owl, pink background")
         samples = g.add(
             "KSampler", model=model, positive=positive, negative=negative, latent_image=latent, seed=7, steps=25,
-            cfg=1.5, sampler_name="dpmpp_2m", scheduler="simple", denoise=1.0,
+            cfg=CFG, sampler_name="dpmpp_2m", scheduler="simple", denoise=1.0,
         )[0]  # fmt: skip
         g.picture(samples, loader["vae"])
 
@@ -329,7 +330,7 @@ def switching(g: EmojiGraph) -> None:
         positive, negative, latent = g.inputs(loader["clip"], "owl, pink background")
         samples = g.add(
             "KSampler", model=model, positive=positive, negative=negative, latent_image=latent, seed=7, steps=25,
-            cfg=1.5, sampler_name="dpmpp_2m", scheduler="simple", denoise=1.0,
+            cfg=CFG, sampler_name="dpmpp_2m", scheduler="simple", denoise=1.0,
         )[0]  # fmt: skip
         g.picture(samples, loader["vae"])
 
@@ -365,7 +366,7 @@ def compact(g: EmojiGraph) -> None:
         positive, negative, latent = g.inputs(loader["clip"], "large polar bear, yellow background")
         samples = g.add(
             "KSampler", model=loader["model"], positive=positive, negative=negative, latent_image=latent, seed=7,
-            steps=25, cfg=1.5, sampler_name="dpmpp_2m", scheduler="simple",
+            steps=25, cfg=CFG, sampler_name="dpmpp_2m", scheduler="simple",
         )[0]  # fmt: skip
         g.picture(samples, loader["vae"])
 

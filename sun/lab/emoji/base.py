@@ -28,11 +28,12 @@ from ...pictures.png import save_grid
 from ...pipelines.loading import load_part, load_text_encoder, load_unet
 from ...pipelines.schedulers import make_scheduler
 from ...pipelines.text import encode_texts
-from ...training.card import EMOJI_DIFFUSION, put_name
+from ...training.card import EMOJI_NAME, put_name
 from ...training.config import RunConfig
 from ...training.models import use_fast_attention
 from ...training.run import TrainingRun, start_run
 from .latents import encode_scenes
+from .runs import emoji_run
 from .scenes import Scene, caption_of
 from .sources import Emoji, check_style, load_metadata
 from .text_pretraining import pretrain_text
@@ -92,16 +93,8 @@ class BaseConfig(SceneConfig):
     """New models of the sizes below, or those of ``init_model``."""
 
     run: RunConfig = field(
-        default_factory=lambda: RunConfig(
-            output="runs/emoji-base",
-            steps=6000,
-            batch_size=64,
-            lr=8e-4,
-            lr_schedule="cosine",
-            warmup_steps=100,
-            weight_decay=0.01,
-            betas=(0.9, 0.99),
-            ema_decay=0.999,
+        default_factory=lambda: emoji_run(
+            "runs/emoji-base", 6000, 8e-4, batch_size=64, warmup_steps=100, ema_decay=0.999
         )
     )
     stages: tuple[tuple[int, float], ...] = ((64, 0.35), (128, 0.65))
@@ -202,7 +195,7 @@ def train_base(config: BaseConfig) -> Path:
     run = start_run(config, trained)
     train_on_scenes(config, run, pipe, lambda size: save_base(config, run, pipe, size))
     if run.accelerator.is_main_process:
-        put_name(run.folder / "model", EMOJI_DIFFUSION)
+        put_name(run.folder / "model", EMOJI_NAME)
     return run.folder / "model"
 
 

@@ -23,6 +23,7 @@ from ...training.run import TrainingRun, start_run
 from .cards import data_section, licence_of, settings_of
 from .contrast import WEIGHTS, ContrastShape, EmojiContrast
 from .pairs import Pair, ScenePool, full_caption
+from .runs import emoji_run
 from .scenes import BACKGROUNDS, PLACES, Scene
 from .sources import load_metadata
 from .vae import to_tensor
@@ -35,16 +36,8 @@ class ContrastConfig:
     """``held_out`` is the share of (emoji, background, size) combinations that training never shows, in any style."""
 
     run: RunConfig = field(
-        default_factory=lambda: RunConfig(
-            output="runs/emoji-contrast",
-            steps=1500,
-            batch_size=128,
-            lr=1e-3,
-            lr_schedule="cosine",
-            warmup_steps=100,
-            weight_decay=0.05,
-            betas=(0.9, 0.98),
-            ema_decay=0.99,
+        default_factory=lambda: emoji_run(
+            "runs/emoji-contrast", 1500, 1e-3, batch_size=128, warmup_steps=100, weight_decay=0.05, betas=(0.9, 0.98)
         )
     )
     shape: ContrastShape = field(default_factory=ContrastShape)

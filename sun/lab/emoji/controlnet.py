@@ -41,9 +41,10 @@ from .checks import (
     sheet,
 )
 from .latents import encode_pictures, scenes_in_style
+from .runs import emoji_run
 from .scenes import posed, render_scene
 from .sources import load_metadata
-from .tuning import AdditionConfig, addition_run, load_start, styles_of, train_conditioned
+from .tuning import AdditionConfig, load_start, styles_of, train_conditioned
 from .vae import to_tensor
 
 COMMAND = "sun train-emoji controlnet --config configs/emoji-controlnet.toml"
@@ -53,7 +54,7 @@ COMMAND = "sun train-emoji controlnet --config configs/emoji-controlnet.toml"
 class ControlNetConfig(AdditionConfig):
     """The low rank is the encoder's; ``check_scenes`` are drawn at the end for the card's figures."""
 
-    run: RunConfig = field(default_factory=lambda: addition_run("runs/emoji-controlnet", 1000))
+    run: RunConfig = field(default_factory=lambda: emoji_run("runs/emoji-controlnet", 1000, 1e-3))
     scenes: int = 2500
     # Without a caption only the edges say what is there: that is how a ControlNet learns to read them.
     empty_captions: float = 0.5

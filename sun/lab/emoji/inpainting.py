@@ -40,9 +40,10 @@ from .checks import (
     sheet,
 )
 from .latents import encode_pictures, encode_scenes
+from .runs import emoji_run
 from .scenes import Scene, render_scene, subject_mask
 from .sources import load_metadata, load_pictures
-from .tuning import AdditionConfig, addition_run, load_start, styles_of, train_conditioned
+from .tuning import AdditionConfig, load_start, styles_of, train_conditioned
 
 COMMAND = "sun train-emoji inpainting --config configs/emoji-inpainting.toml"
 FIRST_LAYER = ("conv_in",)
@@ -53,7 +54,7 @@ MASK_KINDS = ("box", "ellipse", "subject", "half", "everything")
 class InpaintingConfig(AdditionConfig):
     """The low rank is the U-Net's; each of the ``scenes`` gets one mask for the whole run."""
 
-    run: RunConfig = field(default_factory=lambda: addition_run("runs/emoji-inpainting", 1000))
+    run: RunConfig = field(default_factory=lambda: emoji_run("runs/emoji-inpainting", 1000, 1e-3))
     scenes: int = 6000
     check_scenes: int = 24
 

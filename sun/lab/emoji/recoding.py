@@ -32,9 +32,10 @@ from ...training.run import TrainingRun, start_run
 from .colours import flat_pictures, in_a_line, measure
 from .flat_colours import Extrapolation, colours_of_all_kinds, named_colours
 from .latents import scenes_in_style
+from .runs import emoji_run
 from .scenes import render_scene
 from .sources import check_style, load_metadata
-from .vae import ColourMap, ColourTerm, autoencoder_run, far_from_standard, to_tensor
+from .vae import ColourMap, ColourTerm, far_from_standard, to_tensor
 
 BORDER = 1  # latents at a crop's border saw other neighbours than those of the whole picture
 CUBE = 9  # flat colours to a side of the cube between which the features of any colour are interpolated
@@ -45,7 +46,7 @@ _FLAT = 40  # pixels to a side of those
 class RecodeConfig(ColourTerm):
     """Crops of ``crop`` pixels are cut from ``scenes`` scenes of ``size`` pixels."""
 
-    run: RunConfig = field(default_factory=lambda: autoencoder_run("runs/emoji-recoded", 5000))
+    run: RunConfig = field(default_factory=lambda: emoji_run("runs/emoji-recoded", 5000, 2e-3, weight_decay=0.0))
     vae: str = "runs/emoji-vae/vae"  # a diffusers folder of the autoencoder to begin with
     style: str = "twemoji"
     scenes: int = 1536

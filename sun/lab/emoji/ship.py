@@ -21,7 +21,7 @@ from ...evaluation.cells import file_name
 from ...evaluation.tables import agreement_tables
 from ...pictures.png import grid, save_png
 from ...pipelines.loading import load_pipeline
-from ...training.card import EMOJI_DIFFUSION, batch_in_words, card, losses_in_words, put_name, write_card
+from ...training.card import EMOJI_NAME, batch_in_words, card, losses_in_words, put_name, write_card
 from ...training.config import RunConfig
 from ...training.state import describe_machine
 from .base import SAMPLE_PROMPTS, sample_images
@@ -99,7 +99,7 @@ def ship_base(
     if out.exists():
         shutil.rmtree(out)
     pipe.save_pretrained(out, safe_serialization=True)
-    put_name(out, EMOJI_DIFFUSION)
+    put_name(out, EMOJI_NAME)
     make_portable(out)
     # What lands in the file is fp16: the grid is made from these very weights.
     pipe = load_pipeline(out)
@@ -148,7 +148,7 @@ Guidance extrapolates latents: a flat colour whose latents are scaled may satura
 The weights are derived from the pictures and carry their licence, CC-BY 4.0."""
     write_card(
         folder,
-        "Emoji Diffusion",
+        EMOJI_NAME,
         [
             _about_base(pipe, guidance_scale),
             _parts_of_base(pipe, folder),

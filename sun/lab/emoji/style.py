@@ -16,13 +16,15 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from ...common.atomic import write_json
+from ...shipped import EMOJI_GUIDANCE
 from ...training.card import name_of, size_in_words, training_section, write_card
 from ...training.config import RunConfig
 from ...training.run import TrainingRun, start_run
 from .base import SceneConfig, save_base, save_samples, train_on_scenes
 from .cards import data_section, licence_of, settings_of
+from .runs import emoji_run
 from .ship import make_portable
-from .tuning import AdditionConfig, addition_run, load_start, save_averaged, styles_of
+from .tuning import AdditionConfig, load_start, save_averaged, styles_of
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # the name load_lora_weights looks for in a folder
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -36,22 +38,10 @@ class StyleConfig(SceneConfig):
     their place, for an adapter that was trained on the base.
     """
 
-    run: RunConfig = field(
-        default_factory=lambda: RunConfig(
-            output="",
-            steps=2000,
-            batch_size=32,
-            lr=3e-4,
-            lr_schedule="cosine",
-            warmup_steps=50,
-            weight_decay=0.01,
-            betas=(0.9, 0.99),
-            ema_decay=0.995,
-        )
-    )
+    run: RunConfig = field(default_factory=lambda: emoji_run("", 2000, 3e-4, ema_decay=0.995))
     style: str = "openmoji"
     stages: tuple[tuple[int, float], ...] = ()
-    sample_guidance: float = 1.5
+    sample_guidance: float = EMOJI_GUIDANCE
     model: str = "emoji"
     train_text_encoder: bool = False
 
@@ -60,7 +50,7 @@ class StyleConfig(SceneConfig):
 class LoraStyleConfig(AdditionConfig):
     """A LoRA (Hu et al. 2021, arXiv 2106.09685) on the U-Net's attention layers, alpha = rank."""
 
-    run: RunConfig = field(default_factory=lambda: addition_run("", 1500))
+    run: RunConfig = field(default_factory=lambda: emoji_run("", 1500, 1e-3))
     style: str = "openmoji"
 
 

@@ -9,36 +9,23 @@ from typing import Any, Protocol
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
+from ...shipped import EMOJI_GUIDANCE
 from ...training.config import RunConfig
 from ...training.models import load_frozen, use_fast_attention
 from ...training.run import TrainingRun, start_run
 from .base import Batch, Losses, SceneConfig, denoising_loss, train_on_scenes
+from .runs import emoji_run
 from .scenes import Scene
 from .sources import check_style
-
-
-def addition_run(output: str, steps: int) -> RunConfig:
-    """The settings that the additions are trained with by default."""
-    return RunConfig(
-        output=output,
-        steps=steps,
-        batch_size=32,
-        lr=1e-3,
-        lr_schedule="cosine",
-        warmup_steps=50,
-        weight_decay=0.01,
-        betas=(0.9, 0.99),
-        ema_decay=0.99,
-    )
 
 
 @dataclass
 class AdditionConfig(SceneConfig):
     """A change of low ``rank`` to the frozen ``model``. Without ``stages`` it trains at the model's own size."""
 
-    run: RunConfig = field(default_factory=lambda: addition_run("", 1000))
+    run: RunConfig = field(default_factory=lambda: emoji_run("", 1000, 1e-3))
     stages: tuple[tuple[int, float], ...] = ()
-    sample_guidance: float = 1.5
+    sample_guidance: float = EMOJI_GUIDANCE
     model: str = "emoji"
     rank: int = 16
 

@@ -20,6 +20,7 @@ from ...training.config import RunConfig
 from ...training.run import TrainingRun, start_run
 from .colours import in_a_line, measure
 from .flat_colours import Extrapolation, colours_of_all_kinds, named_colours
+from .runs import emoji_run
 from .scenes import random_scene, render_scene
 from .sources import check_style, load_metadata, load_pictures
 
@@ -51,26 +52,11 @@ class ColourTerm:
         return self.colour_weight * (self.colour_end + (1 - self.colour_end) * left / self.colour_relax)
 
 
-def autoencoder_run(output: str, steps: int) -> RunConfig:
-    """What runs of autoencoders have in common."""
-    return RunConfig(
-        output=output,
-        steps=steps,
-        batch_size=32,
-        lr=2e-3,
-        lr_schedule="cosine",
-        warmup_steps=50,
-        weight_decay=0.0,
-        betas=(0.9, 0.99),
-        ema_decay=0.99,
-    )
-
-
 @dataclass
 class VaeConfig(ColourTerm):
     """Crops of ``crop`` pixels are cut from scenes of ``size`` pixels."""
 
-    run: RunConfig = field(default_factory=lambda: autoencoder_run("runs/emoji-vae", 4000))
+    run: RunConfig = field(default_factory=lambda: emoji_run("runs/emoji-vae", 4000, 2e-3, weight_decay=0.0))
     style: str = "twemoji"
     extra_styles: tuple[str, ...] = ()
     init_vae: str = ""  # a diffusers folder to go on from
