@@ -17,6 +17,7 @@ from sun.common.settings import ConfigError
 from sun.evaluation.checks import check
 from sun.evaluation.config import EvaluateConfig
 from sun.evaluation.names import REFERENCE
+from sun.shipped import EMOJI_GUIDANCE
 
 ROW = {"unet_calls": 4.0, "seconds": 0.1, "paired_mse": 0.05, "set_distance": 1.5}
 MODEL = {
@@ -134,5 +135,5 @@ def test_the_shipped_model_is_measured_by_default(
     assert {name: row["unet_calls"] for name, row in found["methods"].items()} == DEFAULT_CALLS
     for row in found["methods"].values():
         assert {"seconds", "paired_mse", "set_distance"} <= set(row)
-    assert found["guidance_scale"] == 4.0
+    assert found["guidance_scale"] == EMOJI_GUIDANCE
     assert -1 <= found["negative_prompt"]["sun-4"]["cosine"] <= 1
