@@ -54,6 +54,7 @@ class LtcChoice:
     settings: SkipSettings | LtcSettings
     calibration: str = AUTOMATIC  # of the paper's settings
     node: str | None = None  # where the page shows what a run did
+    unused: str = ""  # settings of the paper's that were set beside another preset
 
 
 def tables_folder() -> Path:
@@ -63,12 +64,19 @@ def tables_folder() -> Path:
     return base / "ltc"
 
 
-def apply(model: ModelPatcher, settings: SkipSettings | LtcSettings, calibration: str = AUTOMATIC) -> ModelPatcher:
-    """A clone of `model` that skips steps. An LTC-Accel already on the model is replaced."""
+def apply(
+    model: ModelPatcher, settings: SkipSettings | LtcSettings, calibration: str = AUTOMATIC, unused: str = ""
+) -> ModelPatcher:
+    """A clone of `model` that skips steps. An LTC-Accel already on the model is replaced.
+
+    unused: names of settings that have no effect beside these, to be said at the node.
+    """
     patched = model.clone()
+    if unused:
+        log.warning("LTC-Accel: %s: for the preset paper alone, without effect here.", unused)
     if patched.get_attachment(KEY) is not None:
         log.warning("LTC-Accel: the model had it already; the later node takes its place.")
-    patched.set_attachments(KEY, LtcChoice(settings, calibration, notices.running_node()))
+    patched.set_attachments(KEY, LtcChoice(settings, calibration, notices.running_node(), unused))
     merging.speak_up(patched)
     hang(patched, KEY, {WrappersMP.SAMPLER_SAMPLE: _sampler_sample, WrappersMP.PREDICT_NOISE: _predict_noise})
     return patched
@@ -137,7 +145,10 @@ def _tell(choice: LtcChoice, run: SamplerRun | SkipRun) -> None:
         return  # it has said what it measured
     say(counts)
     text = "ltc_real" if counts.calls == counts.steps else "ltc_saved"
-    notices.tell(choice.node, text, calls=counts.calls, steps=counts.steps, saved=counts.saved)
+    values: dict[str, Any] = {"calls": counts.calls, "steps": counts.steps, "saved": counts.saved}
+    if choice.unused:
+        text, values = "ltc_unused", {**values, "unused": choice.unused}
+    notices.tell(choice.node, text, **values)
 
 
 class Changes:

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..sun.inheritance import PRESETS, InheritanceError, parse_plan
 from ..sun.ltc import LtcSettings
-from ..sun.ltc.keep import AGAIN, AUTOMATIC
+from ..sun.ltc.keep import AGAIN, AUTOMATIC, unused
 from ..sun.ltc.presets import BALANCED, PAPER
 from ..sun.ltc.presets import NAMES as LTC_NAMES
 from ..sun.ltc.presets import PRESETS as LTC_PRESETS
@@ -531,7 +531,8 @@ class ApplyLtcAccel(io.ComfyNode):
             return io.NodeOutput(ltc_patch.apply(model, LtcSettings(tau=tau, every=every), calibration))
         chosen = {"first": warm_up, "last": tail}
         settings = ltc_preset(preset, **{name: value for name, value in chosen.items() if value >= 0})
-        return io.NodeOutput(ltc_patch.apply(model, settings))
+        without_effect = unused(preset, tau=tau, every=every, calibration=calibration)
+        return io.NodeOutput(ltc_patch.apply(model, settings, unused=without_effect))
 
 
 class ApplyFeatureInheritance(io.ComfyNode):

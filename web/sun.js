@@ -235,6 +235,7 @@ const NOTICES = {
   "ltc_real": isLtc,
   "ltc_measured": isLtc,
   "ltc_nothing": isLtc,
+  "ltc_unused": isLtc,
   "inherited": (node) => node.comfyClass === "SUN_ApplyFeatureInheritance",
   "switched": isSwitch,
   "switched_swapped": isSwitch,
@@ -245,7 +246,7 @@ const NOTICES = {
   "merged": (node) => has(node.inputs, "MODEL"),
   "saved": (node) => has(node.inputs, "MODEL"),
 };
-const WARNINGS = ["merged", "saved", "switched_alone", "switched_same", "switched_reversed"];
+const WARNINGS = ["merged", "saved", "ltc_unused", "switched_alone", "switched_same", "switched_reversed"];
 const noticed = new WeakMap(); // node -> its show(text, warning)
 
 /** The node behind an id of the server; "12:5" is node 5 of the subgraph that node 12 stands for. */

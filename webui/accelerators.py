@@ -40,5 +40,9 @@ class AcceleratorRun:
         if chosen.inherits:
             around += [inheritance.sampling(unet, chosen.plan(), own) for unet, own in unets if own]
         if chosen.ltc:
+            if without_effect := chosen.unused():
+                text = f"LTC-Accel: {without_effect}: for the preset paper alone, without effect here."
+                if text not in p.comments:  # hires fix samples twice
+                    p.comment(text)
             around.append(ltc.sampling(p, chosen.ltc_settings(), chosen.calibration))
         return around

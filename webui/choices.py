@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..sun.inheritance import Plan, parse_plan
 from ..sun.ltc import LtcError, LtcSettings, SkipSettings
-from ..sun.ltc.keep import AGAIN
+from ..sun.ltc.keep import AGAIN, unused
 from ..sun.ltc.keep import AUTOMATIC as ONCE
 from ..sun.ltc.presets import BALANCED, NAMES, PAPER, preset
 from ..sun.switching import ORDERS, SMALL_FIRST, Switching
@@ -90,6 +90,10 @@ class AcceleratorSettings:
             return LtcSettings(tau=float(self.tau), every=int(self.every))
         given: dict[str, Any] = {"first": float(self.warm_up), "last": int(self.tail)}
         return preset(self.preset, **{name: value for name, value in given.items() if value >= 0})
+
+    def unused(self) -> str:
+        """Which of the paper's settings were set and have no effect, as another preset is chosen; empty for none."""
+        return unused(self.preset, tau=self.tau, every=self.every, calibration=self.calibration)
 
     def switching(self) -> Switching:
         """Which share of the steps the small U-Net makes. Raises SwitchingError for what cannot be."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from .interval import LtcSettings, allowed
+from .presets import PAPER
 from .run import LtcRun, Measurements
 from .table import LtcKey, LtcTable, TableStore
 
@@ -15,6 +16,18 @@ log = logging.getLogger(__name__)
 
 AUTOMATIC, AGAIN = "automatic", "measure again"
 """The choices of a user: take the table there is, or forget it."""
+
+
+def unused(preset: str, **given: object) -> str:
+    """Which settings of the published method were ``given`` another value than their own beside another ``preset``.
+
+    Those are ``tau``, ``every`` and ``calibration``, and a preset other than "paper" takes none of them: hosts say so.
+    Empty where there are none.
+    """
+    if preset == PAPER:
+        return ""
+    own = {"tau": LtcSettings.tau, "every": LtcSettings.every, "calibration": AUTOMATIC}
+    return ", ".join(name for name, value in own.items() if given.get(name, value) != value)
 
 
 @contextmanager

@@ -69,6 +69,18 @@ def test_the_first_picture_takes_13_of_20_calls_with_any_sampler(
         assert 0 < (fast - plain).norm() < 0.1 * plain.norm()
 
 
+def test_settings_of_the_paper_beside_another_preset_are_said_to_do_nothing(
+    host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, dict]] = []
+    monkeypatch.setattr(host.part("nodes.notices"), "tell", lambda node, text, **values: told.append((text, values)))
+    for given in ({"tau": 0.2, "every": 3}, {}):
+        model = host.nodes["SUN_ApplyLtcAccel"].execute(emoji.model, "balanced", **given).result[0]
+        run.ksampler(model, steps=8, cfg=1.0)
+    (first, values), (second, _) = told
+    assert (first, values["unused"], second) == ("ltc_unused", "tau, every", "ltc_saved")
+
+
 def test_samplers_that_no_forecast_suits_run_in_full_and_say_why(
     host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -228,6 +228,12 @@ def test_the_page_says_what_was_measured(family: Any) -> None:
     assert "turn by" in family.run({"ltc": True, "tau": 1e-6}, **PICTURE).comments
 
 
+def test_the_page_names_settings_of_the_paper_beside_another_preset(family: Any) -> None:
+    mixed = {"ltc": True, "preset": "balanced", "tau": 0.3, "every": 4}
+    assert "LTC-Accel: tau, every: for the preset paper alone" in family.run(mixed, **PICTURE).comments
+    assert "paper" not in family.run({"ltc": True, "preset": "balanced"}, **PICTURE).comments
+
+
 def test_prompt_editing_keeps_its_steps(family: Any) -> None:
     """Skipped steps count, as the hosts count calls of their denoiser."""
     for _ in range(2):
