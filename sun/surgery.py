@@ -75,11 +75,13 @@ def bake(adapter: SunAdapter, scale: float) -> SunAdapter:
     return plain.eval()
 
 
-def widen(adapter: SunAdapter, w: float | None = None) -> SunAdapter:
+def widen(adapter: SunAdapter, w: float | None = None, *, growing: bool = False) -> SunAdapter:
     """An adapter that takes the guidance scale. Until it is trained to, it does what ``adapter`` does at every scale.
 
     w: the scale it was made for, from which others are counted, where its file does not record it (the authors' do
-    not). Raises ValueError where neither is known.
+    not). growing: alpha and beta are in proportion to scale - 1 instead, as what guidance adds is, to the second order
+    in log(scale / w). An adapter made for a scale of 1, where guidance adds nothing, stays the same at all of them, and
+    one that takes the scale already keeps what it learned. Raises ValueError where neither scale is known.
     """
     own = adapter.info.guidance_scale or w
     if not own:
@@ -97,6 +99,13 @@ def widen(adapter: SunAdapter, w: float | None = None) -> SunAdapter:
         guided=True,
     )
     wide.load_state_dict(state, strict=adapter.guided)
+    if growing and not adapter.guided and own != 1:
+        with torch.no_grad():
+            for layer in wide.sun_layers():
+                for name, slope in layer.named_parameters(recurse=False):
+                    if name.endswith("_w"):
+                        plain = getattr(layer, name.removesuffix("_w"))
+                        slope.copy_(torch.stack([plain, plain / 2]) * (own / (own - 1)))
     return wide.eval()
 
 

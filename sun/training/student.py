@@ -71,7 +71,7 @@ def _earlier_adapter(config: SunTrainConfig, guided: bool) -> SunAdapter:
         raise ConfigError("init_adapter takes the guidance scale: set guidance_range.")
     if not guided:
         return adapter
-    adapter = adapter if adapter.guided else widen(adapter, config.guidance_scale)
+    adapter = adapter if adapter.guided else widen(adapter, config.guidance_scale, growing=True)
     return recentre(adapter, config.guidance_scale)
 
 

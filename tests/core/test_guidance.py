@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,33 @@ def test_widened_it_is_the_same_at_every_scale_until_it_is_trained(positive: boo
         assert torch.equal(run(mine, wide.guidance(9.0)), run(theirs))
     again = widen(wide)
     assert all(map(torch.equal, again.state_dict().values(), wide.state_dict().values()))
+
+
+@pytest.mark.parametrize("w", [1.5, 2.0, 4.0, 7.5])
+def test_one_that_grows_follows_what_guidance_adds(w: float) -> None:
+    """(scale - 1) / (w - 1) of alpha and beta, near enough around w; strength says the same of the plain one."""
+    plain = adapter(guided=False)
+    plain.info.guidance_scale = w
+    wide = widen(plain, growing=True)
+    for scale in (1.0, w, 1.5 * w, 2 * w):
+        share = (scale - 1) / (w - 1)
+        for mine, theirs in zip(wide.sun_layers(), plain.sun_layers(), strict=True):
+            for name in ("alpha_neg", "beta_neg", "alpha_pos", "beta_pos"):
+                found, own = mine.factor(name, wide.guidance(scale)), getattr(theirs, name)
+                tolerance = abs(math.log(scale / w)) ** 3 / 3 * w / (w - 1)  # of what the second order leaves out
+                assert (found.reshape(-1) - share * own).abs().max() <= tolerance * own.abs().max() + 1e-6, (
+                    scale,
+                    name,
+                )
+
+
+def test_one_that_grows_from_no_guidance_or_learned_before_stays_as_it_is() -> None:
+    plain, made = adapter(guided=False), adapter()
+    plain.info.guidance_scale = 1.0
+    assert all(
+        (value == 0).all() for name, value in widen(plain, growing=True).state_dict().items() if name.endswith("_w")
+    )
+    assert all(map(torch.equal, widen(made, growing=True).state_dict().values(), made.state_dict().values()))
 
 
 def test_an_adapter_of_unknown_scale_is_widened_from_a_stated_one() -> None:
