@@ -58,9 +58,9 @@ def make_adapter(config: SunTrainConfig, unet: Any) -> SunAdapter:
             positive=config.positive_branch,
             alpha=config.init_alpha,
             w=config.guidance_scale,
-            guided=guided,
             info=SunInfo(normalized=config.attention_normalization),
         )
+        adapter = widen(adapter, growing=True) if guided else adapter
     return adapter.float().requires_grad_(True).train()
 
 

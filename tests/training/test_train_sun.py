@@ -43,6 +43,15 @@ def test_gradients_reach_the_adapter_alone(full_depth_model: Path, positive: boo
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
 
 
+def test_an_adapter_that_takes_the_scale_starts_in_proportion_to_what_guidance_adds(full_depth_model: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(full_depth_model / "unet")
+    made = make_adapter(SunTrainConfig(guidance_scale=2.0, guidance_range=(1.0, 4.0)), unet)
+    layer = made.sun_layers()[0]
+    for scale in (1.5, 2.0, 3.0):
+        found = layer.factor("alpha_neg", made.guidance(scale)).mean() / layer.alpha_neg.mean()
+        assert found.item() == pytest.approx(scale - 1, rel=0.1)
+
+
 def test_a_run_changes_only_the_adapter_and_writes_a_loadable_file(
     tiny_model: Path, pictures: Path, tmp_path: Path
 ) -> None:
