@@ -37,7 +37,7 @@ from ..sun.ltc import (
 from ..sun.ltc.counts import say
 from ..sun.ltc.fingerprint import signs_digest
 from ..sun.ltc.kdiffusion import SamplerRun
-from ..sun.ltc.keep import AUTOMATIC, running
+from ..sun.ltc.keep import AUTOMATIC, UNUSED, running
 from . import merging, notices, sun_patch, switching_patch
 from .wrapping import hang
 
@@ -73,7 +73,7 @@ def apply(
     """
     patched = model.clone()
     if unused:
-        log.warning("LTC-Accel: %s: for the preset paper alone, without effect here.", unused)
+        log.warning(UNUSED.format(unused))
     if patched.get_attachment(KEY) is not None:
         log.warning("LTC-Accel: the model had it already; the later node takes its place.")
     patched.set_attachments(KEY, LtcChoice(settings, calibration, notices.running_node(), unused))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from .adapter import SunAdapter
+from .adapter import SunAdapter, SunLayer
 from .files import SunInfo
 from .layers import layers_of_unet
 
@@ -101,11 +102,9 @@ def widen(adapter: SunAdapter, w: float | None = None, *, growing: bool = False)
     wide.load_state_dict(state, strict=adapter.guided)
     if growing and not adapter.guided and own != 1:
         with torch.no_grad():
-            for layer in wide.sun_layers():
-                for name, slope in layer.named_parameters(recurse=False):
-                    if name.endswith("_w"):
-                        plain = getattr(layer, name.removesuffix("_w"))
-                        slope.copy_(torch.stack([plain, plain / 2]) * (own / (own - 1)))
+            for layer, name, slope in _slopes(wide):
+                plain = getattr(layer, name)
+                slope.copy_(torch.stack([plain, plain / 2]) * (own / (own - 1)))
     return wide.eval()
 
 
@@ -120,11 +119,16 @@ def recentre(adapter: SunAdapter, w: float) -> SunAdapter:
         return adapter
     moved = copy.deepcopy(adapter)
     with torch.no_grad():
-        for layer in moved.sun_layers():
-            for name, slope in layer.named_parameters(recurse=False):
-                if name.endswith("_w"):
-                    own, (linear, square) = name.removesuffix("_w"), slope
-                    getattr(layer, own).copy_(layer.factor(own, step).reshape(-1))
-                    linear.add_(2 * float(step[0, 0]) * square)
+        for layer, name, (linear, square) in _slopes(moved):
+            getattr(layer, name).copy_(layer.factor(name, step).reshape(-1))
+            linear.add_(2 * float(step[0, 0]) * square)
     moved.info = replace(adapter.info, guidance_scale=w)
     return moved
+
+
+def _slopes(adapter: SunAdapter) -> Iterator[tuple[SunLayer, str, torch.Tensor]]:
+    """Each alpha and beta of an adapter that takes the scale: its layer, its name there, its two slopes [2, C]."""
+    for layer in adapter.sun_layers():
+        for name, slope in layer.named_parameters(recurse=False):
+            if name.endswith("_w"):
+                yield layer, name.removesuffix("_w"), slope

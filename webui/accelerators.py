@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from ..sun.ltc.keep import UNUSED
 from . import inheritance, ltc, switching
 from .choices import AcceleratorSettings
 from .hosts import family
@@ -41,8 +42,6 @@ class AcceleratorRun:
             around += [inheritance.sampling(unet, chosen.plan(), own) for unet, own in unets if own]
         if chosen.ltc:
             if without_effect := chosen.unused():
-                text = f"LTC-Accel: {without_effect}: for the preset paper alone, without effect here."
-                if text not in p.comments:  # hires fix samples twice
-                    p.comment(text)
+                p.comment(UNUSED.format(without_effect))
             around.append(ltc.sampling(p, chosen.ltc_settings(), chosen.calibration))
         return around

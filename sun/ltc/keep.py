@@ -18,6 +18,10 @@ AUTOMATIC, AGAIN = "automatic", "measure again"
 """The choices of a user: take the table there is, or forget it."""
 
 
+UNUSED = "LTC-Accel: {}: for the preset paper alone, without effect here."
+"""What is said of names that :func:`unused` returns."""
+
+
 def unused(preset: str, **given: object) -> str:
     """Which settings of the published method were ``given`` another value than their own beside another ``preset``.
 
