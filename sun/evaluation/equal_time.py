@@ -26,6 +26,8 @@ from .names import PLAIN, MethodCall, parse_method
 from .prompts import Drawn
 
 MEASURES = ("mse", "psnr", "feature_distance")
+FEW_STEP = ("sun", "lcm-lora")
+"""Methods of few steps whose own full run is what a combination with them is compared with."""
 
 
 class EqualTime:
@@ -164,15 +166,15 @@ class EqualTime:
 
 
 def is_plain(call: MethodCall) -> bool:
-    """Whether a method leaves nothing out: a sampler with all its steps, or SUN."""
-    return (call.method.name in PLAIN.values() and not call.options) or call.family == "sun"
+    """Whether a method leaves nothing out: a sampler with all its steps, SUN, or LCM-LoRA."""
+    return (call.method.name in PLAIN.values() and not call.options) or call.family in FEW_STEP
 
 
 def full_run(call: MethodCall) -> MethodCall:
     """The method that a method leaves something out of."""
-    if call.method.adapter:
-        return parse_method(f"sun-{call.steps}")
-    return parse_method(f"{PLAIN[call.scheduler]}-{call.steps}")
+    parts = call.method.name.split("+")
+    whole = next((name for name in FEW_STEP if name in parts), "") or PLAIN[call.scheduler]
+    return parse_method(f"{whole}-{call.steps}")
 
 
 def groups_of(calls: Sequence[MethodCall]) -> dict[MethodCall, list[MethodCall]]:

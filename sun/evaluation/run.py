@@ -95,14 +95,15 @@ def figures_of(evaluation: ModelEvaluation, style: str = "") -> dict[str, Any]:
         times = measure_times(evaluation)
         rows = {name: row | times["methods"][name] for name, row in rows.items()}
         more |= {"unet_call": times["unet_call"], "machine": times["machine"]}
+    network = features.network if features.name == EMOJI else None  # tells objects apart; without it they are not asked
     if "agreement" in measured:
-        judge = worlds.find(EMOJI, "judge")(features.network if features.name == EMOJI else None, style)
+        judge = worlds.find(EMOJI, "judge")(network, style)
         agreement = Agreement(evaluation, judge)
         for call in dict.fromkeys((REFERENCE, *evaluation.methods_among(evaluation.config.agreement_methods))):
             rows[call.text] |= agreement.row(call)
         more |= agreement.figures()
     if "equal_time" in measured:
-        judge = worlds.find(EMOJI, "judge")(None, style) if evaluation.judged else None
+        judge = worlds.find(EMOJI, "judge")(network, style) if evaluation.judged else None
         more["equal_time"] = EqualTime(evaluation, judge).figures()
     if "negatives" in measured:
         more["negative_prompt"] = Negatives(evaluation).figures()
