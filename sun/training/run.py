@@ -59,7 +59,7 @@ T = TypeVar("T", bound=Stateful)
 LOCK = "run.lock"
 _MAX_SKIPPED_UPDATES = 50
 # what a run may go on with other values of
-_FREE = ("run", "workers", "cache", "gradient_checkpointing", "allow_commands")
+_FREE = ("run", "workers", "cache", "gradient_checkpointing", "allow_commands", "sample_guidance")
 
 
 class NonFiniteLoss(FloatingPointError):

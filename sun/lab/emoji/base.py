@@ -28,6 +28,7 @@ from ...pictures.png import save_grid
 from ...pipelines.loading import load_part, load_text_encoder, load_unet
 from ...pipelines.schedulers import make_scheduler
 from ...pipelines.text import encode_texts
+from ...shipped import EMOJI_GUIDANCE
 from ...training.card import EMOJI_NAME, put_name
 from ...training.config import RunConfig
 from ...training.models import use_fast_attention
@@ -85,7 +86,7 @@ class SceneConfig:
     snr_gamma: float = 5.0
     clean_weight: float = 0.25  # weight of the clean picture's error at every noise level, on top of min-SNR
     offset_noise: float = 0.1
-    sample_guidance: float = 5.0
+    sample_guidance: float = EMOJI_GUIDANCE
 
 
 @dataclass
