@@ -11,7 +11,7 @@ import typer
 
 from ..common.settings import ConfigError, read_lines
 from ..common.worlds import EMOJI, find, world_of
-from ..shipped import SHIPPED
+from ..shipped import SHIPPED, guidance_of
 from .app import app
 from .options import Dtype, Model, check_folder, check_target
 from .show import out
@@ -40,7 +40,7 @@ def assemble(
     ] = 0,
     captions: Annotated[str, typer.Option(help="Text file of captions for --states, one a line.")] = "",
     steps: Annotated[int, typer.Option(help="Steps of those trajectories.", min=1)] = 10,
-    guidance: Annotated[float, typer.Option(help="Their guidance scale.")] = 7.5,
+    guidance: Annotated[float | None, typer.Option(help="Their guidance scale. (7.5; Emoji Diffusion 1.5)")] = None,
     size: Annotated[int, typer.Option(help="Pixels at which seconds are measured. (default: the model's own)")] = 0,
     seed: Annotated[int, typer.Option(help="Of captions and noise of --states.", min=0)] = 0,
     folder: Annotated[Path | None, typer.Option("--out", help="Write the U-Net as a diffusers folder.")] = None,
@@ -60,6 +60,7 @@ def assemble(
     The result is an ordinary U-Net; train it with `sun train-compact` before you use it: undistilled it draws badly.
     """
     _check_targets(folder, single_file, plan_only, trained)
+    guidance = guidance_of(model) if guidance is None else guidance
     _check_numbers(size, guidance)
     if states and not captions and world_of(model) != EMOJI:
         raise typer.BadParameter("--states needs --captions: what the model is to draw", param_hint="--states")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..pictures.recipe import Recipe
-from ..shipped import SHIPPED
+from ..shipped import SHIPPED, guidance_of
 from .app import app
 from .options import (
     MAX_SEED,
@@ -56,7 +56,9 @@ def calibrate(
     scheduler: Annotated[Sampler, typer.Option(help="Sampler of the runs to accelerate.")] = Sampler.dpmpp_2m,
     guidance: Annotated[
         float | None,
-        typer.Option(help="Guidance scale of these runs, if they state one. (7.5; SUN's own)", min=0.0),
+        typer.Option(
+            help="Guidance scale of these runs, if they state one. (7.5; Emoji Diffusion 1.5; SUN's own)", min=0.0
+        ),
     ] = None,
     tau: Annotated[
         float, typer.Option(help="Skip where transitions turn by less than this (radians); 0: by position.", min=0.0)
@@ -81,6 +83,8 @@ def calibrate(
     recipe = recipe_of(
         size, lora, dtype, seed=seed, steps=steps, model=model, config=config, adapter=adapter, device=device
     )
+    if guidance is None and adapter == "none":
+        guidance = guidance_of(model)
     pairs = [(read_prompt(prompt), negative) for prompt in prompts or ()]
     if not pairs and model != SHIPPED:
         raise typer.BadParameter('give prompts this model knows, as in: sun calibrate "a castle" "two cats"')

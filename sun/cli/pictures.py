@@ -82,7 +82,10 @@ Batch = Annotated[
 Solver = Annotated[Scheduler, typer.Option(help="ddim is what SUN is trained for.")]
 Guidance = Annotated[
     float | None,
-    typer.Option(help="Guidance scale: with --adapter none (7.5), or an adapter that takes it (its own).", min=0.0),
+    typer.Option(
+        help="Guidance scale: with --adapter none (7.5; Emoji Diffusion 1.5), or an adapter that takes it (its own).",
+        min=0.0,
+    ),
 ]
 Init = Annotated[str, typer.Option(help="Picture to start from.", metavar="IMAGE")]
 Repaint = Annotated[

@@ -12,13 +12,13 @@ from ..common.worlds import EMOJI
 from ..pictures.recipe import split_lora
 from ..pipelines.loading import load_pipeline, load_unet, require_text_to_image
 from ..pipelines.lora import apply_lora
-from ..shipped import EMOJI_SUN, SINGLE_FILE_CONFIG
+from ..shipped import EMOJI_SUN, SINGLE_FILE_CONFIG, guidance_of
 from ..surgery import from_unet
 from .cells import processes
 from .config import EvaluateConfig, ModelSpec
 from .sampler import WEIGHTS, Sampler
 
-DEFAULT_W = 8.0
+PAPER_W = 8.0  # of an adapter that states no scale
 
 
 def device_of(config: EvaluateConfig) -> torch.device:
@@ -48,7 +48,8 @@ def load_sampler(config: EvaluateConfig, spec: ModelSpec | None = None) -> Sampl
             module.to(dtype)
     adapter = _load_adapter(spec.adapter, pipe.unet, optional=spec.model != EMOJI)
     more = {name: _load_adapter(file, pipe.unet) for name, file in config.adapters.items()}
-    w = spec.guidance_scale or (adapter and adapter.info.guidance_scale) or DEFAULT_W
+    own = guidance_of(spec.model) if adapter is None else adapter.info.guidance_scale or PAPER_W
+    w = spec.guidance_scale or own
     return Sampler(
         pipe.unet,
         pipe.vae,

@@ -189,11 +189,12 @@ def equal_time_tables(model: dict[str, Any]) -> list[str]:
     return parts
 
 
-def agreement_tables(model: dict[str, Any]) -> list[str]:
-    """Markdown of what ``agreement`` measured of one model: the methods, and the reference at every guidance scale."""
+def agreement_tables(model: dict[str, Any], methods: bool = True) -> list[str]:
+    """Markdown of what ``agreement`` measured of one model: the methods, and the reference at every guidance scale.
+    Without ``methods`` they are left out where there are scales."""
     rows = {model["reference"]["method"]: model["reference"], **model["methods"]}
-    rows = {name: row for name, row in rows.items() if "agreement" in row}
     scales = model.get("agreement_by_guidance", {}).get("rows", {})
+    rows = {name: row for name, row in rows.items() if "agreement" in row and (methods or not scales)}
     if not rows and not scales:
         return []
     some = next(iter({**rows, **scales}.values()))
@@ -206,7 +207,7 @@ def agreement_tables(model: dict[str, Any]) -> list[str]:
     if scales:
         best = model["agreement_by_guidance"]["best"]
         tables.append(
-            f"{'The same of the' if rows else text + '. The'} reference at other guidance scales; most are right at "
+            f"{'The same of the' if rows else text + '. The'} reference by guidance scale; most are right at "
             f"w = {best:g}.\n\n{_agreement('w', scales)}"
         )
     return tables

@@ -28,9 +28,10 @@ REPORTS = Path("reports") / "emoji"
 
 @dataclass(frozen=True)
 class Release:
-    """The folders of the finished runs, and w."""
+    """The folders of the finished runs, and w. Without ``base`` the model was there before, and keeps its files."""
 
-    base: Path
+    model: Path  # what all of it was made for
+    base: Path | None
     autoencoder: tuple[Path, ...]  # its runs in order: anew, its latents, its decoder
     contrast: Path
     adapter: Path
@@ -49,10 +50,12 @@ def release(made: Release, folder: Path | None = None) -> list[Path]:
     def to(path: Path) -> Path:
         return path if folder is None else folder / path.relative_to(ROOT)
 
-    base = ship_base(made.base, to(EMOJI_DIFFUSION), made.guidance, vae_runs=made.autoencoder)
-    add_agreement(base, made.agreement)
-    written = [
-        base,
+    base, written = made.model, []
+    if made.base is not None:
+        base = ship_base(made.base, to(EMOJI_DIFFUSION), made.guidance, vae_runs=made.autoencoder)
+        add_agreement(base, made.agreement)
+        written.append(base)
+    written += [
         ship_adapter(made.adapter, to(EMOJI_SUN)),
         ship_folder(made.contrast, to(EMOJI_CONTRAST)),
         ship_lora(made.lora, to(EMOJI_LORA)),

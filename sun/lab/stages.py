@@ -13,6 +13,7 @@ from ..common.atomic import write_json, write_text
 from ..common.devices import process_state
 from ..common.settings import ConfigError, apply
 from ..evaluation import EvaluateConfig, report
+from ..shipped import EMOJI_DIFFUSION, SHIPPED
 from ..training.config import SunTrainConfig
 from ..training.sun import train_sun
 from .emoji import colours
@@ -37,10 +38,12 @@ class ReproduceConfig:
     """``stages``: a table of settings for each stage, on top of its trainer's own defaults.
 
     unet_calls: of training, of SUN (both runs together) and of each peer alike; forward 1, backward 2. minutes:
-    0 keeps the minutes that ``stages`` give; else they are scaled so that all together are this many.
+    0 keeps the minutes that ``stages`` give; else they are scaled so that all together are this many. base: ``emoji``
+    or the folder of a model that all of it is made for, in the place of a new autoencoder and a new model.
     """
 
     output: str = "runs/reproduce"
+    base: str = ""
     minutes: float = 0.0
     unet_calls: int = 200_000
     guidance_scales: tuple[float, ...] = SCALES  # where agreement is measured; the best of them is what ships
@@ -78,6 +81,7 @@ TRAINERS: dict[str, tuple[type[Any], Callable[[Any], Path]]] = {
 # Of one budget of U-Net calls: SUN's two runs share it, each peer has the whole.
 BUDGET = {"sun": 0.6, "sun-guided": 0.4, "lcm-lora": 1.0, "guided-distill": 1.0}
 EVALUATIONS = ("agreement", "evaluation")
+OF_THE_BASE = ("autoencoder", "recode", "decoder", "base")  # left out where a base is given
 _ALL = {"run": {"steps": 1_000_000}}  # a budget of minutes or calls ends a run
 _NO_MINUTES = 15.0  # expected of a stage without a budget of minutes
 
@@ -91,7 +95,11 @@ class Recipe:
             raise ConfigError(f"stages takes {', '.join((*TRAINERS, *EVALUATIONS))}, not {', '.join(sorted(unknown))}.")
         self.config, self.ship = config, ship
         self.folder = Path(config.output)
-        self.vae, self.base = self.path("decoder") / "vae", self.path("base") / "model"
+        self.vae = self.path("decoder") / "vae"
+        given = EMOJI_DIFFUSION if config.base == SHIPPED else Path(config.base)
+        self.base = given if config.base else self.path("base") / "model"
+        if config.base and not (given / "model_index.json").is_file():
+            raise ConfigError(f"base: {given} is no model. Give emoji, or the folder of a model of sun train-emoji.")
         self.contrast = self.path("contrast") / "contrast"
         self.adapter = self.path("sun-guided") / "adapter.safetensors"
         self.agreement, self.evaluation = self.path("agreement"), self.path("evaluation")
@@ -114,6 +122,8 @@ class Recipe:
         """All that a stage's result depends on beside the stages before it."""
         config, kind = self.config, name.partition(":")[0]
         found: dict[str, Any] = {"own": config.stages.get(kind, {})}
+        if config.base:
+            found["base"] = config.base
         if kind in BUDGET:
             found["unet_calls"] = config.unet_calls
         if kind in ("agreement", "sun-guided"):
@@ -131,8 +141,10 @@ class Recipe:
 
     def _all_minutes(self) -> float:
         times = {"style": len(self.config.styles)}
-        tables = self.config.stages.items()
-        return sum(table.get("run", {}).get("minutes", 0.0) * times.get(name, 1) for name, table in tables) or 1.0
+        left_out = OF_THE_BASE if self.config.base else ()
+        tables = {name: table for name, table in self.config.stages.items() if name not in left_out}
+        of = {name: table.get("run", {}).get("minutes", 0.0) * times.get(name, 1) for name, table in tables.items()}
+        return sum(of.values()) or 1.0
 
     def trainer(self, name: str, resume: bool, output: str = "", **settings: Any) -> Any:
         """The configuration of a trainer: defaults, this file's table, what the stages before give, its budget."""
@@ -179,12 +191,15 @@ def _base(recipe: Recipe) -> list[Stage]:
     report_on_colours, figures = recipe.path("decoder") / "colours.md", recipe.agreement / "figures.json"
     tokenizer = str(recipe.base / "tokenizer")
     first, recoded = recipe.path("autoencoder") / "vae", recipe.path("recode") / "vae"
-    return [
+    anew = [
         _trained(recipe, "autoencoder", "autoencoder", first),
         _trained(recipe, "recode", "latents whose colours survive guidance", recoded, vae=str(first)),
         _trained(recipe, "decoder", "decoder", recipe.vae, init_vae=str(recoded), freeze_encoder=True),
         Stage("colours", "do colours survive extrapolation?", 1.0, (report_on_colours,), partial(_colours, recipe)),
         _trained(recipe, "base", "text encoder and U-Net", recipe.base / "model_index.json", vae=str(recipe.vae)),
+    ]
+    return [
+        *([] if recipe.config.base else anew),
         _trained(recipe, "contrast", "image-text model", recipe.contrast / "README.md", tokenizer=tokenizer),
         Stage("agreement", "agreement at every guidance scale", 30.0, (figures,), partial(_agreement, recipe)),
     ]
@@ -296,7 +311,8 @@ def _release(recipe: Recipe, resume: bool) -> None:
     if not process_state().is_main_process:
         return
     made = Release(
-        base=recipe.path("base"),
+        model=recipe.base,
+        base=None if recipe.config.base else recipe.path("base"),
         autoencoder=(recipe.path("autoencoder"), recipe.path("recode"), recipe.path("decoder")),
         contrast=recipe.contrast,
         adapter=recipe.path("sun-guided"),

@@ -46,7 +46,7 @@ from ..pipelines.text import encode_prompts, read_as_words
 from ..pipelines.weighted import encode_weighted
 from ..runtimes.contents import is_exported
 from ..schedule import denoise_timesteps, respaced_steps, trailing_timesteps
-from ..shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_LORA, EMOJI_SUN, SHIPPED
+from ..shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_LORA, EMOJI_SUN, SHIPPED, guidance_of
 from ..switching import SwitchingError
 from ..switching.pipelines import attach as attach_switching
 from ..switching.pipelines import detach as detach_switching
@@ -257,7 +257,9 @@ def _guidance(recipe: Recipe, loaded: Loaded) -> float | None:
             raise RecipeError("the guidance scale is fixed in this exported model. Leave --guidance out.")
         return contents.guidance if contents.guided and recipe.guidance is None else recipe.guidance
     if adapter is None:
-        return 7.5 if recipe.guidance is None else recipe.guidance
+        exported = None if loaded.exported is None else loaded.exported.contents.guidance
+        own = guidance_of(recipe.model) if exported is None else exported
+        return own if recipe.guidance is None else recipe.guidance
     if adapter.guided:
         return adapter.info.guidance_scale if recipe.guidance is None else recipe.guidance
     if recipe.guidance is not None:

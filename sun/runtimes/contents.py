@@ -36,7 +36,7 @@ class Contents:
     """What the user called it."""
     adapter: str = "none"
     guidance: float | None = None
-    """The adapter's own guidance scale."""
+    """The adapter's own guidance scale; without an adapter the model's, where nobody names another."""
     guided: bool = False
     """Whether the U-Net takes the guidance scale as an input."""
     guidance_range: tuple[float, float] | None = None

@@ -24,7 +24,7 @@ from ..pipelines.lora import apply_lora
 from ..pipelines.schedulers import make_scheduler
 from ..pipelines.text import encode_prompts
 from ..schedule import trailing_timesteps
-from ..shipped import EMOJI_CONTROLNET, EMOJI_SUN, SHIPPED
+from ..shipped import EMOJI_CONTROLNET, EMOJI_SUN, SHIPPED, guidance_of
 from . import engines
 from .contents import Contents, ExportError, is_exported, write_contents
 from .graphs import (
@@ -160,7 +160,7 @@ def _write(settings: ExportSettings, parts: _Parts, folder: Path, on_part: OnPar
                 weights=settings.weights,
                 model=settings.model,
                 adapter=settings.adapter,
-                guidance=adapter.info.guidance_scale if adapter is not None else None,
+                guidance=adapter.info.guidance_scale if adapter is not None else guidance_of(settings.model),
                 guided=guided,
                 guidance_range=adapter.guidance_range if adapter is not None else None,
                 controlnet=settings.controlnet,

@@ -17,6 +17,7 @@ from ..pipelines import GUIDANCE, NEGATIVE
 from ..pipelines.kinds import PIPELINES
 from ..pipelines.schedulers import make_scheduler
 from ..pipelines.text import encode_prompts
+from ..shipped import USUAL_GUIDANCE
 from . import engines
 from .contents import Contents, ExportError, read_contents
 from .stand_ins import STRENGTH, AutoencoderStandIn, ControlNetStandIn, TextEncoderStandIn, UNetStandIn
@@ -110,7 +111,7 @@ class ExportedPipeline:
 
         image: a picture to start from. mask_image: where to repaint it. control_image: a ControlNet's picture.
         num_inference_steps: 4 by default, 25 for a model exported without an adapter. guidance_scale: of adapters that
-        take one, by default their own; without an adapter classifier-free guidance, by default 7.5. sun_strength: 1 is
+        take one, by default their own; without an adapter classifier-free guidance, by default 7.5 (of the shipped model, its own). sun_strength: 1 is
         the trained adapter, 0 the plain model. Prompts may be of any length. Other options are those of diffusers'
         pipeline for such a run: ``strength``, ``height``, ``width``, ``generator``, ``latents``, ``output_type``,
         ``callback_on_step_end``, ``controlnet_conditioning_scale``, ... Raises ValueError.
@@ -164,7 +165,8 @@ class ExportedPipeline:
         """
         contents = self.contents
         if not contents.with_sun:
-            return {"guidance_scale": 7.5 if guidance is None else guidance}
+            usual = USUAL_GUIDANCE if contents.guidance is None else contents.guidance
+            return {"guidance_scale": usual if guidance is None else guidance}
         if guidance is not None and not contents.guided and guidance != contents.guidance:
             own = "" if contents.guidance is None else f" at {contents.guidance:g}"
             raise ValueError(

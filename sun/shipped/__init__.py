@@ -15,5 +15,11 @@ EMOJI_CONTROLNET = MODELS_DIR / "emoji-controlnet" / "emoji-edges.safetensors"
 EMOJI_INPAINTING = MODELS_DIR / "emoji-inpainting" / "emoji-inpainting.safetensors"
 EMOJI_LORA = MODELS_DIR / "emoji-lora" / "emoji-google-style.safetensors"
 EMOJI_GUIDANCE = 1.5  # the scale at which most of its pictures are right: see its card
+USUAL_GUIDANCE = 7.5  # of Stable Diffusion, as diffusers has it
 EMOJI_COMPACT = MODELS_DIR / "emoji-compact"
 SINGLE_FILE_CONFIG = MODELS_DIR / "stable-diffusion-v1"
+
+
+def guidance_of(model: str) -> float:
+    """The guidance scale to draw with where nobody names one: the shipped model's own, else Stable Diffusion's."""
+    return EMOJI_GUIDANCE if model == SHIPPED else USUAL_GUIDANCE

@@ -237,6 +237,17 @@ def test_without_an_adapter_guidance_costs_two_calls_a_step(sun: Run, tmp_path: 
     assert "4 U-Net calls" in sun(*common, "--guidance", 1).output
 
 
+def test_without_a_word_on_guidance_a_model_is_drawn_at_its_own_scale(
+    sun: Run, tmp_path: Path, model_folder: Path
+) -> None:
+    """The shipped model is right most often at 1.5, and pictures of it at Stable Diffusion's 7.5 are not."""
+    for model, scale in ((model_folder, "7.5"), ("emoji", "1.5")):
+        target = tmp_path / "x.png"
+        sun("generate", "owl", "--model", model, "--adapter", "none", "--steps", 2, "--size", 64, "--out", target)
+        with Image.open(target) as image:
+            assert f"CFG scale: {scale}," in image.info["parameters"]
+
+
 def test_an_adapter_that_takes_the_guidance_scale_gets_it(sun: Run, tmp_path: Path, model_folder: Path) -> None:
     made = from_unet(make_short_unet(), w=4.0, guided=True)
     with torch.no_grad():

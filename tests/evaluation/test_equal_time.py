@@ -15,8 +15,17 @@ from sun.evaluation.plots import _without_scheduler
 
 def test_every_full_run_serves_the_groups_of_its_sampler() -> None:
     names = (
-        "dpmpp-6", "spectrum-8", "sada[scheduler=euler]-8", "euler-5", "dpmpp-8", "ltc-10", "sun+ltc-8", "sun-5",
-        "lcm-lora+ltc[balanced]-8", "lcm-lora-5", "ltc[scheduler=ddim]-4",
+        "dpmpp-6",
+        "spectrum-8",
+        "sada[scheduler=euler]-8",
+        "euler-5",
+        "dpmpp-8",
+        "ltc-10",
+        "sun+ltc-8",
+        "sun-5",
+        "lcm-lora+ltc[balanced]-8",
+        "lcm-lora-5",
+        "ltc[scheduler=ddim]-4",
     )
     groups = groups_of([parse_method(name) for name in names])
     assert {str(reference): [str(call) for call in calls] for reference, calls in groups.items()} == {

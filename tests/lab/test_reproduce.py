@@ -14,7 +14,7 @@ from sun.lab import reproduce as runner
 from sun.lab.emoji import main_colours
 from sun.lab.reproduce import Marks, reproduce, time_left
 from sun.lab.stages import TRAINERS, Recipe, ReproduceConfig, Stage, quick, stages_of
-from sun.shipped import MODELS_DIR
+from sun.shipped import EMOJI_DIFFUSION, MODELS_DIR
 
 CONFIG = Path(__file__).parents[2] / "configs" / "reproduce.toml"
 
@@ -31,6 +31,20 @@ def test_the_real_numbers_are_settings_of_their_trainers(tmp_path: Path) -> None
     assert 3 * 60 < sum(stage.minutes for stage in stages_of(recipe)) < 7 * 60
     short = Recipe(apply(ReproduceConfig(minutes=10), read_config(CONFIG)))
     assert sum(stage.minutes for stage in stages_of(short) if short.minutes_of(stage.name.partition(":")[0])) < 10.1
+
+
+def test_all_of_it_for_a_base_that_is_there(tmp_path: Path) -> None:
+    settings = {**read_config(CONFIG), "base": "emoji", "output": str(tmp_path), "minutes": 10}
+    recipe = Recipe(apply(ReproduceConfig(), settings))
+    stages = stages_of(recipe)
+    assert not {stage.name for stage in stages} & {"autoencoder", "recode", "decoder", "colours", "base"}
+    assert stages[0].name == "contrast"
+    assert recipe.trainer("controlnet", True, model=str(recipe.base)).model == str(EMOJI_DIFFUSION)
+    timed = [stage.minutes for stage in stages if recipe.minutes_of(stage.name.partition(":")[0])]
+    assert sum(timed) == pytest.approx(10)
+    assert all("base" in recipe.settings_of(stage.name) for stage in stages), "another base makes all of it anew"
+    with pytest.raises(ConfigError, match="no model"):
+        Recipe(ReproduceConfig(output=str(tmp_path), base=str(tmp_path / "none")))
 
 
 def test_unknown_stages_and_folders_are_named(tmp_path: Path) -> None:

@@ -314,7 +314,7 @@ def add_agreement(model: str | Path, report: str | Path) -> Path:
     file, source = Path(model) / "README.md", Path(report)
     figures = json.loads((source / "figures.json").read_text(encoding="utf-8"))
     name, measured = next(iter(figures["models"].items()))
-    text = "\n\n".join(agreement_tables(measured))
+    text = "\n\n".join(agreement_tables(measured, methods=False))
     plot = source / file_name(name) / "agreement-vs-guidance.png"
     if plot.is_file():
         shutil.copyfile(plot, file.with_name(plot.name))
