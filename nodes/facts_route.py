@@ -41,6 +41,7 @@ def _read(path: Path) -> dict[str, Any]:
         "parameters": found.parameters,
         "guidance_scale": found.guidance_scale,
         "takes_guidance_scale": found.takes_guidance_scale,
+        "guidance_range": found.guidance_range,
         "steps": found.steps,
     }
 

@@ -76,7 +76,7 @@ def steps_input() -> io.Input:
         default=4,
         min=1,
         max=50,
-        tooltip="U-Net calls. SUN is trained for 4; 1 to 12 work, more than 8 seldom help.",
+        tooltip="U-Net calls. SUN is trained for 4; 1 and 2 are rough, 8 are a little nearer, more seldom help.",
     )
 
 

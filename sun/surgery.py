@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -124,6 +125,22 @@ def recentre(adapter: SunAdapter, w: float) -> SunAdapter:
             linear.add_(2 * float(step[0, 0]) * square)
     moved.info = replace(adapter.info, guidance_scale=w)
     return moved
+
+
+def strengthen(adapter: SunAdapter, strength: float) -> SunAdapter:
+    """The same adapter with ``strength`` in its weights: at strength 1 it does what ``adapter`` does at that one.
+
+    Raises ValueError for a strength that is no finite number.
+    """
+    if not math.isfinite(strength):
+        raise ValueError(f"strength must be a finite number, not {strength}.")
+    scaled = copy.deepcopy(adapter)
+    with torch.no_grad():
+        for layer in scaled.sun_layers():
+            for name, parameter in layer.named_parameters(recurse=False):
+                if name.startswith(("alpha", "beta")):
+                    parameter.mul_(strength)
+    return scaled
 
 
 def _slopes(adapter: SunAdapter) -> Iterator[tuple[SunLayer, str, torch.Tensor]]:

@@ -157,6 +157,12 @@ function afterRun(node, callback) {
 const adapters = new Map(); // name -> promise of what to show of it
 const UNKNOWN = ["", false];
 
+function trainedFor(facts) {
+  [facts.from, facts.to] = facts.guidance_range ?? [];
+  if (!facts.takes_guidance_scale) return "trained";
+  return facts.guidance_range ? "trained_range" : "trained_any";
+}
+
 async function describeAdapter(name) {
   const answer = await api.fetchApi(`/sun/adapter?name=${encodeURIComponent(name)}`);
   if (!answer.ok) return UNKNOWN;
@@ -166,7 +172,7 @@ async function describeAdapter(name) {
   const lines = [
     say("base", { base: facts.base_model || say("not_recorded") }),
     say(facts.positive ? "both_branches" : "negative_branch", facts),
-    facts.guidance_scale ? say(facts.takes_guidance_scale ? "trained_any" : "trained", facts) : "",
+    facts.guidance_scale ? say(trainedFor(facts), facts) : "",
   ];
   return [lines.filter(Boolean).join("\n"), false];
 }

@@ -50,7 +50,9 @@ sun convert sun_adapter_sdv15_4step_addpos.safetensors adapter.safetensors
 
 sun convert adapter.safetensors for-the-authors-code.safetensors --layout official --dtype float16
 
-sun convert guided.safetensors fixed-at-6.safetensors --guidance 6"""
+sun convert guided.safetensors fixed-at-6.safetensors --guidance 6
+
+sun convert adapter.safetensors weaker.safetensors --strength 0.75"""
 )
 def convert(
     source: Annotated[Path, typer.Argument(help="Adapter file of either layout.")],
@@ -60,12 +62,15 @@ def convert(
     guidance: Annotated[
         float | None, typer.Option(help="Fix this guidance scale, of an adapter that takes any.", min=0.01)
     ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Put this strength into the weights.", min=-10.0, max=10.0)
+    ] = None,
 ) -> None:
     """Write an adapter in the other layout or another number format; nothing is lost between layouts."""
     import torch
 
     from ..adapter import SunAdapter
-    from ..surgery import bake
+    from ..surgery import bake, strengthen
 
     kind = None if dtype is Dtype.auto else getattr(torch, dtype.value)
     if target.suffix.lower() != ".safetensors":
@@ -76,6 +81,8 @@ def convert(
         if not adapter.guided:
             raise typer.BadParameter(f"{source} has its guidance scale fixed already; leave out --guidance")
         adapter = bake(adapter, guidance)
+    if strength is not None:
+        adapter = strengthen(adapter, strength)
     adapter.save(target, layout=layout.value, dtype=kind)
     out.print(f"{target} ({layout.value} layout, {target.stat().st_size:,} bytes)", soft_wrap=True)
 

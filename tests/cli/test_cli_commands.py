@@ -147,6 +147,12 @@ def test_convert_fixes_the_guidance_scale_of_an_adapter_that_takes_any(
     assert (fixed.guided, fixed.info.guidance_scale) == (False, 6.0)
     refused = sun("convert", adapter_file, tmp_path / "seven.safetensors", "--guidance", "7", code=2)
     assert "fixed already" in refused.output
+    sun("convert", adapter_file, tmp_path / "weaker.safetensors", "--strength", "0.5")
+    factors = [
+        {name: p for name, p in SunAdapter.load(file).named_parameters() if "alpha" in name}
+        for file in (adapter_file, tmp_path / "weaker.safetensors")
+    ]
+    assert all(torch.equal(factors[1][name], factors[0][name] / 2) for name in factors[0])
 
 
 def test_train_hands_file_options_and_settings_to_the_configuration(

@@ -13,7 +13,7 @@ import sun
 from sun.adapter import SunAdapter, SunLayer
 from sun.attention import attend, attention_normalization, sun_attention
 from sun.files import SunFileError, SunInfo
-from sun.surgery import bake, from_unet, recentre, widen
+from sun.surgery import bake, from_unet, recentre, strengthen, widen
 
 
 def adapter(positive: bool = True, guided: bool = True) -> SunAdapter:
@@ -30,11 +30,12 @@ def texts() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(2, 5, 12), torch.randn(2, 7, 12)
 
 
-def run(layer: SunLayer, guidance: torch.Tensor | None = None) -> torch.Tensor:
+def run(layer: SunLayer, guidance: torch.Tensor | None = None, strength: float = 1.0) -> torch.Tensor:
     torch.manual_seed(2)
     query, z_p = torch.randn(2, 2, 9, layer.channels)
     negative, positive = texts()
-    return sun_attention(query, z_p, layer.texts([(1.0, negative)], positive, guidance=guidance), 2)
+    both = layer.texts([(1.0, negative)], positive, strength=strength, guidance=guidance)
+    return sun_attention(query, z_p, both, 2)
 
 
 def test_scales_follow_the_logarithm_of_the_guidance_scale() -> None:
@@ -73,6 +74,19 @@ def test_baking_fixes_one_scale(scale: float) -> None:
     assert plain.info.guidance_scale == scale
     for mine, theirs in zip(made.sun_layers(), plain.sun_layers(), strict=True):
         torch.testing.assert_close(run(theirs), run(mine, made.guidance(scale)))
+
+
+@pytest.mark.parametrize("positive", [True, False])
+def test_a_strength_in_the_weights_is_that_strength_of_a_run_at_every_scale(positive: bool) -> None:
+    made, sizes = adapter(positive), [1.0, 0.75, -0.5]
+    for strength in sizes:
+        scaled = strengthen(made, strength)
+        for mine, theirs in zip(made.sun_layers(), scaled.sun_layers(), strict=True):
+            for w in (1.0, 4.0, 6.0):
+                features = made.guidance(torch.tensor([w]))
+                torch.testing.assert_close(run(theirs, features), run(mine, features, strength))
+    with pytest.raises(ValueError, match="finite"):
+        strengthen(made, math.nan)
 
 
 @pytest.mark.parametrize("scale", [1.5, 4.0, 9.5])
