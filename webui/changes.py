@@ -1,13 +1,15 @@
 """What changes the host's answer in the course of one sampling besides the noise level, for LTC-Accel to notice: texts
-of prompt editing, a refiner's model, a negative prompt that is left out for a while."""
+of prompt editing, a refiner's model, a negative prompt that is left out for a while, ControlNets that begin or end."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 from modules import shared
+
+from .hosts import family
 
 ALTERNATES = "Negative Guidance minimum sigma leaves out the negative prompt in some steps"
 
@@ -38,10 +40,11 @@ class Changes:
     the host leaves it out (Negative Guidance minimum sigma), in every step or in every second one.
     """
 
-    def __init__(self, denoiser: Any, scale: float, minimum: float) -> None:
+    def __init__(self, p: Any, denoiser: Any, scale: float, minimum: float) -> None:
         self._denoiser = denoiser
         self._guided = not math.isclose(scale, 1.0)
         self._schedules: list[tuple[int, ...]] | None = None
+        self._shares, self._bounds = list(unit_shares(p)), list(unit_bounds(p))
         self.minimum = minimum if self._guided else 0.0
 
     @property
@@ -69,9 +72,37 @@ class Changes:
             *(acting(ends, step) for ends in self._schedules),
             sigma < self.minimum,
             self._early(step),
+            *(start <= share_done() <= end for start, end in self._shares),
+            *(end <= sigma <= start for start, end in self._bounds),
         )
 
     def _early(self, step: int) -> bool:
         """Whether the host still ignores the negative prompt ("during early sampling")."""
         share = getattr(shared.opts, "skip_early_cond", 0.0)
         return self._guided and share > 0 and step / max(self._denoiser.total_steps, 1) <= share
+
+
+def share_done() -> float:
+    """How much of the sampling is done by the host's own count, by which A1111's ControlNet goes."""
+    steps = getattr(shared.state, "sampling_steps", 0)
+    return shared.state.sampling_step / steps if steps else 0.0
+
+
+def unit_shares(p: Any) -> Iterator[tuple[float, float]]:
+    """From which share of the steps to which the units of A1111's ControlNet extension act."""
+    for script in getattr(getattr(p, "scripts", None), "alwayson_scripts", ()):
+        network = getattr(script, "latest_network", None)
+        for unit in getattr(network, "control_params", None) or ():
+            yield float(unit.start_guidance_percent), float(unit.stop_guidance_percent)
+
+
+def unit_bounds(p: Any) -> Iterator[tuple[float, float]]:
+    """From which sigma down to which the units of the ControlNet panel act in Forge, reForge and Forge Classic."""
+    sigma_at = family.of(p.sd_model).sigma_at(p.sd_model)
+    if sigma_at is None:
+        return
+    for script in getattr(getattr(p, "scripts", None), "alwayson_scripts", ()):
+        for params in (getattr(script, "current_params", None) or {}).values():
+            model = params.model
+            if hasattr(model, "start_percent") and hasattr(model, "end_percent"):
+                yield float(sigma_at(model.start_percent)), float(sigma_at(model.end_percent))

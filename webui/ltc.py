@@ -48,7 +48,7 @@ def sampling(p: Any, settings: SkipSettings | LtcSettings, calibration: str) -> 
         name = getattr(function, "__name__", "")
         known = levels_of(name, denoiser, given)
         levels = tuple(map(float, known)) if known is not None else ()
-        changes = Changes(denoiser, guidance(p, given), negative_minimum(denoiser, given))
+        changes = Changes(p, denoiser, guidance(p, given), negative_minimum(denoiser, given))
         with ExitStack() as stack:
             run = open_run(p, stack, name, given, levels, changes, settings, calibration)
             runs.append(run)

@@ -167,6 +167,32 @@ def test_a_negative_that_is_left_out_for_good_is_one_step_that_runs(family: Any,
         assert result.comments == ""
 
 
+def test_a_controlnet_that_begins_or_ends_to_act_is_a_step_that_runs(
+    family: Any, host: Any, calm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A1111's extension goes by the share of the steps, Forge's by the noise level."""
+    model, panel = family.model, host.modules("scripts").Script()
+    panel.args_from = panel.args_to = 0
+    monkeypatch.setattr(host.scripts.scripts_txt2img, "alwayson_scripts", [
+        *host.scripts.scripts_txt2img.alwayson_scripts, panel,
+    ])  # fmt: skip
+    if family.name == "forge":
+        sigmas = model.sigmas
+        levels = SimpleNamespace(percent_to_sigma=lambda share: float(sigmas[round(999 * (1 - share))]))
+        monkeypatch.setattr(model.forge_objects_after_applying_lora.unet.model, "predictor", levels, raising=False)
+    counts = []
+    for start, end in ((0.0, 1.0), (0.0, 0.49), (0.33, 1.0)):
+        if family.name == "forge":
+            unit = SimpleNamespace(start_percent=start, end_percent=end)
+            panel.current_params = {0: SimpleNamespace(model=unit)}
+        else:
+            params = SimpleNamespace(start_guidance_percent=start, stop_guidance_percent=end)
+            panel.latest_network = SimpleNamespace(control_params=[params])
+        counts.append(len(calls(family, {"ltc": True}, sampler_name="Euler", steps=20)[0]))
+    assert counts[0] == 13
+    assert all(count > 13 for count in counts[1:])
+
+
 def test_a_sampler_that_chooses_its_levels_itself_runs_in_full_and_says_so(family: Any) -> None:
     """DPM fast and DPM adaptive are told the first and the last level alone."""
     fields = {**PICTURE, "steps": 12, "sampler_name": "DPM fast"}
