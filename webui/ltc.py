@@ -114,6 +114,8 @@ def tell(p: Any, run: SamplerRun | SkipRun) -> None:
         return  # it has said what it measured
     say(run.counts)
     infotext.write_counts(p, run.counts.with_reason)
+    if run.counts.guarded:
+        infotext.write_batch(p)
     if run.counts.why or run.counts.calls == run.counts.steps:
         p.comment(run.counts.sentence)
 

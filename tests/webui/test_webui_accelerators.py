@@ -222,6 +222,22 @@ def test_an_interrupted_picture_does_not_say_what_the_one_before_it_saved(family
     assert not hasattr(sampler.func, "__wrapped__")
 
 
+def test_a_batch_whose_pictures_decided_together_which_steps_ran_is_in_the_infotext(family: Any, calm: None) -> None:
+    """A step runs for all where one of them turned, so a picture alone would have another course."""
+    fields = {**PICTURE, "steps": 20, "batch_size": 2}
+    assert "LTC-Accel batch" not in family.run({"ltc": True}, **fields).infotexts[0]  # none of them turned
+    sudden = family.unet.register_forward_hook(lambda _m, args, y: y + 0.5 * (int(args[1][0]) < 500) * (args[0] > 0))
+    try:
+        both = family.run({"ltc": True}, **fields, n_iter=2)
+        alone = family.run({"ltc": True}, **PICTURE | {"steps": 20})
+    finally:
+        sudden.remove()
+    assert [text.split("LTC-Accel batch: ")[1].split(",")[0] for text in both.infotexts] == [
+        *["2 from seed 3"] * 2, *["2 from seed 5"] * 2,
+    ]  # fmt: skip
+    assert "LTC-Accel batch" not in alone.infotexts[0]
+
+
 def test_infotext_of_a_preset_pasted_back_gives_the_same_picture(family: Any, host: Any, calm: None) -> None:
     chosen = {"ltc": True, "preset": "fast", "warm_up": 0.3, "tail": 3}
     first = family.run(chosen, **{**PICTURE, "steps": 20})
