@@ -83,7 +83,8 @@ class Recipe:
     scheduler: str = "ddim"
     sun_strength: float = 1.0
     guidance: float | None = None
-    """Guidance scale of runs without an adapter (None: 7.5, of the shipped model its own) and of adapters that take one (None: their own)."""
+    """Guidance scale of runs without an adapter (None: 7.5, of the shipped model its own) and of adapters that take one
+    (None: their own)."""
     init: str = ""
     strength: float | None = None
     """How much of ``init`` is repainted, 0 to 1; None: 0.5, or 1 under a mask."""

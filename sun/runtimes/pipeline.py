@@ -111,10 +111,11 @@ class ExportedPipeline:
 
         image: a picture to start from. mask_image: where to repaint it. control_image: a ControlNet's picture.
         num_inference_steps: 4 by default, 25 for a model exported without an adapter. guidance_scale: of adapters that
-        take one, by default their own; without an adapter classifier-free guidance, by default 7.5 (of the shipped model, its own). sun_strength: 1 is
-        the trained adapter, 0 the plain model. Prompts may be of any length. Other options are those of diffusers'
-        pipeline for such a run: ``strength``, ``height``, ``width``, ``generator``, ``latents``, ``output_type``,
-        ``callback_on_step_end``, ``controlnet_conditioning_scale``, ... Raises ValueError.
+        take one, by default their own; without an adapter classifier-free guidance, by default 7.5 (of the shipped
+        model, its own). sun_strength: 1 is the trained adapter, 0 the plain model. Prompts may be of any length. Other
+        options are those of diffusers' pipeline for such a run: ``strength``, ``height``, ``width``, ``generator``,
+        ``latents``, ``output_type``, ``callback_on_step_end``, ``controlnet_conditioning_scale``, ... Raises
+        ValueError.
         """
         if mask_image is not None and image is None:
             raise ValueError("a mask_image needs the image it masks.")
