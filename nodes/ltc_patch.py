@@ -22,6 +22,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ..sun.common.identity import digest_of
+from ..sun.kept import SunRun
 from ..sun.ltc import (
     LtcKey,
     LtcRun,
@@ -94,18 +95,19 @@ def _sampler_sample(
     levels = tuple(float(sigma) for sigma in sigmas)
     name, given = _function_of(executor.class_obj)
     options = extra_args["model_options"].setdefault("transformer_options", {})
+    sun: SunRun | None = options.get(sun_patch.KEY)
     with ExitStack() as stack:
         run: SamplerRun | SkipRun
         if isinstance(choice.settings, LtcSettings):
             solver = kdiffusion.solver_of(name, given)
-            published = stack.enter_context(_by_the_paper(guider, solver, levels, choice, choice.settings))
+            published = stack.enter_context(_by_the_paper(guider, solver, levels, choice, choice.settings, sun))
             published.real |= _switching_steps(guider.model_patcher, len(levels) - 1)
             run = SamplerRun(solver, levels, published)
         else:
             noisy, why = kdiffusion.kind_of(name, given)
             anew = _switching_steps(guider.model_patcher, len(levels) - 1)
             run = SkipRun(levels, choice.settings, noisy=noisy, refused=why, anew=anew)
-        options[KEY], options[STATE] = run, Changes.of(guider)
+        options[KEY], options[STATE] = run, Changes.of(guider, sun)
         stack.callback(options.pop, KEY, None)
         stack.callback(options.pop, STATE, None)
         samples = executor(guider, sigmas, extra_args, *args, **kwargs)
@@ -122,14 +124,19 @@ def _function_of(sampler: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _by_the_paper(
-    guider: Any, solver: str, levels: tuple[float, ...], choice: LtcChoice, settings: LtcSettings
+    guider: Any,
+    solver: str,
+    levels: tuple[float, ...],
+    choice: LtcChoice,
+    settings: LtcSettings,
+    sun: SunRun | None,
 ) -> AbstractContextManager[LtcRun]:
     """The run of the published method, by the table there is, or one that measures itself."""
     patcher = guider.model_patcher
     flow = isinstance(patcher.get_model_object("model_sampling"), comfy.model_sampling.CONST)
     model = fingerprint(patcher.model.diffusion_model, attention=not patcher.patches)  # they may be in place or not
     sampler, w = f"flow_{solver}" if flow else solver, float(getattr(guider, "cfg", 1.0))
-    key = LtcKey(model, sampler, levels, w, steering(patcher))
+    key = LtcKey(model, sampler, levels, w, " ".join(filter(None, (steering(patcher), times(patcher, sun)))))
 
     def measured(table: LtcTable) -> None:
         text = "ltc_measured" if table.coefficients else "ltc_nothing"
@@ -168,8 +175,8 @@ class Changes:
         return tuple(side for bound in self.bounds for side in (bound >= sigma, bound > sigma))
 
     @classmethod
-    def of(cls, guider: Any) -> Changes:
-        """The changes of a run that is about to begin; prompts and ControlNets know theirs in sigmas by then."""
+    def of(cls, guider: Any, sun: SunRun | None = None) -> Changes:
+        """The changes of a run that is about to begin; prompts, ControlNets and SUN know theirs in sigmas by then."""
         bounds: list[float] = []
         for conds in getattr(guider, "conds", {}).values():
             for cond in conds or ():
@@ -181,11 +188,7 @@ class Changes:
                 for hook in getattr(cond.get("hooks"), "hooks", ()):
                     frames = getattr(getattr(hook, "hook_keyframe", None), "keyframes", ())
                     bounds += [getattr(frame, "start_t", 0.0) for frame in frames]
-        sun = sun_patch.settings_of(guider.model_patcher)
-        if sun is not None:
-            sampling = guider.model_patcher.get_model_object("model_sampling")
-            bounds += [sampling.percent_to_sigma(percent) for percent in sun.effect]
-        return cls(float(bound) for bound in bounds)
+        return cls(float(bound) for bound in (*bounds, *(() if sun is None else sun.bounds)))
 
 
 def _switching_steps(patcher: ModelPatcher, steps: int) -> set[int]:
@@ -209,6 +212,18 @@ def steering(patcher: ModelPatcher) -> str:
         parts.append(f"switching {fingerprint(small.model.diffusion_model, attention=not small.patches)}")
         parts.append(f"{switches.switching} {steering(small)}".rstrip())
     return " ".join(parts)
+
+
+def times(patcher: ModelPatcher, run: SunRun | None) -> str:
+    """When SUN and its negatives act, for `LtcKey`; empty where that is all that Apply SUN's percents say."""
+    settings = sun_patch.settings_of(patcher)
+    if run is None or settings is None:
+        return ""
+    known = sun_patch.interval(patcher.get_model_object("model_sampling"), *settings.effect)
+    if set(run.bounds) <= set(known):
+        return ""
+    intervals = (run.effect, *(negative.when for negative in run.negatives))
+    return " ".join(f"{interval.start:.4g}-{interval.end:.4g}" for interval in intervals)
 
 
 def patches_digest(patches: dict[Any, list[tuple[Any, ...]]]) -> str:

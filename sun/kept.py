@@ -67,6 +67,12 @@ class SunRun:
         """Itself: who copies a host's options in the middle of a run stays in that run."""
         return self
 
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """Sigmas at which SUN, or one of its negatives, begins or ends to act."""
+        intervals = {self.effect, *(negative.when for negative in self.negatives)}
+        return tuple(sorted({end for interval in intervals for end in interval} - set(ALWAYS)))
+
     def weights(self, sigma: Tensor) -> dict[int, float]:
         """Weights, adding up to 1, of the negatives in force at this sigma [B], by position; none when SUN is not."""
         intervals = [self.effect, *(negative.when for negative in self.negatives)]

@@ -30,6 +30,7 @@ PRESET = "LTC-Accel"
 WARM_UP = "LTC-Accel warm-up"
 TAIL = "LTC-Accel tail"
 COUNTS = "LTC-Accel calls"
+BATCH = "LTC-Accel batch"
 TAU = "LTC-Accel tau"
 EVERY = "LTC-Accel every"
 MEASURED = "LTC-Accel measured"
@@ -45,6 +46,7 @@ WRITTEN_BY_ACCELERATORS = (
     WARM_UP,
     TAIL,
     COUNTS,
+    BATCH,
     TAU,
     EVERY,
     MEASURED,
@@ -109,12 +111,20 @@ def forget_counts(p: Any) -> None:
     """A sampling begins: should it be interrupted, what the one before it saved is not said of its picture."""
     if not getattr(p, "is_hr_pass", False):
         p.extra_generation_params.pop(COUNTS, None)
+        p.extra_generation_params.pop(BATCH, None)
 
 
 def write_counts(p: Any, counts: str) -> None:
     """Notes what was saved: "13 of 20 calls, 35 % saved"; the host puts what has a comma between quotes."""
     if not getattr(p, "is_hr_pass", False):
         p.extra_generation_params[COUNTS] = counts
+
+
+def write_batch(p: Any) -> None:
+    """Notes which pictures were drawn together, where that decided which steps ran: no host says so itself, and alone
+    each would be another one."""
+    if len(p.seeds) > 1:
+        p.extra_generation_params[BATCH] = f"{len(p.seeds)} from seed {p.seeds[0]}"
 
 
 HIRES = ("Hires upscale", "Hires upscaler", "Hires steps")

@@ -23,6 +23,7 @@ from ..sun.ltc.errors import unknown_sampler
 from ..sun.ltc.kdiffusion import SOLVERS, SamplerRun, kind_of, solver_of
 from ..sun.ltc.keep import running, summary
 from . import infotext, switching
+from .changes import ALTERNATES, Changes
 from .hosts import family
 from .sampler import function_replaced
 
@@ -47,10 +48,11 @@ def sampling(p: Any, settings: SkipSettings | LtcSettings, calibration: str) -> 
         name = getattr(function, "__name__", "")
         known = levels_of(name, denoiser, given)
         levels = tuple(map(float, known)) if known is not None else ()
+        changes = Changes(p, denoiser, guidance(p, given), negative_minimum(denoiser, given))
         with ExitStack() as stack:
-            run = open_run(p, stack, name, given, levels, settings, calibration)
+            run = open_run(p, stack, name, given, levels, changes, settings, calibration)
             runs.append(run)
-            answering = (Denoiser if given.get("timesteps") is None else UnitVarianceDenoiser)(denoiser, run)
+            answering = (Denoiser if given.get("timesteps") is None else UnitVarianceDenoiser)(denoiser, run, changes)
             samples = function(answering, *args, **kwargs)
             if isinstance(run, SamplerRun):
                 run.run.finish(answering.plain(samples, levels[-1]))
@@ -69,6 +71,7 @@ def open_run(
     name: str,
     given: Mapping[str, Any],
     levels: tuple[float, ...],
+    changes: Changes,
     settings: SkipSettings | LtcSettings,
     calibration: str,
 ) -> SamplerRun | SkipRun:
@@ -88,7 +91,7 @@ def open_run(
         solver,
         levels,
         guidance(p, given),
-        " ".join(filter(None, (sun_of(p), loras, "" if both is None else both.for_table()))),
+        " ".join(filter(None, (sun_of(p), loras, "" if both is None else both.for_table(), changes.for_table))),
     )
 
     def said(table: LtcTable) -> None:
@@ -97,18 +100,23 @@ def open_run(
     store = TableStore(tables_folder())
     published = stack.enter_context(running(key, settings, store, calibration, said))
     published.real |= anew
+    if alone := {i for i, level in enumerate(levels[:-1]) if level < changes.minimum}:
+        published.real |= alone if changes.alternating else {min(alone)}
+        published.why = ALTERNATES if changes.alternating else ""
     return SamplerRun(solver, levels, published)
 
 
 def tell(p: Any, run: SamplerRun | SkipRun) -> None:
-    """What a run did: in the log, in the infotext, and under the picture where nothing was skipped."""
+    """What a run did: in the log, in the infotext, and under the picture where something kept it from skipping."""
     measured = isinstance(run, SamplerRun) and run.run.measure is not None
     infotext.write_measured(p, measured)
     if measured:
         return  # it has said what it measured
     say(run.counts)
-    infotext.write_counts(p, str(run.counts))
-    if run.counts.calls == run.counts.steps:
+    infotext.write_counts(p, run.counts.with_reason)
+    if run.counts.guarded:
+        infotext.write_batch(p)
+    if run.counts.why or run.counts.calls == run.counts.steps:
         p.comment(run.counts.sentence)
 
 
@@ -166,36 +174,27 @@ class Sigmas:
         return math.exp((1 - at + low) * self.logs[low] + (at - low) * self.logs[low + 1])
 
 
+def negative_minimum(denoiser: Any, given: Mapping[str, Any]) -> float:
+    """The sigma below which the host leaves out the negative prompt, in some steps or in all; 0 for none. A1111
+    compares its setting with the timestep where a sampler walks those, Forge with the sigma there too."""
+    least = float((given.get("extra_args") or {}).get("s_min_uncond") or 0.0)
+    if least <= 0 or given.get("timesteps") is None or getattr(denoiser, "classic_ddim_eps_estimation", False):
+        return least
+    return sigmas_of(denoiser)(least)
+
+
 def sigmas_of(denoiser: Any) -> Sigmas:
     alphas = denoiser.inner_model.inner_model.alphas_cumprod.double().cpu()
     return Sigmas(((1 - alphas) / alphas).sqrt())
 
 
-def schedules_of(cond: Any) -> set[tuple[int, ...]]:
-    """The steps at which texts are exchanged, a tuple for each schedule, in whichever nesting a host keeps them."""
-    if isinstance(cond, Mapping):
-        return {ends for part in cond.values() for ends in schedules_of(part)}
-    inner = getattr(cond, "batch", None) or getattr(cond, "schedules", None)
-    if inner is None and isinstance(cond, (list, tuple)):
-        inner = cond
-    if not inner:
-        return set()
-    if all(hasattr(part, "end_at_step") for part in inner):
-        return {tuple(int(part.end_at_step) for part in inner)}
-    return {ends for part in inner for ends in schedules_of(part)}
-
-
-def acting(ends: tuple[int, ...], step: int) -> int:
-    """Which text of a schedule acts in a step, as the hosts choose it: after the last one it is the first again."""
-    return next((i for i, end in enumerate(ends) if step <= end), 0)
-
-
 class Denoiser:
     """The host's denoiser, except that in a skipped step it answers without a call of the U-Net."""
 
-    def __init__(self, denoiser: Any, run: SamplerRun | SkipRun) -> None:
-        self._denoiser, self._run = denoiser, run
-        self._schedules: list[tuple[int, ...]] | None = None
+    def __init__(self, denoiser: Any, run: SamplerRun | SkipRun, changes: Changes) -> None:
+        self._denoiser, self._run, self._changes = denoiser, run, changes
+        skipped = [run.levels[i] for i in run.skipped] if isinstance(run, SkipRun) and run.levels else []
+        self._stops = any(level < changes.alternating for level in skipped)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._denoiser, name)
@@ -209,22 +208,20 @@ class Denoiser:
             answer: torch.Tensor = self._denoiser(x, sigma, **extra)
             return answer
 
-        answer = self.answer(x, sigma, model, self.state(extra))
+        level = self.level(float(sigma.flatten()[0]))
+        if self._stops and level < self._changes.alternating and isinstance(self._run, SkipRun):
+            self._run.stop(ALTERNATES)
+        answer = self.answer(level, x, model, self._changes.at(level, extra))
         if not asked:
             self.go_on()
         return answer
 
-    def answer(
-        self, x: torch.Tensor, sigma: torch.Tensor, model: Callable[[], torch.Tensor], state: Hashable
-    ) -> torch.Tensor:
-        return self._run.denoised(float(sigma.flatten()[0]), x, model, state)
+    def level(self, sigma: float) -> float:
+        """The noise level that the host means by `sigma`."""
+        return sigma
 
-    def state(self, extra: Mapping[str, Any]) -> Hashable:
-        """What the answer depends on besides the noise level: the texts of prompt editing, and a refiner's model."""
-        if self._schedules is None:
-            self._schedules = sorted(schedules_of(extra.get("cond")) | schedules_of(extra.get("uncond")))
-        step = self._denoiser.step
-        return (id(self._denoiser.inner_model), *(acting(ends, step) for ends in self._schedules))
+    def answer(self, level: float, x: torch.Tensor, model: Callable[[], torch.Tensor], state: Hashable) -> torch.Tensor:
+        return self._run.denoised(level, x, model, state)
 
     def go_on(self) -> None:
         """What the host's denoiser does beside calling the model: ends interrupted runs, counts for prompt editing."""
@@ -241,18 +238,19 @@ class Denoiser:
 class UnitVarianceDenoiser(Denoiser):
     """The same for samplers whose latents are scaled by 1 / sqrt(1 + sigma^2) and whose denoiser predicts noise."""
 
-    def __init__(self, denoiser: Any, run: SamplerRun | SkipRun) -> None:
-        super().__init__(denoiser, run)
+    def __init__(self, denoiser: Any, run: SamplerRun | SkipRun, changes: Changes) -> None:
+        super().__init__(denoiser, run, changes)
         self._sigma_at = sigmas_of(denoiser)
 
-    def answer(
-        self, x: torch.Tensor, sigma: torch.Tensor, model: Callable[[], torch.Tensor], state: Hashable
-    ) -> torch.Tensor:
-        """Predicted noise [B, ...] at latents x. sigma: the host's timestep."""
+    def level(self, sigma: float) -> float:
+        """The noise level of the host's timestep."""
+        return self._sigma_at(sigma)
+
+    def answer(self, level: float, x: torch.Tensor, model: Callable[[], torch.Tensor], state: Hashable) -> torch.Tensor:
+        """Predicted noise [B, ...] at latents x."""
         if isinstance(self._run, SamplerRun):
             noise = self._run.direction(self.plain(x, self._run.sigma))
             return model() if noise is None else noise.to(x.dtype)
-        level = self._sigma_at(float(sigma.flatten()[0]))
         latents = self.plain(x, level)
         denoised = self._run.denoised(level, latents, lambda: latents - level * model().float(), state)
         return ((latents - denoised) / level).to(x.dtype)

@@ -3,12 +3,17 @@
 Methods with the same sampler and number of steps make a group. Its reference is that sampler's full run; the full runs
 with fewer steps are the rivals that everybody has. All methods run in turn on one block of prompts after the other, so
 that every speed-up is a ratio of neighbours in time, and every full run serves all groups it belongs to.
+
+Samples are kept, as everywhere, and serve again on the same device with as many threads. Of a method that is added to
+a report later, or of a block whose run was interrupted, the times are those of another session than its rivals'. Then
+``timed_together`` is false.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -18,16 +23,23 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..common.notes import note
 from .agreement import Judge, all_right
-from .cells import Tensors
-from .measured import ModelEvaluation
+from .cells import Tensors, processes
+from .measured import ModelEvaluation, Timed
 from .metrics import map_distance, mean_and_interval, psnr
 from .names import PLAIN, MethodCall, parse_method
 from .prompts import Drawn
+from .timing import timing_conditions
 
 MEASURES = ("mse", "psnr", "feature_distance")
 FEW_STEP = ("sun", "lcm-lora")
 """Methods of few steps whose own full run is what a combination with them is compared with."""
+
+TIMED_APART = (
+    "Not all methods of equal time were timed in one session (some were added later, or the run was interrupted), so a "
+    "speed-up may compare a busy machine with an idle one. Set resume=false, or another output, to time all anew."
+)
 
 
 class EqualTime:
@@ -37,6 +49,8 @@ class EqualTime:
     def __init__(self, evaluation: ModelEvaluation, judge: Judge | None):
         self.of, self.judge = evaluation, judge
         self.size = evaluation.config.batch_size
+        conditions = timing_conditions(evaluation.sampler, self.size, evaluation.config.precision)
+        self.timed = Timed(conditions, time.time_ns())
         self._pixels: dict[tuple[MethodCall, int], Tensor] = {}
         self._maps: dict[tuple[MethodCall, int], list[Tensor]] = {}
 
@@ -65,12 +79,27 @@ class EqualTime:
     def figures(self) -> dict[str, Any]:
         """``groups``: for each full run its own row and those of its rivals, with :func:`beside_fewer_steps` at the
         same time and, as ``calls_...`` of methods that leave out whole calls, at as many calls; ``pictures``;
-        ``processor``: whether seconds are processor time."""
+        ``processor``: whether seconds are processor time; ``timed_together``: whether all methods of each block were
+        timed in one session."""
         groups = groups_of(self.of.methods)
         calls = list(dict.fromkeys(call for reference, rows in groups.items() for call in (reference, *rows)))
         self._run(calls)
         found = {reference.text: self._group(reference, rows) for reference, rows in groups.items()}
-        return {"groups": found, "pictures": sum(map(len, self.blocks)), "processor": self._by_processor}
+        together = all(self._together(calls, block) for block in self.blocks)
+        if not together and processes().is_main_process:
+            note(TIMED_APART)
+        return {
+            "groups": found,
+            "pictures": sum(map(len, self.blocks)),
+            "processor": self._by_processor,
+            "timed_together": together,
+        }
+
+    def _sample(self, call: MethodCall, drawn: Drawn) -> Tensors:
+        return self.of.sample(call, drawn, self.timed)
+
+    def _together(self, calls: Sequence[MethodCall], drawn: Drawn) -> bool:
+        return len({int(number) for call in calls for number in self._sample(call, drawn)["session"]}) == 1
 
     @property
     def _by_processor(self) -> bool:
@@ -83,7 +112,7 @@ class EqualTime:
             sampler(calls[0].in_steps(2), first.positives, first.negatives, sampler.noise(len(first), 0))
         for number, block in enumerate(tqdm(self.blocks, desc="blocks", leave=False)):
             for k in range(len(calls)):
-                self.of.sample(calls[(number + k) % len(calls)], block)
+                self._sample(calls[(number + k) % len(calls)], block)
 
     def _group(self, reference: MethodCall, calls: Sequence[MethodCall]) -> dict[str, Any]:
         rows = {call.text: self._row(call, reference) for call in (reference, *calls)}
@@ -100,7 +129,7 @@ class EqualTime:
         blocks = range(len(self.blocks))
         took = [self._seconds(call, b) for b in blocks]
         ratios = [self._seconds(reference, b) / mine for b, mine in zip(blocks, took, strict=True)]
-        sampled = [self.of.sample(call, block)["unet_calls"] for block in self.blocks]
+        sampled = [self._sample(call, block)["unet_calls"] for block in self.blocks]
         row: dict[str, Any] = {
             "unet_calls": float(torch.cat(sampled).mean()),
             "seconds": statistics.median(took),
@@ -118,11 +147,11 @@ class EqualTime:
 
     def _seconds(self, call: MethodCall, block: int) -> float:
         column = "processor" if self._by_processor else "seconds"
-        return float(self.of.sample(call, self.blocks[block])[column][0])
+        return float(self._sample(call, self.blocks[block])[column][0])
 
     def _measure(self, call: MethodCall, reference: MethodCall, block: int) -> Tensors:
         """``mse`` of latents, ``psnr``, and ``feature_distance`` in the model's own features, each [B]."""
-        mine, theirs = (self.of.sample(c, self.blocks[block])["latents"] for c in (call, reference))
+        mine, theirs = (self._sample(c, self.blocks[block])["latents"] for c in (call, reference))
         own, other = (self._decoded(c, block).float() / 127.5 - 1 for c in (call, reference))
         return {
             "mse": (mine - theirs).square().mean((1, 2, 3)),
@@ -134,10 +163,10 @@ class EqualTime:
         """Pictures [B, 3, H, W] as bytes, decoded once."""
         if (call, block) not in self._pixels:
             drawn = self.blocks[block]
-            key = {"sample": self.of.sample_key(call, drawn), "vae": self.of.vae_key}
+            key = {"sample": self.of.sample_key(call, drawn, self.timed), "vae": self.of.vae_key}
 
             def compute(rows: slice) -> Tensors:
-                pixels = self.of.pixels(self.of.sample(call, drawn)["latents"][rows])
+                pixels = self.of.pixels(self._sample(call, drawn)["latents"][rows])
                 return {"pixels": ((pixels + 1) * 127.5).round().byte()}
 
             label = f"{self.of.name} {call}{drawn.label} pixels"
@@ -147,10 +176,10 @@ class EqualTime:
     def _features(self, call: MethodCall, block: int) -> list[Tensor]:
         if (call, block) not in self._maps:
             drawn = self.blocks[block]
-            key = {"sample": self.of.sample_key(call, drawn), "what": "feature maps"}
+            key = {"sample": self.of.sample_key(call, drawn, self.timed), "what": "feature maps"}
 
             def compute(rows: slice) -> Tensors:
-                maps = self.of.sampler.feature_maps(self.of.sample(call, drawn)["latents"][rows])
+                maps = self.of.sampler.feature_maps(self._sample(call, drawn)["latents"][rows])
                 return {f"{i}": stage for i, stage in enumerate(maps)}
 
             label = f"{self.of.name} {call}{drawn.label} features"

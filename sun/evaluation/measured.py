@@ -24,6 +24,14 @@ FORMAT = 2  # of the cells; raise it when what is computed changes
 OTHER_NOISE = 1_000_000  # added to the seed for the floor
 
 
+@dataclass(frozen=True)
+class Timed:
+    """Of samples whose seconds count: what these depend on (device, threads), and a number for this session."""
+
+    conditions: dict[str, Any]
+    session: int
+
+
 @dataclass
 class ModelEvaluation:
     """One model with what it is measured by. ``name`` labels its cells; distances are to :data:`~.names.REFERENCE`."""
@@ -63,8 +71,8 @@ class ModelEvaluation:
 
     # --- samples -------------------------------------------------------------------------------------------------
 
-    def sample_key(self, call: MethodCall, drawn: Drawn) -> dict[str, Any]:
-        """All that the latents of a method depend on."""
+    def sample_key(self, call: MethodCall, drawn: Drawn, timed: Timed | None = None) -> dict[str, Any]:
+        """All that the latents of a method depend on and, where the seconds count, what these do."""
         if call not in self.assets:
             self.assets[call] = asset_fingerprint(self.sampler, call)
         adapter = self.sampler.assets.adapter_of(call)
@@ -77,24 +85,30 @@ class ModelEvaluation:
             "positives": drawn.positives,
             "negatives": drawn.negatives if call.method.uses_negative else None,
             "seed": drawn.seed,
+            **({} if timed is None else {"timed": timed.conditions}),
         }
 
-    def sample(self, call: MethodCall, drawn: Drawn) -> Tensors:
-        """``latents`` [N, 4, h, w], and ``unet_calls``, ``seconds``, ``processor`` [N] of the run that made them."""
+    def sample(self, call: MethodCall, drawn: Drawn, timed: Timed | None = None) -> Tensors:
+        """``latents`` [N, 4, h, w], and ``unet_calls``, ``seconds``, ``processor`` [N] of the run that made them.
+
+        timed: for samples whose seconds count; ``session`` [N] says then which one made them.
+        """
 
         def compute(rows: slice) -> Tensors:
             noise = self.sampler.noise(rows.stop - rows.start, drawn.seed + rows.start)
             with self.sampler.autocast(self.config.precision):
                 made = self.sampler(call, drawn.positives[rows], drawn.negatives[rows], noise)
+            session = {} if timed is None else {"session": torch.full((len(noise),), timed.session)}
             return {
                 "latents": made.latents,
                 "unet_calls": torch.full((len(noise),), made.unet_calls),
                 "seconds": torch.full((len(noise),), made.seconds),
                 "processor": torch.full((len(noise),), made.processor),
+                **session,
             }
 
         label = f"{self.name} {call}{drawn.label}"
-        return self.store.get(label, self.sample_key(call, drawn), len(drawn), self.config.batch_size, compute)
+        return self.store.get(label, self.sample_key(call, drawn, timed), len(drawn), self.config.batch_size, compute)
 
     def all_prompts(self, other_noise: bool = False) -> Drawn:
         """Every prompt with its own negative; with ``other_noise`` as the floor is drawn."""

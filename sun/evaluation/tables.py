@@ -9,6 +9,7 @@ from typing import Any
 from ..common.markdown import number_table
 from ..common.settings import ConfigError
 from .agreement import PART_WORDS, PARTS, SET_WORDS
+from .equal_time import TIMED_APART
 from .names import parse_method
 
 # figure -> (head, format, what is better)
@@ -178,6 +179,8 @@ def equal_time_tables(model: dict[str, Any]) -> list[str]:
         "to as many calls, which no clock disturbs: PSNR gained in dB, and ratios of mean MSE, median MSE and feature "
         "distance, below 1 where the row is nearer. Empty: no fewer steps were measured on both sides."
     ]
+    if not found.get("timed_together", True):
+        parts.append(TIMED_APART)
     for name, group in found["groups"].items():
         rows = dict(sorted(group["rows"].items(), key=lambda item: item[1]["speedup"]))
         shown = {key: c for key, c in EQUAL_TIME.items() if any(key in row for row in rows.values())}

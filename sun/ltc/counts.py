@@ -31,6 +31,11 @@ class Counts:
         return f"{self.calls} of {self.steps} calls, {self.saved} % saved"
 
     @property
+    def with_reason(self) -> str:
+        """The same with what kept more from being skipped, where something did."""
+        return f"{self} ({self.why})" if self.why else str(self)
+
+    @property
     def sentence(self) -> str:
         """All of it, for a log or a page."""
         guarded = f"; {self.guarded} more were to be skipped, but the picture turned" if self.guarded else ""

@@ -73,15 +73,17 @@ class LtcRun:
         self.complete = False
         """Whether the last step began."""
         self.real: set[int] = set()
-        """Steps that are never skipped: those in which another U-Net takes over."""
+        """Steps that are never skipped, as those in which another U-Net takes over."""
+        self.why = ""
+        """What keeps some of them from being skipped, where the user should know."""
         self._latents: Tensor | None = None
         self._directions: list[Tensor] = []
 
     @property
     def counts(self) -> Counts:
         """What became of the run, in steps."""
-        measures = "it measured itself at full cost" if self.measure is not None else ""
-        return Counts(self.steps - self.skips_made, self.steps, why=measures)
+        why = "it measured itself at full cost" if self.measure is not None else self.why
+        return Counts(self.steps - self.skips_made, self.steps, why=why)
 
     def skips(self, i: int) -> bool:
         """Whether step i is skipped. False where the transitions before it were not seen (an interrupted run)."""

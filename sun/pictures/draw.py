@@ -55,7 +55,8 @@ from .recipe import INSIDE, MAX_SIDE, Recipe, RecipeError, fingerprints, png_tex
 
 OnStep = Callable[[int, int], None]
 TOGETHER = "drawn_together"
-"""Where a PNG says beside how many others its picture was drawn; its last bits can depend on it."""
+"""Where a PNG says beside how many others its picture was drawn; its last bits can depend on it, and with LTC-Accel's
+guard which steps ran."""
 
 
 @dataclass
@@ -279,8 +280,8 @@ def noise(recipe: Recipe, loaded: Loaded) -> torch.Tensor:
 def generate(loaded: Loaded, recipe: Recipe, on_step: OnStep | None = None) -> Drawn:
     """Draw the pictures of a complete ``recipe``: the whole batch, or the one at ``recipe.index``.
 
-    The whole batch runs in either case, because a picture's last bits depend on its batch. ``on_step(done, total)``
-    is called after each step. Raises RecipeError, SunFileError.
+    The whole batch runs in either case, because a picture's last bits depend on its batch, and with LTC-Accel's guard
+    which steps run. ``on_step(done, total)`` is called after each step. Raises RecipeError, SunFileError.
     """
     try:
         drawn = _draw(loaded, _rows(recipe), _encode(loaded, recipe), on_step, strict=True)

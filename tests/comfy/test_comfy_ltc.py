@@ -103,6 +103,33 @@ def test_a_prompt_that_ends_in_the_middle_is_a_real_step(
     assert 13 < counts.unet < 20
 
 
+@pytest.mark.parametrize("by", ["sampler", "negative", "apply"])
+def test_where_sun_or_its_negative_begins_or_ends_to_act_a_step_runs(
+    host: SimpleNamespace, run: SimpleNamespace, emoji: SimpleNamespace, by: str
+) -> None:
+    """By the percents of either node, or the time range of a negative that is connected to Apply SUN."""
+    skipping = host.nodes["SUN_ApplyLtcAccel"].execute(emoji.model, "balanced").result[0]
+    (early,) = host.nodes["ConditioningSetTimestepRange"]().set_range(run.negative, 0.0, 0.6)
+    applied = {"negative": {"negative": early}, "apply": {"end_percent": 0.6}}.get(by, {})
+    chosen = {"end_percent": 0.6} if by == "sampler" else {}
+    counted = []
+    for given, of_sampler in (({}, {}), (applied, chosen)):
+        model = run.apply(skipping, **given)
+        with run.count(model) as counts:
+            run.sun(model, steps=20, **of_sampler)
+        counted.append(counts.unet)
+    assert counted[0] == 13
+    assert 13 < counted[1] < 20
+
+
+def test_the_paper_s_table_is_for_one_time_of_sun(run: SimpleNamespace, apply, host: SimpleNamespace) -> None:
+    folder = host.part("nodes.ltc_patch").tables_folder()
+    model = run.apply(apply())
+    for number, end in enumerate((1.0, 0.6, 1.0, 0.6)):
+        run.sun(model, steps=5, end_percent=end)
+        assert len(list(folder.glob("*.json"))) == min(number + 1, 2)
+
+
 def test_presets_and_a_workflow_from_before_there_were_any(host: SimpleNamespace, emoji: SimpleNamespace) -> None:
     patch, node = host.part("nodes.ltc_patch"), host.nodes["SUN_ApplyLtcAccel"]
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from sun.common.notes import SunWarning
 from sun.evaluation import EvaluateConfig, parse_method, report
-from sun.evaluation.equal_time import beside_fewer_steps, groups_of
+from sun.evaluation.equal_time import TIMED_APART, beside_fewer_steps, groups_of
+from sun.evaluation.names import MethodCall
 from sun.evaluation.plots import _without_scheduler
+from sun.evaluation.sampler import Sampler
 
 
 def test_every_full_run_serves_the_groups_of_its_sampler() -> None:
@@ -91,6 +97,52 @@ def test_a_report_at_equal_time(tiny_model: Path, tmp_path: Path) -> None:
     assert "### Against dpmpp-6" in (report_folder / "tables.md").read_text()
     assert (report_folder / tiny_model.name / "equal-time-dpmpp.png").stat().st_size > 10_000
     parts = {path.name for path in (report_folder / "cells").iterdir()}
-    report(config)
+    again = report(config)["models"][tiny_model.name]["equal_time"]
     assert {path.name for path in (report_folder / "cells").iterdir()} == parts  # all of it was there
     assert json.loads((report_folder / "figures.json").read_text())["models"]
+    assert found["timed_together"] and again["timed_together"]  # noqa: PT018
+    assert TIMED_APART not in (report_folder / "tables.md").read_text()
+    more = replace(config, methods=(*config.methods, "inherit[fine]-6"))
+    with pytest.warns(SunWarning, match="timed in one session"):
+        assert not report(more)["models"][tiny_model.name]["equal_time"]["timed_together"]
+    assert TIMED_APART in (report_folder / "tables.md").read_text()
+    anew = report(replace(more, output=str(tmp_path / "anew")))["models"][tiny_model.name]["equal_time"]
+    assert anew["timed_together"]
+
+
+def test_times_of_another_device_are_not_taken_again_and_other_samples_are(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("polar bear | snake\nred apple | \n")
+    drawn: list[str] = []
+    sample = Sampler.__call__
+
+    def watched(self: Sampler, call: MethodCall, *args: Any) -> Any:
+        drawn.append(str(call))
+        return sample(self, call, *args)
+
+    monkeypatch.setattr(Sampler, "__call__", watched)
+
+    def draws(**more: Any) -> list[str]:
+        config = EvaluateConfig(
+            model=str(tiny_model),
+            prompts=2,
+            prompts_file=str(prompts),
+            batch_size=2,
+            methods=("dpmpp-4", "inherit[fast]-6"),
+            features="none",
+            output=str(tmp_path / "report"),
+            device="cpu",
+            precision="fp32",
+        )
+        del drawn[:]
+        report(replace(config, **more))
+        return list(drawn)
+
+    of_distances, of_times = draws(measure=("distances",)), draws(measure=("equal_time",))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert of_distances
+    assert draws(measure=("distances",)) == []
+    assert draws(measure=("equal_time",)) == of_times
+    assert len(draws(measure=("equal_time",))) == 1  # warms up

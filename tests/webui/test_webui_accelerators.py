@@ -108,6 +108,91 @@ def test_prompt_editing_is_a_real_step_and_what_was_said_before_it_is_forgotten(
     assert len(calls(family, {"ltc": True}, **fields)[0]) == 13
 
 
+ALTERNATES = "Negative Guidance minimum sigma leaves out the negative prompt in some steps"
+
+
+@pytest.mark.parametrize("name", ["Euler", "DDIM"])
+def test_where_the_negative_is_left_out_in_turns_nothing_more_is_skipped(family: Any, calm: None, name: str) -> None:
+    """Of an odd step nothing follows for an even one; skipping every second one would leave guidance out of both."""
+    least = 300.0 if (name, family.name) == ("DDIM", "a1111") else 2.5  # A1111 compares it with a timestep
+    fields = {**PICTURE, "sampler_name": name, "steps": 20, "s_min_uncond": least}
+    with UnetLog(family.unet) as log:
+        plain = family.run(None, **fields)
+    in_turns = log.rows[log.rows.index(1) - 1 :]
+    with UnetLog(family.unet) as log:
+        result = family.run({"ltc": True}, **fields)
+    assert {1, 2} == set(in_turns)
+    assert log.rows[-len(in_turns) :] == in_turns  # all of them run, and as the host has them
+    assert 13 < len(log.rows) < 19
+    assert ALTERNATES in result.infotexts[0].split("LTC-Accel calls: ")[1].split('"')[1]
+    assert ALTERNATES in result.comments
+    assert relative(result.images, plain.images) < 0.2
+
+
+def test_a_table_of_the_paper_is_for_the_negative_in_all_steps_or_in_turns(family: Any, tables: Path) -> None:
+    for again in (False, True):
+        rows, _ = calls(family, LTC)
+        with UnetLog(family.unet) as log:
+            result = family.run(LTC, **{**PICTURE, "s_min_uncond": 4.0})
+        assert len(list(tables.glob("*.json"))) == 2
+        if again:
+            assert len(rows) < len(log.rows)
+            assert ALTERNATES in result.comments
+
+
+def test_a_negative_that_is_left_out_without_effect_on_what_is_skipped_is_not_spoken_of(
+    family: Any, calm: None
+) -> None:
+    fields = {"sampler_name": "Euler", "steps": 20}
+    for more in ({"s_min_uncond": 0.05}, {"s_min_uncond": 2.5, "cfg_scale": 1.0}):  # in the tail; at scale 1
+        with UnetLog(family.unet) as log:
+            result = family.run({"ltc": True}, **{**PICTURE, **fields, **more})
+        assert (len(log.rows), result.comments) == (13, "")
+
+
+def test_a_negative_that_is_left_out_for_good_is_one_step_that_runs(family: Any, host: Any, calm: None) -> None:
+    """From one noise level on, or up to a share of the steps: what was seen on the other side of it is forgotten."""
+    fields = {"sampler_name": "Euler", "steps": 20}
+    opts = host.modules("shared").opts.data
+    opts["s_min_uncond_all"] = True
+    for more, early in (({"s_min_uncond": 2.5}, 0.0), ({}, 0.42)):
+        opts["skip_early_cond"] = early
+        with UnetLog(family.unet) as plain:
+            family.run(None, **{**PICTURE, **fields, **more})
+        with UnetLog(family.unet) as log:
+            result = family.run({"ltc": True}, **{**PICTURE, **fields, **more})
+        assert 13 < len(log.rows) < 17
+        firsts = [one.timesteps[one.rows.index(1 if more else 2)] for one in (plain, log)]
+        assert firsts[0] == firsts[1]
+        assert result.comments == ""
+
+
+def test_a_controlnet_that_begins_or_ends_to_act_is_a_step_that_runs(
+    family: Any, host: Any, calm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A1111's extension goes by the share of the steps, Forge's by the noise level."""
+    model, panel = family.model, host.modules("scripts").Script()
+    panel.args_from = panel.args_to = 0
+    monkeypatch.setattr(host.scripts.scripts_txt2img, "alwayson_scripts", [
+        *host.scripts.scripts_txt2img.alwayson_scripts, panel,
+    ])  # fmt: skip
+    if family.name == "forge":
+        sigmas = model.sigmas
+        levels = SimpleNamespace(percent_to_sigma=lambda share: float(sigmas[round(999 * (1 - share))]))
+        monkeypatch.setattr(model.forge_objects_after_applying_lora.unet.model, "predictor", levels, raising=False)
+    counts = []
+    for start, end in ((0.0, 1.0), (0.0, 0.49), (0.33, 1.0)):
+        if family.name == "forge":
+            unit = SimpleNamespace(start_percent=start, end_percent=end)
+            panel.current_params = {0: SimpleNamespace(model=unit)}
+        else:
+            params = SimpleNamespace(start_guidance_percent=start, stop_guidance_percent=end)
+            panel.latest_network = SimpleNamespace(control_params=[params])
+        counts.append(len(calls(family, {"ltc": True}, sampler_name="Euler", steps=20)[0]))
+    assert counts[0] == 13
+    assert all(count > 13 for count in counts[1:])
+
+
 def test_a_sampler_that_chooses_its_levels_itself_runs_in_full_and_says_so(family: Any) -> None:
     """DPM fast and DPM adaptive are told the first and the last level alone."""
     fields = {**PICTURE, "steps": 12, "sampler_name": "DPM fast"}
@@ -135,6 +220,22 @@ def test_an_interrupted_picture_does_not_say_what_the_one_before_it_saved(family
         raise RuntimeError("stop")
     assert "LTC-Accel calls" not in kept
     assert not hasattr(sampler.func, "__wrapped__")
+
+
+def test_a_batch_whose_pictures_decided_together_which_steps_ran_is_in_the_infotext(family: Any, calm: None) -> None:
+    """A step runs for all where one of them turned, so a picture alone would have another course."""
+    fields = {**PICTURE, "steps": 20, "batch_size": 2}
+    assert "LTC-Accel batch" not in family.run({"ltc": True}, **fields).infotexts[0]  # none of them turned
+    sudden = family.unet.register_forward_hook(lambda _m, args, y: y + 0.5 * (int(args[1][0]) < 500) * (args[0] > 0))
+    try:
+        both = family.run({"ltc": True}, **fields, n_iter=2)
+        alone = family.run({"ltc": True}, **PICTURE | {"steps": 20})
+    finally:
+        sudden.remove()
+    assert [text.split("LTC-Accel batch: ")[1].split(",")[0] for text in both.infotexts] == [
+        *["2 from seed 3"] * 2, *["2 from seed 5"] * 2,
+    ]  # fmt: skip
+    assert "LTC-Accel batch" not in alone.infotexts[0]
 
 
 def test_infotext_of_a_preset_pasted_back_gives_the_same_picture(family: Any, host: Any, calm: None) -> None:

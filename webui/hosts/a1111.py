@@ -58,6 +58,10 @@ def prediction_of(sd_model: Any) -> str:
     return {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}.get(said, str(said))
 
 
+def sigma_at(sd_model: Any) -> None:
+    return None  # its ControlNet extension counts steps
+
+
 @contextmanager
 def kept_beside(p: Any, unet: torch.nn.Module) -> Iterator[None]:
     unet.to(next(unet_of(p.sd_model).parameters()).device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -19,6 +20,9 @@ class Host(Protocol):
 
     def prediction_of(self, sd_model: Any) -> str:
         """What the model predicts, by diffusers' names ("epsilon")."""
+
+    def sigma_at(self, sd_model: Any) -> Callable[[float], float] | None:
+        """What gives the noise level at a share of the way from noise to picture, where ControlNets go by it."""
 
     def sampling(self, run: WebuiRun, p: Any) -> AbstractContextManager[None]:
         """Hangs SUN on the model while one sampling runs, and takes it off whatever happens."""

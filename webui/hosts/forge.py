@@ -33,6 +33,12 @@ def prediction_of(sd_model: Any) -> str:
     return {"eps": "epsilon"}.get(said, str(said))
 
 
+def sigma_at(sd_model: Any) -> Callable[[float], float] | None:
+    model = sd_model.forge_objects.unet.model
+    levels = getattr(model, "predictor", None) or getattr(model, "model_sampling", None)  # the latter in the others
+    return getattr(levels, "percent_to_sigma", None)
+
+
 @contextmanager
 def kept_beside(p: Any, unet: torch.nn.Module) -> Iterator[None]:
     objects = p.sd_model.forge_objects

@@ -18,7 +18,7 @@ FIELDS: dict[str, Any] = {
     "outpath_samples": None, "outpath_grids": None, "do_not_save_samples": False, "do_not_save_grid": False,
     "denoising_strength": 0.75, "hr_scheduler": None, "hr_sampler_name": None, "hr_negative_prompt": "",
     "hr_second_pass_steps": 0, "enable_hr": False, "hr_prompt": "",
-    "s_churn": 0.0, "eta": None,
+    "s_churn": 0.0, "eta": None, "s_min_uncond": 0.0,
 }  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """One step of both families.
 
 A1111 1.10 (sd_samplers_cfg_denoiser.py): rows are each image's AND sub-prompts, then the unconditional ones; callbacks;
-the unconditional rows are left out only where skip_early_cond says so, and image_cond is NOT cut with them; chunks of
-the batch size without batch_cond_uncond; the first sub-prompt's prediction stands in for the unconditional one.
+the unconditional rows are left out where skip_early_cond or s_min_uncond says so, and image_cond is NOT cut with them;
+chunks of the batch size without batch_cond_uncond; the first sub-prompt's prediction stands in for the unconditional
+one.
 
 reForge and Forge Classic have Forge's way here; reForge encodes the unconditional prompt at CFG 1, too.
 
@@ -46,12 +47,18 @@ class Denoiser:
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **extra: Any) -> torch.Tensor:
         if state.interrupted or state.skipped:
             raise sd_samplers_common.InterruptedException
+        self.asked_at = sigma
         denoised = self.denoise(x, sigma, **extra)
         if self.mask is not None:
             denoised = denoised * (1 - self.mask) + self.init_latent * self.mask
         self.sampler.last_latent = denoised
         self.step += 1
         return denoised
+
+
+def leaves_out(denoiser: Denoiser, sigma: torch.Tensor, least: float) -> bool:
+    """Negative Guidance minimum sigma."""
+    return bool((denoiser.step % 2 or opts.s_min_uncond_all) and least > 0 and sigma[0] < least)
 
 
 class A1111Denoiser(Denoiser):
@@ -70,8 +77,11 @@ class A1111Denoiser(Denoiser):
         x_in, sigma_in, image_in = params.x, params.sigma, params.image_cond
         tensor, uncond = params.text_cond, params.text_uncond
         skip = opts.skip_early_cond != 0 and self.step / self.total_steps <= opts.skip_early_cond
+        early = skip
+        skip = skip or leaves_out(self, self.asked_at, s_min_uncond)  # a timestep, where the sampler walks those
         if skip:
             x_in, sigma_in = x_in[:-size], sigma_in[:-size]
+        if early:
             self.p.extra_generation_params["Skip Early CFG"] = opts.skip_early_cond
         if opts.pad_cond_uncond and tensor.shape[1] < uncond.shape[1]:
             tensor = torch.cat(
@@ -110,6 +120,9 @@ class ForgeDenoiser(Denoiser):
         script_callbacks.call("cfg_denoiser", params)
         if self.p.is_hr_pass:
             cond_scale = getattr(self.p, "hr_cfg", cond_scale)
+        early = opts.skip_early_cond > 0 and self.step / self.total_steps <= opts.skip_early_cond
+        if early or leaves_out(self, sigma, s_min_uncond):
+            cond_scale = 1.0
         unet = shared.sd_model.forge_objects.unet
         parts = [
             {"model_conds": {"c_crossattn": tensor[[row for row, _ in column]]}, "strength": column[0][1]}
@@ -139,7 +152,7 @@ class A1111TimestepsDenoiser(TimestepsDenoiser, A1111Denoiser):
 
 
 class ForgeTimestepsDenoiser(TimestepsDenoiser, ForgeDenoiser):
-    pass
+    classic_ddim_eps_estimation = True
 
 
 def sampling_function(

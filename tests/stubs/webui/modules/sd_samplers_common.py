@@ -7,7 +7,7 @@ import inspect
 from collections import namedtuple
 from typing import Any
 
-from .shared import opts
+from .shared import opts, state
 
 
 class SamplerData(namedtuple("SamplerData", ["name", "constructor", "aliases", "options"])):
@@ -37,7 +37,8 @@ class Sampler:
         self.model_wrap_cfg.begin(p)
         self.last_latent = x
         self.sampler_extra_args = {
-            "cond": cond, "uncond": uncond, "cond_scale": p.cfg_scale, "s_min_uncond": 0.0, "image_cond": image_cond
+            "cond": cond, "uncond": uncond, "cond_scale": p.cfg_scale, "s_min_uncond": p.s_min_uncond,
+            "image_cond": image_cond,
         }  # fmt: skip
         known = inspect.signature(self.func).parameters
         return {name: value for name in ("s_churn", "eta") if name in known and (value := getattr(p, name)) is not None}
@@ -45,6 +46,7 @@ class Sampler:
     def launch_sampling(self, steps: int, func: Any) -> Any:
         self.model_wrap_cfg.steps = steps
         self.model_wrap_cfg.total_steps = self.config.total_steps(steps)
+        state.sampling_steps, state.sampling_step = steps, 0
         try:
             return func()
         except InterruptedException:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import sd_samplers_cfg_denoiser, sd_samplers_common
-from .shared import opts
+from .shared import opts, state
 
 try:
     from . import sd_schedulers
@@ -29,6 +29,7 @@ def steps_of(
 
     for i, (here, there) in enumerate(itertools.pairwise(sigmas)):
         yield i, here, there, slope
+        state.sampling_step = i  # by the host's callback
 
 
 def sample_euler(

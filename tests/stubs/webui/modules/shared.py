@@ -34,6 +34,7 @@ class Options:
             "outdir_samples": "", "outdir_grids": "", "outdir_txt2img_samples": "t", "outdir_img2img_samples": "i",
             "outdir_txt2img_grids": "t", "outdir_img2img_grids": "i", "sgm_noise_multiplier": False,
             "img2img_fix_steps": False, "pad_cond_uncond": False, "batch_cond_uncond": True, "skip_early_cond": 0.0,
+            "s_min_uncond_all": False,
             "persistent_cond_cache": True, "always_discard_next_to_last_sigma": False,
         }.items():  # fmt: skip
             self.add_option(key, OptionInfo(default))
@@ -54,6 +55,7 @@ class State:
     def __init__(self) -> None:
         self.interrupted = self.skipped = False
         self.job = ""
+        self.sampling_step = self.sampling_steps = 0
 
     def begin(self, job: str = "") -> None:
         self.interrupted = self.skipped = False
