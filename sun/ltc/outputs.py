@@ -7,7 +7,6 @@ and how its latents are scaled, so that a call can be told as (sigma, x, denoise
 from __future__ import annotations
 
 import inspect
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .skipping import SkipRun
+from .skipping import SkipRun, distinct
 
 OpenSkips = Callable[[tuple[float, ...], bool, str], SkipRun]
 """(noise levels, whether fresh noise is added, why nothing can be skipped) -> the run to make."""
@@ -32,6 +31,7 @@ class Outputs:
         config, name = scheduler.config, type(scheduler).__name__
         self.prediction = str(config.get("prediction_type") or "epsilon")
         self.flow = "FlowMatch" in name or bool(config.get("use_flow_sigmas")) or self.prediction == "flow_prediction"
+        self.continuous = config.get("timestep_type") == "continuous" and self.prediction == "v_prediction"
         self.steps_trained = float(config.get("num_train_timesteps") or 1000)
         alphas = getattr(scheduler, "alphas_cumprod", None)
         self.refused = ""
@@ -46,23 +46,25 @@ class Outputs:
         self.unit_variance = not self.flow and abs(float(getattr(scheduler, "init_noise_sigma", 1.0)) - 1.0) < 1e-6
 
     def sigma(self, timestep: float) -> float:
-        """The noise level of a timestep, which may lie between two that were trained."""
+        """The noise level of a timestep, which may lie between two that were trained; continuous ones (Stable Video
+        Diffusion) are a quarter of its logarithm."""
         if self.flow:
             return timestep / self.steps_trained
+        if self.continuous:
+            return math.exp(4 * timestep)
         last = len(self._log_sigmas) - 1
         at = min(max(timestep, 0.0), float(last))
         low = min(int(at), last - 1)
         between = at - low
         return math.exp((1 - between) * self._log_sigmas[low] + between * self._log_sigmas[low + 1])
 
-    def levels(self, scheduler: Any, begin: int) -> tuple[float, ...]:
-        """Noise levels of the steps from timestep number ``begin`` on, and 0: schedulers of second order name a step
-        twice, or its middle besides."""
-        times = [float(t) for t in scheduler.timesteps[begin:]]
-        once = [time for time, _ in itertools.groupby(times)]
-        if getattr(scheduler, "order", 1) == 2 and len(once) == len(times):
-            once = once[::2]
-        return (*(self.sigma(time) for time in once), 0.0)
+    def levels(self, scheduler: Any, begin: int) -> tuple[tuple[float, ...], frozenset[int]]:
+        """Noise levels of the steps from timestep number ``begin`` on, each once, and 0; and which of them several
+        steps share, as of timesteps that are rounded. Schedulers of second order name a step twice, or its middle
+        besides."""
+        times = [float(t) for t in scheduler.timesteps[begin :: getattr(scheduler, "order", 1)]]
+        once, crowded = distinct([self.sigma(time) for time in times])
+        return (*once, 0.0), crowded
 
     def latents(self, sigma: float, sample: Tensor) -> Tensor:
         """Latents x0 + sigma * noise [B, ...], float32, of the scheduler's own."""
@@ -156,8 +158,9 @@ class OutputStepper:
             first = float(found["timestep"])
             begin = times.index(first) if first in times else 0
         self._times = [float(t) for t in self.scheduler.timesteps[begin:]]
-        levels = self.outputs.levels(self.scheduler, begin)
+        levels, crowded = self.outputs.levels(self.scheduler, begin)
         self.run = self._open_run(levels, adds_noise(self.scheduler, found), self.outputs.refused)
+        self.run.keep(crowded)
 
     def _sigma_after(self, timestep: float) -> float | None:
         """The noise level of the next step; None after the last one, and where the pipeline goes its own way."""
