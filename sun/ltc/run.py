@@ -6,6 +6,7 @@ Euler or DDIM goes along the predicted noise, so that a skip means: use the last
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -15,6 +16,9 @@ from .counts import Counts
 from .interval import LtcSettings, skipped_steps
 from .table import LtcKey, LtcTable
 from .transitions import Fit, angles
+
+SPOILT = "a picture of it holds NaN or infinity"
+"""Why a run that measured itself leaves no table."""
 
 
 class Measurements:
@@ -40,12 +44,18 @@ class Measurements:
         """Mean theta_i of the steps i = 1, ..., N - 1."""
         return tuple(total / max(self.pictures, 1) for total in self._angles[1:])
 
+    @property
+    def finite(self) -> bool:
+        """Whether no transition held NaN or infinity, of which no table can be made."""
+        return all(map(math.isfinite, self._angles)) and all(fit.finite for fit in self.fits.values())
+
     def skipped(self) -> tuple[int, ...]:
         """The steps to skip by these angles."""
         return skipped_steps(self.turns, self.settings)
 
     def table(self, key: LtcKey) -> LtcTable:
-        """Coefficients of the steps to skip, fitted on trajectories without skips."""
+        """Coefficients of the steps to skip, fitted on trajectories without skips; for measurements that are
+        :attr:`finite`."""
         found = {i: self.fits[i].coefficients() for i in self.skipped()}
         return LtcTable(key, self.settings, found, self.turns, pictures=self.pictures)
 
@@ -81,7 +91,13 @@ class LtcRun:
     def counts(self) -> Counts:
         """What became of the run, in steps."""
         measures = "it measured itself at full cost" if self.measure is not None else ""
-        return Counts(self.steps - self.skips_made, self.steps, why=measures)
+        lost = f", and keeps nothing: {SPOILT}" if self.spoilt else ""
+        return Counts(self.steps - self.skips_made, self.steps, why=measures + lost)
+
+    @property
+    def spoilt(self) -> bool:
+        """Whether what it measured holds NaN or infinity, so that it leaves no table."""
+        return self.measure is not None and not self.measure.finite
 
     def skips(self, i: int) -> bool:
         """Whether step i is skipped. False where the transitions before it were not seen (an interrupted run)."""
