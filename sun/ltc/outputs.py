@@ -104,6 +104,8 @@ class OutputStepper:
     def __init__(self, scheduler: Any, open_run: OpenSkips) -> None:
         self.scheduler, self.outputs = scheduler, Outputs(scheduler)
         self.run: SkipRun | None = None
+        self.stopped = ""
+        """Why nothing is skipped, where that was known before the run began."""
         self._open_run = open_run
         self._original = scheduler.step
         self._signature = inspect.signature(scheduler.step)
@@ -125,6 +127,13 @@ class OutputStepper:
         """The model is asked something else than before: the step under way runs, and what was seen is forgotten."""
         if self.run is not None:
             self.run.forget()
+
+    def stop(self, why: str) -> None:
+        """Skip nothing more in this run, and say why."""
+        if self.run is None:
+            self.stopped = why
+        else:
+            self.run.stop(why)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """``scheduler.step``. For a skipped step the output only tells the number format, or is None."""
@@ -159,7 +168,8 @@ class OutputStepper:
             begin = times.index(first) if first in times else 0
         self._times = [float(t) for t in self.scheduler.timesteps[begin:]]
         levels, crowded = self.outputs.levels(self.scheduler, begin)
-        self.run = self._open_run(levels, adds_noise(self.scheduler, found), self.outputs.refused)
+        refused = self.outputs.refused or self.stopped
+        self.run = self._open_run(levels, adds_noise(self.scheduler, found), refused)
         self.run.keep(crowded)
 
     def _sigma_after(self, timestep: float) -> float | None:

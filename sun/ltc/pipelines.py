@@ -221,13 +221,13 @@ class WithLtc:
             else:
                 stepper = OutputStepper(pipe.scheduler, partial(_skip_run, pipe, state.settings))
             stack.callback(_stepper.reset, _stepper.set(stepper))
-            stack.enter_context(_replaced(pipe.scheduler, "step", _stepping(pipe.scheduler.step, stepper)))
+            stack.enter_context(_replaced(pipe.scheduler, "step", _Stepping(pipe.scheduler.step, stepper)))
             for module in _skippable(pipe):
                 stack.enter_context(_replaced(module, "forward", _skipping(module.forward, stepper)))
             yield
-            if stepper.run is not None:
-                state.last_run = stepper.run.counts
-                say(state.last_run)
+            made = stepper.run and stepper.run.counts
+            state.last_run = made or Counts(0, 0, why=stepper.stopped or "its scheduler made no step")
+            say(state.last_run)
 
 
 def _skip_run(pipe: Any, settings: SkipSettings, sigmas: tuple[float, ...], noisy: bool, refused: str) -> SkipRun:
@@ -307,14 +307,34 @@ def _skippable(pipe: Any) -> list[Any]:
     return list({id(module): module for module in found if module is not None}.values())
 
 
-def _stepping(step: Callable[..., Any], stepper: Stepper | OutputStepper) -> Callable[..., Any]:
-    """``scheduler.step``: ours within this call, the scheduler's own for whoever else uses it meanwhile."""
+SECOND = "it steps a second scheduler"
+"""Why nothing is skipped where a pipeline copies its scheduler, as for the sound of a video: no forecast is made of
+what the copy steps, and the model's last output would be an old one for it."""
 
-    @functools.wraps(step)
-    def stepping(*args: Any, **kwargs: Any) -> Any:
-        return (stepper.step if _stepper.get() is stepper else step)(*args, **kwargs)
 
-    return stepping
+class _Stepping:
+    """``scheduler.step``: ours within this call, the scheduler's own for whoever else uses it meanwhile.
+
+    As a bound method does, it goes to the copy with a scheduler that is copied, which then steps itself; within this
+    call that ends skipping.
+    """
+
+    def __init__(self, step: Callable[..., Any], stepper: Stepper | OutputStepper, bound: Any = None) -> None:
+        functools.update_wrapper(self, step)  # pipelines look whether it takes eta or a generator
+        self._step, self._stepper = step, stepper
+        self._bound = stepper.scheduler if bound is None else bound
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        ours = _stepper.get() is self._stepper
+        if self._bound is self._stepper.scheduler:
+            return (self._stepper.step if ours else self._step)(*args, **kwargs)
+        if ours:
+            self._stepper.stop(SECOND)
+        return type(self._bound).step(self._bound, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Stepping:
+        """The step of the scheduler's copy; of the same scheduler, where only what it holds is copied."""
+        return _Stepping(self._step, self._stepper, memo.get(id(self._bound), self._bound))
 
 
 def _form(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:

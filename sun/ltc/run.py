@@ -6,6 +6,7 @@ Euler or DDIM goes along the predicted noise, so that a skip means: use the last
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 
@@ -16,6 +17,8 @@ from .counts import Counts
 from .interval import LtcSettings, skipped_steps
 from .table import LtcKey, LtcTable
 from .transitions import Fit, angles
+
+log = logging.getLogger(__name__)
 
 SPOILT = "a picture of it holds NaN or infinity"
 """Why a run that measured itself leaves no table."""
@@ -80,6 +83,8 @@ class LtcRun:
         self.steps, self.table, self.measure, self.fits = steps, table, measure, fits or {}
         self.terms = table.settings.terms if table else measure.settings.terms if measure else terms
         self.skips_made = 0
+        self.why = ""
+        """Why nothing is skipped, where the run was stopped."""
         self.complete = False
         """Whether the last step began."""
         self.real: set[int] = set()
@@ -92,7 +97,8 @@ class LtcRun:
         """What became of the run, in steps."""
         measures = "it measured itself at full cost" if self.measure is not None else ""
         lost = f", and keeps nothing: {SPOILT}" if self.spoilt else ""
-        return Counts(self.steps - self.skips_made, self.steps, why=measures + lost)
+        why = "; ".join(filter(None, (self.why, measures + lost)))
+        return Counts(self.steps - self.skips_made, self.steps, why=why)
 
     @property
     def spoilt(self) -> bool:
@@ -101,7 +107,13 @@ class LtcRun:
 
     def skips(self, i: int) -> bool:
         """Whether step i is skipped. False where the transitions before it were not seen (an interrupted run)."""
-        return self.table is not None and i in self.table.coefficients and i not in self.real
+        return self.table is not None and not self.why and i in self.table.coefficients and i not in self.real
+
+    def stop(self, why: str) -> None:
+        """Skip nothing more, and say why, once."""
+        if not self.why:
+            self.why = why
+            log.warning("LTC-Accel makes every step from here on: %s.", why)
 
     def enter(self, i: int, x: Tensor) -> None:
         """Note the latents [B, ...] at the beginning of step i."""
