@@ -106,6 +106,8 @@ class OutputStepper:
         self.run: SkipRun | None = None
         self.stopped = ""
         """Why nothing is skipped, where that was known before the run began."""
+        self.ran = self.answered = False
+        """Whether a model was called in the step under way, and whether one was answered for."""
         self._open_run = open_run
         self._original = scheduler.step
         self._signature = inspect.signature(scheduler.step)
@@ -147,13 +149,14 @@ class OutputStepper:
             self._answer(self.run, sigma, found)
         else:
             self.run.made += 1
+        self.ran = self.answered = False
         self._next = self._sigma_after(float(found["timestep"]))
         return self._original(*given.args, **given.kwargs)
 
     def _answer(self, run: SkipRun, sigma: float, found: dict[str, Any]) -> None:
-        """Note the model's output, or put the forecast in its place."""
+        """Note the model's output, or put the forecast in its place: never where the model ran for this step."""
         output, x = found["model_output"], self.outputs.latents(sigma, found["sample"])
-        if run.skips(sigma) and run.suits(x):
+        if (self.answered or not self.ran) and run.skips(sigma) and run.suits(x):
             made = self.outputs.output(sigma, x, run.answer(sigma, x))
             found["model_output"] = made.to(found["sample"].dtype if output is None else output.dtype)
         else:

@@ -391,7 +391,7 @@ def _skipping(forward: Callable[..., Any], stepper: Stepper | OutputStepper) -> 
 
     Pipelines may call it several times a step, as for the passes of guidance. A call that asks for something else than
     those of the last real step did (another text, fewer rows because guidance ends, a ControlNet that begins to act)
-    makes the step a real one, and nothing that was seen before it is carried on.
+    makes the step a real one, and nothing that was seen before it is carried on. So does a model's first call.
     """
     before: list[tuple[Any, Mapping[str, Any], Any]] = []  # the calls of the last real step
     made: list[tuple[Any, Mapping[str, Any], Any]] = []  # those of the step under way
@@ -410,15 +410,21 @@ def _skipping(forward: Callable[..., Any], stepper: Stepper | OutputStepper) -> 
         if isinstance(stepper, Stepper):
             if stepper.skips_next and before:
                 return alike[0][1] if alike else forward(*args, **kwargs)
+            if stepper.skips_next:
+                stepper.must_run()  # a model that comes in, as Wan 2.2's second one
         elif before:
             same = [output for other, output in alike if _asks_the_same(asked, other)]
             if stepper.skips_next and same:
-                answered = step
+                answered, stepper.answered = step, True
                 return same[0]
             if answered == step:  # half of the step is answered already: it stays a skipped one
                 return forward(*args, **kwargs)
             if not same:
                 stepper.must_run()
+        elif not stepper.answered:
+            stepper.must_run()
+        if isinstance(stepper, OutputStepper):
+            stepper.ran = True
         output = forward(*args, **kwargs)
         before[:] = [(shape, other, None) for shape, other, _ in before]  # not asked for again in a step that runs
         made.append((form, asked, output))

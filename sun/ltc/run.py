@@ -88,7 +88,7 @@ class LtcRun:
         self.complete = False
         """Whether the last step began."""
         self.real: set[int] = set()
-        """Steps that are never skipped: those in which another U-Net takes over."""
+        """Steps that are never skipped: those in which another model takes over."""
         self._latents: Tensor | None = None
         self._directions: list[Tensor] = []
 

@@ -99,6 +99,11 @@ class Stepper:
         step, _ = divmod(self._calls, self.calls_a_step)
         return self.run is not None and self.run.skips(step)
 
+    def must_run(self) -> None:
+        """A model comes in: the step under way runs."""
+        if self.run is not None:
+            self.run.real.add(self._calls // self.calls_a_step)
+
     def stop(self, why: str) -> None:
         """Skip nothing more in this run, and say why."""
         self.stopped = why

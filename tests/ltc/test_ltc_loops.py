@@ -117,3 +117,31 @@ def usual(pipe: Toy, x: torch.Tensor) -> torch.Tensor:
     for t in pipe.scheduler.timesteps:
         x = pipe.scheduler.step(pipe.transformer(x, t)[0], t, x, return_dict=False)[0]
     return x
+
+
+def test_the_first_call_of_a_second_model_runs_and_counts_and_is_no_forecast_of_the_first() -> None:
+    """Wan 2.2, at whichever step its second transformer takes over: the scheduler steps what that one said."""
+
+    def two_models(first: int) -> Loop:
+        def loop(pipe: Toy, x: torch.Tensor) -> torch.Tensor:
+            for i, t in enumerate(pipe.scheduler.timesteps):
+                made = (pipe.transformer if i < first else pipe.transformer_2)(x, t)[0]
+                here, there = pipe.scheduler.sigmas[i : i + 2]
+                before, x = x, pipe.scheduler.step(made, t, x, return_dict=False)[0]
+                if i == first:
+                    torch.testing.assert_close(x, before + (there - here) * made)
+            return x
+
+        return loop
+
+    for first in range(4, 17):
+        pipe = Toy(two_models(first))
+        large, small = pipe.transformer.calls, pipe.transformer_2.calls
+        for preset, settings in (("balanced", {"guard": 0}), ("paper", {"tau": 0})):
+            sun.ltc.attach(pipe, preset, **settings)
+            pipe()  # by the paper it measures
+            large.clear(), small.clear()
+            pipe()
+            assert sun.ltc.last_run(pipe) == Counts(len(large) + len(small), 20)
+            assert len(large) + len(small) < 20
+            assert small[0] == pytest.approx(float(pipe.scheduler.sigmas[first]))

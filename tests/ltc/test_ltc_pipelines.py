@@ -150,7 +150,9 @@ def test_a_change_of_what_is_nested_in_arguments_is_seen(count_calls: Callable[.
 
 def test_guidance_in_two_calls_a_step_skips_both() -> None:
     """As pipelines of video models ask: for the prompt, then for the negative one, each as it asked before."""
-    stepper: Any = SimpleNamespace(skips_next=False, done=0, must_run=lambda: setattr(stepper, "skips_next", False))
+    stepper: Any = SimpleNamespace(
+        skips_next=False, done=0, answered=False, must_run=lambda *_: setattr(stepper, "skips_next", False)
+    )
     ran: list[float] = []
     x, texts = torch.zeros(1, 4), [torch.full((1, 3), float(i)) for i in range(3)]
 
