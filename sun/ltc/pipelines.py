@@ -1,7 +1,8 @@
 """LTC-Accel on diffusers pipelines: ``attach``, ``detach``, ``last_run``, and ``calibrate``.
 
 Nothing is patched while nothing is sampled. During a run the scheduler's ``step`` and the ``forward`` of the denoiser
-(and of a ControlNet) are replaced on these very objects, and given back when the run ends, whatever ends it.
+(and of a ControlNet), or what ``module.compile()`` made of it, are replaced on these very objects, and given back when
+the run ends, whatever ends it.
 """
 
 from __future__ import annotations
@@ -223,7 +224,8 @@ class WithLtc:
             stack.callback(_stepper.reset, _stepper.set(stepper))
             stack.enter_context(_replaced(pipe.scheduler, "step", _Stepping(pipe.scheduler.step, stepper)))
             for module in _skippable(pipe):
-                stack.enter_context(_replaced(module, "forward", _skipping(module.forward, stepper)))
+                called = _called(module)
+                stack.enter_context(_replaced(module, called, _skipping(getattr(module, called), stepper)))
             yield
             made = stepper.run and stepper.run.counts
             state.last_run = made or Counts(0, 0, why=stepper.stopped or "its scheduler made no step")
@@ -305,6 +307,12 @@ def _skippable(pipe: Any) -> list[Any]:
     partner = partner_of(pipe)
     found = [*(getattr(pipe, name, None) for name in SKIPPED), None if partner is None else partner.small]
     return list({id(module): module for module in found if module is not None}.values())
+
+
+def _called(module: Any) -> str:
+    """The attribute that a call of a module ends up in: after ``module.compile()`` not ``forward``, which is compiled
+    and could not be traced with what skips around it."""
+    return "forward" if getattr(module, "_compiled_call_impl", None) is None else "_compiled_call_impl"
 
 
 SECOND = "it steps a second scheduler"

@@ -145,3 +145,43 @@ def test_the_first_call_of_a_second_model_runs_and_counts_and_is_no_forecast_of_
             assert sun.ltc.last_run(pipe) == Counts(len(large) + len(small), 20)
             assert len(large) + len(small) < 20
             assert small[0] == pytest.approx(float(pipe.scheduler.sigmas[first]))
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_model_compiled_in_place_is_one_graph_and_gets_its_own_call_back(fullgraph: bool) -> None:
+    ran: list[int] = []
+
+    class Traced(torch.nn.Module):
+        def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor]:
+            return (hidden_states * (0.3 + timestep / 5000),)
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        def run(*inputs: Any) -> Any:
+            ran.append(1)
+            return graph.forward(*inputs)
+
+        return run
+
+    pipe = Toy(usual, Traced())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    pipe.transformer.compile(backend=backend, fullgraph=fullgraph)
+    compiled = pipe.transformer._compiled_call_impl
+    try:
+        plain = pipe()
+        for preset, settings in (("balanced", {"guard": 0}), ("paper", {"tau": 0})):
+            sun.ltc.attach(pipe, preset, **settings)
+            pipe()
+            ran.clear()
+            fast = pipe()
+            assert sun.ltc.last_run(pipe).calls == len(ran) < 20
+            assert 0 < (fast - plain).norm() < 0.05 * plain.norm()
+            assert pipe.transformer._compiled_call_impl is compiled
+            assert "forward" not in vars(pipe.transformer)
+        pipe.loop = lambda *_: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            pipe()
+        assert pipe.transformer._compiled_call_impl is compiled
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    finally:
+        torch._dynamo.reset()
