@@ -113,6 +113,7 @@ class OutputStepper:
         self._signature = inspect.signature(scheduler.step)
         self._next: float | None = None
         self._times: list[float] = []
+        self._asked: dict[int, str] = {}  # the steps in which a model was asked something else, and what
         self._at = 0
 
     @property
@@ -125,10 +126,15 @@ class OutputStepper:
         """Whether the model need not be called before the next step."""
         return self.run is not None and self._next is not None and self.run.skips(self._next)
 
-    def must_run(self) -> None:
-        """The model is asked something else than before: the step under way runs, and what was seen is forgotten."""
+    def must_run(self, asked: str = "") -> None:
+        """The model is asked something else than before: the step under way runs, and what was seen is forgotten.
+
+        asked: names what it is asked otherwise, for the user where no step is left to skip.
+        """
         if self.run is not None:
             self.run.forget()
+        if asked:
+            self._asked[self._at] = asked
 
     def stop(self, why: str) -> None:
         """Skip nothing more in this run, and say why."""
@@ -151,6 +157,8 @@ class OutputStepper:
             self.run.made += 1
         self.ran = self.answered = False
         self._next = self._sigma_after(float(found["timestep"]))
+        if self._at == len(self._times) > 1 and not self.run.why and len(self._asked) == self._at - 1:
+            self.run.why = f"the model is asked something else in every step ({self._asked[self._at - 1]})"
         return self._original(*given.args, **given.kwargs)
 
     def _answer(self, run: SkipRun, sigma: float, found: dict[str, Any]) -> None:

@@ -351,8 +351,10 @@ def _form(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     return (len(args), sorted(kwargs), shapes, kwargs.get("return_dict"))
 
 
-_CHANGING = ("sample", "hidden_states", "timestep", "controlnet_cond")
-"""Arguments of a denoiser that are others in every step, or as large as pictures and set once a run."""
+_CHANGING = ("sample", "hidden_states", "timestep", "timesteps", "sigma", "controlnet_cond")
+"""Arguments of a denoiser that are others in every step by the noise level alone, or as large as pictures and set once
+a run. Latents of a second kind (``audio_hidden_states``) are none of them: no forecast is made of what becomes of
+those."""
 _RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
 """What a ControlNet said in this step; whether it is asked the same is looked at where it is called."""
 
@@ -371,27 +373,33 @@ def _asked(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
             for i, part in enumerate(value):
                 walk(f"{name}.{i}", part)
 
-    for i, value in enumerate(args[2:]):
-        walk(str(i), value)
+    for i, value in enumerate(args[2:], 3):
+        walk(f"argument {i}", value)
     for name, value in kwargs.items():
         if name not in (*_CHANGING, *_RESIDUALS) and "controlnet_" not in name:
             walk(name, value)
     return found
 
 
-def _asks_the_same(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    if now.keys() != before.keys():
-        return False
-    for name, value in now.items():
-        other = before[name]
+def _differing(now: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[str]:
+    """Names of what a denoiser is asked otherwise than before."""
+    yield from now.keys() ^ before.keys()
+    for name in now.keys() & before.keys():
+        value, other = now[name], before[name]
         if value is other:
             continue
         both = isinstance(value, torch.Tensor), isinstance(other, torch.Tensor)
-        if any(both) and not (all(both) and value.shape == other.shape and bool(torch.equal(value, other))):
-            return False
-        if not any(both) and value != other:
-            return False
-    return True
+        if any(both):
+            if not (all(both) and value.shape == other.shape and bool(torch.equal(value, other))):
+                yield name
+        elif value != other:
+            yield name
+
+
+def _nearest(now: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    """What tells a call of a denoiser from the one before that is most like it, in a word or two for the user."""
+    names = min((sorted(_differing(now, other)) for other in others), key=len, default=[])
+    return ", ".join(names[:3]) or "arguments of another form"
 
 
 def _skipping(forward: Callable[..., Any], stepper: Stepper | OutputStepper) -> Callable[..., Any]:
@@ -421,14 +429,14 @@ def _skipping(forward: Callable[..., Any], stepper: Stepper | OutputStepper) -> 
             if stepper.skips_next:
                 stepper.must_run()  # a model that comes in, as Wan 2.2's second one
         elif before:
-            same = [output for other, output in alike if _asks_the_same(asked, other)]
+            same = [output for other, output in alike if next(_differing(asked, other), None) is None]
             if stepper.skips_next and same:
                 answered, stepper.answered = step, True
                 return same[0]
             if answered == step:  # half of the step is answered already: it stays a skipped one
                 return forward(*args, **kwargs)
             if not same:
-                stepper.must_run()
+                stepper.must_run(_nearest(asked, [other for other, _ in alike]))
         elif not stepper.answered:
             stepper.must_run()
         if isinstance(stepper, OutputStepper):

@@ -185,3 +185,42 @@ def test_a_model_compiled_in_place_is_one_graph_and_gets_its_own_call_back(fullg
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     finally:
         torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["timesteps", "sigma"])
+def test_a_model_that_calls_its_time_otherwise_skips_too(name: str) -> None:
+    """HiDream and LTX-2."""
+
+    def loop(pipe: Toy, x: torch.Tensor) -> torch.Tensor:
+        for t in pipe.scheduler.timesteps:
+            made = pipe.transformer(hidden_states=x, **{name: t.expand(1)})[0]
+            x = pipe.scheduler.step(made, t, x, return_dict=False)[0]
+        return x
+
+    pipe = Toy(loop)
+    sun.ltc.attach(pipe, guard=0)
+    pipe()
+    assert sun.ltc.last_run(pipe) == Counts(13, 20)
+
+
+def test_a_model_that_is_asked_something_else_in_every_step_says_what() -> None:
+    """Latents of a second kind, a number in a dictionary, or more of a tensor."""
+
+    def asking(ask: Callable[[int], dict[str, Any]]) -> Counts | None:
+        def loop(pipe: Toy, x: torch.Tensor) -> torch.Tensor:
+            for i, t in enumerate(pipe.scheduler.timesteps):
+                for text in (torch.ones(1, 3), torch.zeros(1, 3)):
+                    made = pipe.transformer(x, t, text=text, **ask(i))[0]
+                x = pipe.scheduler.step(made, t, x, return_dict=False)[0]
+            return x
+
+        pipe = Toy(loop)
+        sun.ltc.attach(pipe, guard=0)
+        pipe()
+        return sun.ltc.last_run(pipe)
+
+    said = "the model is asked something else in every step"
+    assert asking(lambda i: {"audio_hidden_states": torch.full((1, 2), i)}).why == f"{said} (audio_hidden_states)"
+    assert asking(lambda i: {"options": {"scale": 0.1 * i}}) == Counts(20, 20, why=f"{said} (options.scale)")
+    assert asking(lambda i: {"seen": torch.zeros(1, i)}).why == f"{said} (arguments of another form)"
+    assert asking(lambda i: {"options": {"scale": 0.1 * (i < 9)}}) == Counts(14, 20)
