@@ -66,7 +66,7 @@ _stepper: ContextVar[Stepper | OutputStepper | None] = ContextVar("sun_ltc_stepp
 
 def attach(
     pipe: Any,
-    preset: str = BALANCED,
+    preset: str | None = None,
     *,
     settings: SkipSettings | LtcSettings | None = None,
     table: LtcTable | None = None,
@@ -76,9 +76,9 @@ def attach(
 ) -> None:
     """Let a diffusers pipeline skip steps from its first picture on, whatever its model and its scheduler.
 
-    preset: "fine", "balanced" or "fast"; overrides: single settings of it, as in ``attach(pipe, "fast", last=3)``, see
-    :class:`.SkipSettings`; settings: all of them at once. A skipped step calls neither pass of classifier-free
-    guidance, nor a ControlNet. :func:`last_run` tells what it saved.
+    preset: "fine", "balanced" (if nothing is named) or "fast"; overrides: single settings of it, as in
+    ``attach(pipe, "fast", last=3)``, see :class:`.SkipSettings`; settings: all of them at once. A skipped step calls
+    neither pass of classifier-free guidance, nor a ControlNet. :func:`last_run` tells what it saved.
 
     preset "paper", or settings of :class:`.LtcSettings`: the published method for Euler, DDIM, DPM-Solver++ 2M, Heun,
     DPM2 and flow-matching Euler. Its first run with new steps, sampler or guidance scale measures itself at full cost;
@@ -86,13 +86,14 @@ def attach(
     has no table of its own does not measure itself, but raises LtcError.
 
     May be called before or after ``sun.attach`` and ``sun.inheritance.attach``; calling it again replaces the settings.
-    Raises LtcError for presets and settings there are not, for a pipeline without U-Net or transformer, and for the
-    paper's settings with a scheduler that adds noise or is not supported; TypeError if this is no diffusers pipeline.
+    Raises LtcError for presets and settings there are not, for arguments that would have no effect beside others, for a
+    pipeline without U-Net or transformer, and for the paper's settings with a scheduler that adds noise or is not
+    supported; TypeError if this is no diffusers pipeline.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"LTC-Accel attaches to a diffusers pipeline, not to a {type(pipe).__name__}.")
     _denoiser(pipe)
-    chosen = _chosen(preset, settings, table, folder, overrides)
+    chosen = _chosen(preset, settings, table, folder, overrides, measure)
     if isinstance(chosen, LtcSettings):
         sampler_of(pipe.scheduler)
     detach(pipe)
@@ -104,24 +105,44 @@ def attach(
 
 
 def _chosen(
-    name: str, settings: Any, table: LtcTable | None, folder: Any, overrides: dict[str, Any]
+    name: str | None,
+    settings: SkipSettings | LtcSettings | None,
+    table: LtcTable | None,
+    folder: Any,
+    overrides: dict[str, Any],
+    measure: bool = True,
 ) -> SkipSettings | LtcSettings:
     """The settings that ``attach`` is to use. Raises LtcError for words that say nothing, or two things."""
-    if settings is not None or table is not None:
-        if overrides:
-            raise LtcError(f"Give LTC-Accel either settings or {', '.join(overrides)}, not both.")
-        chosen: SkipSettings | LtcSettings = settings if table is None else (settings or table.settings)
-        if table is not None and not isinstance(chosen, LtcSettings):
+    brought = "settings" if table is None else "a table"
+    if (settings is not None or table is not None) and overrides:
+        raise LtcError(f"Give LTC-Accel either {brought} or {', '.join(overrides)}, not both.")
+    if table is not None:
+        if not isinstance(settings, LtcSettings | None):
             raise LtcError("A table of LTC-Accel belongs to the preset paper; leave the table or the settings out.")
-        return chosen
-    if name == PAPER:
-        known = [field.name for field in fields(LtcSettings)]
-        if unknown := [key for key in overrides if key not in known]:
-            raise LtcError(f"LTC-Accel's preset paper has no setting {unknown[0]!r}; it has {', '.join(known)}.")
-        return LtcSettings(**overrides)
-    if folder is not None:
-        raise LtcError(f"LTC-Accel's preset {name} measures nothing: leave the folder out, or take the preset paper.")
-    return presets.preset(name, **overrides)
+        if settings not in (None, table.settings):
+            raise LtcError(
+                f"LTC-Accel's table was measured with {table.settings}, so no run with {settings} would use it. Leave "
+                "the settings out, or calibrate with them."
+            )
+    chosen = table.settings if table is not None else settings or _of_preset(name or BALANCED, overrides)
+    published = isinstance(chosen, LtcSettings)
+    if name is not None and (settings is not None or table is not None) and not (published and name == PAPER):
+        raise LtcError(f"Give LTC-Accel either the preset {name} or {brought}, not both.")
+    if not published and (folder is not None or not measure):
+        kind = f"LTC-Accel's preset {name or BALANCED}" if settings is None else "LTC-Accel by SkipSettings"
+        what = "measure=False" if folder is None else "the folder"
+        raise LtcError(f"{kind} measures nothing: leave {what} out, or take the preset paper.")
+    return chosen
+
+
+def _of_preset(name: str, overrides: dict[str, Any]) -> SkipSettings | LtcSettings:
+    """A preset with some of its settings changed. Raises LtcError for names and settings there are not."""
+    if name != PAPER:
+        return presets.preset(name, **overrides)
+    known = [field.name for field in fields(LtcSettings)]
+    if unknown := [key for key in overrides if key not in known]:
+        raise LtcError(f"LTC-Accel's preset paper has no setting {unknown[0]!r}; it has {', '.join(known)}.")
+    return LtcSettings(**overrides)
 
 
 def detach(pipe: Any) -> None:

@@ -85,6 +85,44 @@ def test_presets_and_their_settings_by_name(pipe: Any) -> None:
             sun.ltc.attach(pipe, **wrong)
 
 
+def table_of(settings: sun.ltc.LtcSettings) -> sun.ltc.LtcTable:
+    key = sun.ltc.LtcKey("m", "euler", tuple(float(20 - i) for i in range(21)), 7.5)
+    return sun.ltc.LtcTable(key, settings, {9: (1.0,)}, (0.05,) * 19)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            {"settings": sun.ltc.LtcSettings(tau=0.2), "table": table_of(FIXED)},
+            "measured with .*Leave the settings out",
+        ),
+        ({"settings": sun.ltc.SkipSettings(), "table": table_of(FIXED)}, "leave the table or the settings out"),
+        ({"table": table_of(FIXED), "tau": 0.0}, "either a table or tau"),
+        ({"settings": sun.ltc.SkipSettings(), "folder": "tables"}, "by SkipSettings measures nothing.*the folder out"),
+        ({"settings": sun.ltc.SkipSettings(), "measure": False}, "measures nothing: leave measure=False out"),
+        ({"measure": False}, "preset balanced measures nothing: leave measure=False out"),
+        ({"preset": "fast", "settings": sun.ltc.SkipSettings()}, "either the preset fast or settings"),
+        ({"preset": "balanced", "settings": FIXED}, "either the preset balanced or settings"),
+        ({"preset": "paper", "settings": sun.ltc.SkipSettings()}, "either the preset paper or settings"),
+        ({"preset": "fast", "table": table_of(FIXED)}, "either the preset fast or a table"),
+    ],
+)
+def test_arguments_that_would_have_no_effect_are_refused(pipe: Any, given: dict[str, Any], words: str) -> None:
+    with pytest.raises(sun.ltc.LtcError, match=words):
+        sun.ltc.attach(pipe, **given)
+    assert sun.ltc.last_run(pipe) is None
+
+
+def test_arguments_that_agree_are_taken(pipe: Any) -> None:
+    table = table_of(FIXED)
+    for given in ({"preset": "paper", "table": table, "measure": False}, {"settings": FIXED, "table": table}):
+        sun.ltc.attach(pipe, **given)
+        assert pipe._ltc.settings == FIXED
+    sun.ltc.attach(pipe, "paper", settings=FIXED)
+    assert pipe._ltc.settings == FIXED
+
+
 def test_a_picture_of_a_batch_is_that_of_its_own(pipe: Any) -> None:
     """Coefficients are fitted for every picture alone."""
     sun.ltc.attach(pipe, guard=0)
