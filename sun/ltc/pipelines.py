@@ -184,12 +184,23 @@ def calibrate(
     batch: pictures at a time; seed: of the first picture, the next have the next ones. find_bias: also look for one
     factor on all coefficients that brings the results nearest to the unaccelerated ones. progress: is told what is
     going on.
-    Raises LtcError if LTC-Accel is not attached or no step can be skipped.
+    Raises LtcError if LTC-Accel is not attached or no step can be skipped, and for lists that do not fit each other.
     """
     state: _Attachment | None = pipe.__dict__.get("_ltc")
     if state is None or not isinstance(state.settings, LtcSettings):
         raise LtcError('Call sun.ltc.attach(pipe, "paper") before calibrate(pipe, ...).')
     settings = state.settings
+    if isinstance(prompts, str) or isinstance(negatives, str):
+        raise LtcError("LTC-Accel calibrates on lists of prompts and negative prompts, not on a text.")
+    if not prompts:
+        raise LtcError("LTC-Accel calibrates on some prompts; this list has none. Give at least one.")
+    if negatives and len(negatives) != len(prompts):
+        raise LtcError(
+            f"LTC-Accel calibrates on a negative prompt for each prompt, or on none: {len(prompts)} prompts and "
+            f"{len(negatives)} negative prompts do not fit each other."
+        )
+    if batch < 1:
+        raise LtcError(f"LTC-Accel calibrates on batches of 1 picture or more, not of {batch}.")
     parts = [slice(i, i + batch) for i in range(0, len(prompts), batch)]
 
     def run(opener: Opener) -> list[Tensor]:

@@ -22,6 +22,7 @@ from tiny import TEXT_WIDTH, make_adapter
 import sun
 import sun.ltc
 from sun.common.notes import SunWarning
+from sun.ltc.calibration import run_calibration
 from sun.ltc.pipelines import _skipping, _stepper
 
 FIXED = sun.ltc.LtcSettings(tau=0)
@@ -295,6 +296,25 @@ def test_calibration_on_prompts(pipe: Any, count_calls: Callable[..., Any]) -> N
     sun.ltc.attach(pipe, settings=sun.ltc.LtcSettings(tau=1e-9))
     with pytest.raises(sun.ltc.LtcError, match="Raise tau"):
         sun.ltc.calibrate(pipe, ["a"], num_inference_steps=12)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"prompts": []}, "none. Give at least one"),
+        ({"prompts": [], "negatives": ["c"]}, "none. Give at least one"),
+        ({"prompts": ["a", "b"], "negatives": ["c"]}, "2 prompts and 1 negative prompts do not fit"),
+        ({"prompts": ["a"], "negatives": ["c", "d"]}, "1 prompts and 2 negative prompts do not fit"),
+        ({"prompts": "a castle"}, "not on a text"),
+        ({"prompts": ["a"], "batch": 0}, "batches of 1 picture or more"),
+    ],
+)
+def test_calibration_checks_its_lists(pipe: Any, given: dict[str, Any], words: str) -> None:
+    sun.ltc.attach(pipe, "paper", tau=0)
+    with pytest.raises(sun.ltc.LtcError, match=words):
+        sun.ltc.calibrate(pipe, **given)
+    with pytest.raises(sun.ltc.LtcError, match="nothing was sampled"):
+        run_calibration(lambda opener: [], FIXED)
 
 
 @pytest.mark.parametrize("sun_first", [True, False])
