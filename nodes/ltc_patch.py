@@ -148,7 +148,7 @@ def _by_the_paper(
 def _tell(choice: LtcChoice, run: SamplerRun | SkipRun) -> None:
     """What a run did, in the log and at its node."""
     counts = run.counts
-    if isinstance(run, SamplerRun) and run.run.measure is not None:
+    if isinstance(run, SamplerRun) and run.run.measure is not None and not run.run.spoilt:
         return  # it has said what it measured
     say(counts)
     text = "ltc_real" if counts.calls == counts.steps else "ltc_saved"

@@ -108,9 +108,12 @@ def open_run(
 
 def tell(p: Any, run: SamplerRun | SkipRun) -> None:
     """What a run did: in the log, in the infotext, and under the picture where something kept it from skipping."""
-    measured = isinstance(run, SamplerRun) and run.run.measure is not None
+    published = run.run if isinstance(run, SamplerRun) else None
+    measured = published is not None and published.measure is not None
     infotext.write_measured(p, measured)
-    if measured:
+    if published is not None and measured:
+        if published.spoilt:
+            p.comment(run.counts.sentence)
         return  # it has said what it measured
     say(run.counts)
     infotext.write_counts(p, run.counts.with_reason)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from .errors import LtcError
 from .interval import LtcSettings
 from .run import LtcRun, Measurements
 from .table import LtcKey, LtcTable
@@ -27,8 +28,8 @@ def run_calibration(
     ``run`` calls what it is given with the key of each batch to get the batch's run. The first pass measures angles
     on trajectories without skips and chooses the steps; the second fits the coefficients, each on the errors of the
     skips before it. find_bias: also one factor on all coefficients (:func:`bisect_bias`). progress: is told what is
-    going on. A table without coefficients means that no step turns little enough. Raises ValueError where the batches
-    had different schedules.
+    going on. A table without coefficients means that no step turns little enough. Raises LtcError where nothing was
+    sampled, and where the batches had different schedules.
     """
     measured: dict[LtcKey, Measurements] = {}
 
@@ -37,9 +38,10 @@ def run_calibration(
 
     progress("measuring angles")
     reference = run(measure)
-    (key, found), *others = measured.items()
-    if others:
-        raise ValueError("A calibration samples one schedule; this one had several.")
+    if len(measured) != 1:
+        had = "several" if measured else "none, as nothing was sampled"
+        raise LtcError(f"A calibration of LTC-Accel samples one schedule; this one had {had}.")
+    ((key, found),) = measured.items()
     if not found.skipped():
         return found.table(key)
     fits = {i: Fit(settings.terms) for i in found.skipped()}

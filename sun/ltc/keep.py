@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from .interval import LtcSettings, allowed
 from .presets import PAPER
-from .run import LtcRun, Measurements
+from .run import SPOILT, LtcRun, Measurements
 from .table import LtcKey, LtcTable, TableStore
 
 log = logging.getLogger(__name__)
@@ -44,13 +44,15 @@ def running(
 ) -> Iterator[LtcRun]:
     """One sampling run in any host: by the table kept for this key, or one that measures itself.
 
-    What a run measured is kept when it ends, unless it broke off: ``said`` gets it, as a line goes to the log. Raises
-    LtcError for a damaged table.
+    What a run measured is kept when it ends, unless it broke off or its latents held NaN or infinity: ``said`` gets it,
+    as a line goes to the log. Raises LtcError for a damaged table.
     """
     run = open_run(key, settings, store, calibration)
     yield run
     if run.measure is not None and run.complete:
-        said(keep_measured(run.measure, key, store))
+        table = keep_measured(run.measure, key, store)
+        if table is not None:
+            said(table)
 
 
 def open_run(key: LtcKey, settings: LtcSettings, store: TableStore, calibration: str = AUTOMATIC) -> LtcRun:
@@ -63,8 +65,12 @@ def open_run(key: LtcKey, settings: LtcSettings, store: TableStore, calibration:
     return LtcRun(key.steps, measure=Measurements(key.steps, settings))
 
 
-def keep_measured(measured: Measurements, key: LtcKey, store: TableStore) -> LtcTable:
-    """The table of a run that measured itself, kept for the next ones; one line says what it will bring."""
+def keep_measured(measured: Measurements, key: LtcKey, store: TableStore) -> LtcTable | None:
+    """The table of a run that measured itself, kept for the next ones; one line says what it will bring. None, and
+    nothing kept, where a picture holds NaN or infinity, which is said too."""
+    if not measured.finite:
+        log.warning("LTC-Accel keeps nothing of what this run measured: %s. The next run measures again.", SPOILT)
+        return None
     table = measured.table(key)
     try:
         store.put(table)

@@ -1,7 +1,8 @@
 """LTC-Accel on diffusers pipelines: ``attach``, ``detach``, ``last_run``, and ``calibrate``.
 
 Nothing is patched while nothing is sampled. During a run the scheduler's ``step`` and the ``forward`` of the denoiser
-(and of a ControlNet) are replaced on these very objects, and given back when the run ends, whatever ends it.
+(and of a ControlNet), or what ``module.compile()`` made of it, are replaced on these very objects, and given back when
+the run ends, whatever ends it.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ _stepper: ContextVar[Stepper | OutputStepper | None] = ContextVar("sun_ltc_stepp
 
 def attach(
     pipe: Any,
-    preset: str = BALANCED,
+    preset: str | None = None,
     *,
     settings: SkipSettings | LtcSettings | None = None,
     table: LtcTable | None = None,
@@ -75,9 +76,9 @@ def attach(
 ) -> None:
     """Let a diffusers pipeline skip steps from its first picture on, whatever its model and its scheduler.
 
-    preset: "fine", "balanced" or "fast"; overrides: single settings of it, as in ``attach(pipe, "fast", last=3)``, see
-    :class:`.SkipSettings`; settings: all of them at once. A skipped step calls neither pass of classifier-free
-    guidance, nor a ControlNet. :func:`last_run` tells what it saved.
+    preset: "fine", "balanced" (if nothing is named) or "fast"; overrides: single settings of it, as in
+    ``attach(pipe, "fast", last=3)``, see :class:`.SkipSettings`; settings: all of them at once. A skipped step calls
+    neither pass of classifier-free guidance, nor a ControlNet. :func:`last_run` tells what it saved.
 
     preset "paper", or settings of :class:`.LtcSettings`: the published method for Euler, DDIM, DPM-Solver++ 2M, Heun,
     DPM2 and flow-matching Euler. Its first run with new steps, sampler or guidance scale measures itself at full cost;
@@ -85,13 +86,14 @@ def attach(
     has no table of its own does not measure itself, but raises LtcError.
 
     May be called before or after ``sun.attach`` and ``sun.inheritance.attach``; calling it again replaces the settings.
-    Raises LtcError for presets and settings there are not, for a pipeline without U-Net or transformer, and for the
-    paper's settings with a scheduler that adds noise or is not supported; TypeError if this is no diffusers pipeline.
+    Raises LtcError for presets and settings there are not, for arguments that would have no effect beside others, for a
+    pipeline without U-Net or transformer, and for the paper's settings with a scheduler that adds noise or is not
+    supported; TypeError if this is no diffusers pipeline.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"LTC-Accel attaches to a diffusers pipeline, not to a {type(pipe).__name__}.")
     _denoiser(pipe)
-    chosen = _chosen(preset, settings, table, folder, overrides)
+    chosen = _chosen(preset, settings, table, folder, overrides, measure)
     if isinstance(chosen, LtcSettings):
         sampler_of(pipe.scheduler)
     detach(pipe)
@@ -103,24 +105,44 @@ def attach(
 
 
 def _chosen(
-    name: str, settings: Any, table: LtcTable | None, folder: Any, overrides: dict[str, Any]
+    name: str | None,
+    settings: SkipSettings | LtcSettings | None,
+    table: LtcTable | None,
+    folder: Any,
+    overrides: dict[str, Any],
+    measure: bool = True,
 ) -> SkipSettings | LtcSettings:
     """The settings that ``attach`` is to use. Raises LtcError for words that say nothing, or two things."""
-    if settings is not None or table is not None:
-        if overrides:
-            raise LtcError(f"Give LTC-Accel either settings or {', '.join(overrides)}, not both.")
-        chosen: SkipSettings | LtcSettings = settings if table is None else (settings or table.settings)
-        if table is not None and not isinstance(chosen, LtcSettings):
+    brought = "settings" if table is None else "a table"
+    if (settings is not None or table is not None) and overrides:
+        raise LtcError(f"Give LTC-Accel either {brought} or {', '.join(overrides)}, not both.")
+    if table is not None:
+        if not isinstance(settings, LtcSettings | None):
             raise LtcError("A table of LTC-Accel belongs to the preset paper; leave the table or the settings out.")
-        return chosen
-    if name == PAPER:
-        known = [field.name for field in fields(LtcSettings)]
-        if unknown := [key for key in overrides if key not in known]:
-            raise LtcError(f"LTC-Accel's preset paper has no setting {unknown[0]!r}; it has {', '.join(known)}.")
-        return LtcSettings(**overrides)
-    if folder is not None:
-        raise LtcError(f"LTC-Accel's preset {name} measures nothing: leave the folder out, or take the preset paper.")
-    return presets.preset(name, **overrides)
+        if settings not in (None, table.settings):
+            raise LtcError(
+                f"LTC-Accel's table was measured with {table.settings}, so no run with {settings} would use it. Leave "
+                "the settings out, or calibrate with them."
+            )
+    chosen = table.settings if table is not None else settings or _of_preset(name or BALANCED, overrides)
+    published = isinstance(chosen, LtcSettings)
+    if name is not None and (settings is not None or table is not None) and not (published and name == PAPER):
+        raise LtcError(f"Give LTC-Accel either the preset {name} or {brought}, not both.")
+    if not published and (folder is not None or not measure):
+        kind = f"LTC-Accel's preset {name or BALANCED}" if settings is None else "LTC-Accel by SkipSettings"
+        what = "measure=False" if folder is None else "the folder"
+        raise LtcError(f"{kind} measures nothing: leave {what} out, or take the preset paper.")
+    return chosen
+
+
+def _of_preset(name: str, overrides: dict[str, Any]) -> SkipSettings | LtcSettings:
+    """A preset with some of its settings changed. Raises LtcError for names and settings there are not."""
+    if name != PAPER:
+        return presets.preset(name, **overrides)
+    known = [field.name for field in fields(LtcSettings)]
+    if unknown := [key for key in overrides if key not in known]:
+        raise LtcError(f"LTC-Accel's preset paper has no setting {unknown[0]!r}; it has {', '.join(known)}.")
+    return LtcSettings(**overrides)
 
 
 def detach(pipe: Any) -> None:
@@ -162,12 +184,23 @@ def calibrate(
     batch: pictures at a time; seed: of the first picture, the next have the next ones. find_bias: also look for one
     factor on all coefficients that brings the results nearest to the unaccelerated ones. progress: is told what is
     going on.
-    Raises LtcError if LTC-Accel is not attached or no step can be skipped.
+    Raises LtcError if LTC-Accel is not attached or no step can be skipped, and for lists that do not fit each other.
     """
     state: _Attachment | None = pipe.__dict__.get("_ltc")
     if state is None or not isinstance(state.settings, LtcSettings):
         raise LtcError('Call sun.ltc.attach(pipe, "paper") before calibrate(pipe, ...).')
     settings = state.settings
+    if isinstance(prompts, str) or isinstance(negatives, str):
+        raise LtcError("LTC-Accel calibrates on lists of prompts and negative prompts, not on a text.")
+    if not prompts:
+        raise LtcError("LTC-Accel calibrates on some prompts; this list has none. Give at least one.")
+    if negatives and len(negatives) != len(prompts):
+        raise LtcError(
+            f"LTC-Accel calibrates on a negative prompt for each prompt, or on none: {len(prompts)} prompts and "
+            f"{len(negatives)} negative prompts do not fit each other."
+        )
+    if batch < 1:
+        raise LtcError(f"LTC-Accel calibrates on batches of 1 picture or more, not of {batch}.")
     parts = [slice(i, i + batch) for i in range(0, len(prompts), batch)]
 
     def run(opener: Opener) -> list[Tensor]:
@@ -221,13 +254,14 @@ class WithLtc:
             else:
                 stepper = OutputStepper(pipe.scheduler, partial(_skip_run, pipe, state.settings))
             stack.callback(_stepper.reset, _stepper.set(stepper))
-            stack.enter_context(_replaced(pipe.scheduler, "step", _stepping(pipe.scheduler.step, stepper)))
+            stack.enter_context(_replaced(pipe.scheduler, "step", _Stepping(pipe.scheduler.step, stepper)))
             for module in _skippable(pipe):
-                stack.enter_context(_replaced(module, "forward", _skipping(module.forward, stepper)))
+                called = _called(module)
+                stack.enter_context(_replaced(module, called, _skipping(getattr(module, called), stepper)))
             yield
-            if stepper.run is not None:
-                state.last_run = stepper.run.counts
-                say(state.last_run)
+            made = stepper.run and stepper.run.counts
+            state.last_run = made or Counts(0, 0, why=stepper.stopped or "its scheduler made no step")
+            say(state.last_run)
 
 
 def _skip_run(pipe: Any, settings: SkipSettings, sigmas: tuple[float, ...], noisy: bool, refused: str) -> SkipRun:
@@ -307,14 +341,40 @@ def _skippable(pipe: Any) -> list[Any]:
     return list({id(module): module for module in found if module is not None}.values())
 
 
-def _stepping(step: Callable[..., Any], stepper: Stepper | OutputStepper) -> Callable[..., Any]:
-    """``scheduler.step``: ours within this call, the scheduler's own for whoever else uses it meanwhile."""
+def _called(module: Any) -> str:
+    """The attribute that a call of a module ends up in: after ``module.compile()`` not ``forward``, which is compiled
+    and could not be traced with what skips around it."""
+    return "forward" if getattr(module, "_compiled_call_impl", None) is None else "_compiled_call_impl"
 
-    @functools.wraps(step)
-    def stepping(*args: Any, **kwargs: Any) -> Any:
-        return (stepper.step if _stepper.get() is stepper else step)(*args, **kwargs)
 
-    return stepping
+SECOND = "it steps a second scheduler"
+"""Why nothing is skipped where a pipeline copies its scheduler, as for the sound of a video: no forecast is made of
+what the copy steps, and the model's last output would be an old one for it."""
+
+
+class _Stepping:
+    """``scheduler.step``: ours within this call, the scheduler's own for whoever else uses it meanwhile.
+
+    As a bound method does, it goes to the copy with a scheduler that is copied, which then steps itself; within this
+    call that ends skipping.
+    """
+
+    def __init__(self, step: Callable[..., Any], stepper: Stepper | OutputStepper, bound: Any = None) -> None:
+        functools.update_wrapper(self, step)  # pipelines look whether it takes eta or a generator
+        self._step, self._stepper = step, stepper
+        self._bound = stepper.scheduler if bound is None else bound
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        ours = _stepper.get() is self._stepper
+        if self._bound is self._stepper.scheduler:
+            return (self._stepper.step if ours else self._step)(*args, **kwargs)
+        if ours:
+            self._stepper.stop(SECOND)
+        return type(self._bound).step(self._bound, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Stepping:
+        """The step of the scheduler's copy; of the same scheduler, where only what it holds is copied."""
+        return _Stepping(self._step, self._stepper, memo.get(id(self._bound), self._bound))
 
 
 def _form(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -323,8 +383,10 @@ def _form(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     return (len(args), sorted(kwargs), shapes, kwargs.get("return_dict"))
 
 
-_CHANGING = ("sample", "hidden_states", "timestep", "controlnet_cond")
-"""Arguments of a denoiser that are others in every step, or as large as pictures and set once a run."""
+_CHANGING = ("sample", "hidden_states", "timestep", "timesteps", "sigma", "controlnet_cond")
+"""Arguments of a denoiser that are others in every step by the noise level alone, or as large as pictures and set once
+a run. Latents of a second kind (``audio_hidden_states``) are none of them: no forecast is made of what becomes of
+those."""
 _RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
 """What a ControlNet said in this step; whether it is asked the same is looked at where it is called."""
 
@@ -343,27 +405,33 @@ def _asked(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
             for i, part in enumerate(value):
                 walk(f"{name}.{i}", part)
 
-    for i, value in enumerate(args[2:]):
-        walk(str(i), value)
+    for i, value in enumerate(args[2:], 3):
+        walk(f"argument {i}", value)
     for name, value in kwargs.items():
         if name not in (*_CHANGING, *_RESIDUALS) and "controlnet_" not in name:
             walk(name, value)
     return found
 
 
-def _asks_the_same(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    if now.keys() != before.keys():
-        return False
-    for name, value in now.items():
-        other = before[name]
+def _differing(now: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[str]:
+    """Names of what a denoiser is asked otherwise than before."""
+    yield from now.keys() ^ before.keys()
+    for name in now.keys() & before.keys():
+        value, other = now[name], before[name]
         if value is other:
             continue
         both = isinstance(value, torch.Tensor), isinstance(other, torch.Tensor)
-        if any(both) and not (all(both) and value.shape == other.shape and bool(torch.equal(value, other))):
-            return False
-        if not any(both) and value != other:
-            return False
-    return True
+        if any(both):
+            if not (all(both) and value.shape == other.shape and bool(torch.equal(value, other))):
+                yield name
+        elif value != other:
+            yield name
+
+
+def _nearest(now: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    """What tells a call of a denoiser from the one before that is most like it, in a word or two for the user."""
+    names = min((sorted(_differing(now, other)) for other in others), key=len, default=[])
+    return ", ".join(names[:3]) or "arguments of another form"
 
 
 def _skipping(forward: Callable[..., Any], stepper: Stepper | OutputStepper) -> Callable[..., Any]:
@@ -371,7 +439,7 @@ def _skipping(forward: Callable[..., Any], stepper: Stepper | OutputStepper) -> 
 
     Pipelines may call it several times a step, as for the passes of guidance. A call that asks for something else than
     those of the last real step did (another text, fewer rows because guidance ends, a ControlNet that begins to act)
-    makes the step a real one, and nothing that was seen before it is carried on.
+    makes the step a real one, and nothing that was seen before it is carried on. So does a model's first call.
     """
     before: list[tuple[Any, Mapping[str, Any], Any]] = []  # the calls of the last real step
     made: list[tuple[Any, Mapping[str, Any], Any]] = []  # those of the step under way
@@ -390,15 +458,21 @@ def _skipping(forward: Callable[..., Any], stepper: Stepper | OutputStepper) -> 
         if isinstance(stepper, Stepper):
             if stepper.skips_next and before:
                 return alike[0][1] if alike else forward(*args, **kwargs)
+            if stepper.skips_next:
+                stepper.must_run()  # a model that comes in, as Wan 2.2's second one
         elif before:
-            same = [output for other, output in alike if _asks_the_same(asked, other)]
+            same = [output for other, output in alike if next(_differing(asked, other), None) is None]
             if stepper.skips_next and same:
-                answered = step
+                answered, stepper.answered = step, True
                 return same[0]
             if answered == step:  # half of the step is answered already: it stays a skipped one
                 return forward(*args, **kwargs)
             if not same:
-                stepper.must_run()
+                stepper.must_run(_nearest(asked, [other for other, _ in alike]))
+        elif not stepper.answered:
+            stepper.must_run()
+        if isinstance(stepper, OutputStepper):
+            stepper.ran = True
         output = forward(*args, **kwargs)
         before[:] = [(shape, other, None) for shape, other, _ in before]  # not asked for again in a step that runs
         made.append((form, asked, output))

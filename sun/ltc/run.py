@@ -6,6 +6,8 @@ Euler or DDIM goes along the predicted noise, so that a skip means: use the last
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterable
 
 import torch
@@ -15,6 +17,11 @@ from .counts import Counts
 from .interval import LtcSettings, skipped_steps
 from .table import LtcKey, LtcTable
 from .transitions import Fit, angles
+
+log = logging.getLogger(__name__)
+
+SPOILT = "a picture of it holds NaN or infinity"
+"""Why a run that measured itself leaves no table."""
 
 
 class Measurements:
@@ -40,12 +47,18 @@ class Measurements:
         """Mean theta_i of the steps i = 1, ..., N - 1."""
         return tuple(total / max(self.pictures, 1) for total in self._angles[1:])
 
+    @property
+    def finite(self) -> bool:
+        """Whether no transition held NaN or infinity, of which no table can be made."""
+        return all(map(math.isfinite, self._angles)) and all(fit.finite for fit in self.fits.values())
+
     def skipped(self) -> tuple[int, ...]:
         """The steps to skip by these angles."""
         return skipped_steps(self.turns, self.settings)
 
     def table(self, key: LtcKey) -> LtcTable:
-        """Coefficients of the steps to skip, fitted on trajectories without skips."""
+        """Coefficients of the steps to skip, fitted on trajectories without skips; for measurements that are
+        :attr:`finite`."""
         found = {i: self.fits[i].coefficients() for i in self.skipped()}
         return LtcTable(key, self.settings, found, self.turns, pictures=self.pictures)
 
@@ -70,24 +83,40 @@ class LtcRun:
         self.steps, self.table, self.measure, self.fits = steps, table, measure, fits or {}
         self.terms = table.settings.terms if table else measure.settings.terms if measure else terms
         self.skips_made = 0
+        self.stopped = False
+        """Whether nothing more is skipped."""
         self.complete = False
         """Whether the last step began."""
         self.real: set[int] = set()
-        """Steps that are never skipped, as those in which another U-Net takes over."""
+        """Steps that are never skipped, as those in which another model takes over."""
         self.why = ""
-        """What keeps some of them from being skipped, where the user should know."""
+        """What keeps some of them, or all, from being skipped, where the user should know."""
         self._latents: Tensor | None = None
         self._directions: list[Tensor] = []
 
     @property
     def counts(self) -> Counts:
         """What became of the run, in steps."""
-        why = "it measured itself at full cost" if self.measure is not None else self.why
+        measures = "it measured itself at full cost" if self.measure is not None else ""
+        lost = f", and keeps nothing: {SPOILT}" if self.spoilt else ""
+        why = "; ".join(filter(None, (self.why, measures + lost)))
         return Counts(self.steps - self.skips_made, self.steps, why=why)
+
+    @property
+    def spoilt(self) -> bool:
+        """Whether what it measured holds NaN or infinity, so that it leaves no table."""
+        return self.measure is not None and not self.measure.finite
 
     def skips(self, i: int) -> bool:
         """Whether step i is skipped. False where the transitions before it were not seen (an interrupted run)."""
-        return self.table is not None and i in self.table.coefficients and i not in self.real
+        return self.table is not None and not self.stopped and i in self.table.coefficients and i not in self.real
+
+    def stop(self, why: str) -> None:
+        """Skip nothing more, and say why, once."""
+        self.stopped = True
+        if not self.why:
+            self.why = why
+            log.warning("LTC-Accel makes every step from here on: %s.", why)
 
     def enter(self, i: int, x: Tensor) -> None:
         """Note the latents [B, ...] at the beginning of step i."""

@@ -80,6 +80,8 @@ class Stepper:
         self.scheduler, self.sampler = scheduler, sampler_of(scheduler)
         self.calls_a_step = _CALLS.get(self.sampler, 1)
         self.run: LtcRun | None = None
+        self.stopped = ""
+        """Why nothing is skipped, where that was known before the run began."""
         self._open_run = open_run
         self._original = scheduler.step
         self._calls = 0
@@ -96,6 +98,17 @@ class Stepper:
         """Whether the model need not be called before the next step."""
         step, _ = divmod(self._calls, self.calls_a_step)
         return self.run is not None and self.run.skips(step)
+
+    def must_run(self) -> None:
+        """A model comes in: the step under way runs."""
+        if self.run is not None:
+            self.run.real.add(self._calls // self.calls_a_step)
+
+    def stop(self, why: str) -> None:
+        """Skip nothing more in this run, and say why."""
+        self.stopped = why
+        if self.run is not None:
+            self.run.stop(why)
 
     def step(self, model_output: Tensor | None, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         """``scheduler.step``. For a skipped step ``model_output`` only tells the number format, or is None.
@@ -139,6 +152,8 @@ class Stepper:
         unit = has_unit_variance(self.scheduler)
         self._scales = tuple((1 + s * s) ** 0.5 if unit else 1.0 for s in sigmas)
         self.run = self._open_run(self.sampler, sigmas)
+        if self.stopped:
+            self.run.stop(self.stopped)
 
     def _plain(self, i: int, x: Tensor) -> Tensor:
         """Latents at noise level i in the sigma parametrisation."""

@@ -10,6 +10,7 @@ import logging
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Hashable, Sequence
+from itertools import pairwise
 
 import torch
 from einops import rearrange
@@ -27,13 +28,28 @@ CALM = 0.02
 """A turn in a step, relative to the output's size, that is no reason to run one; numbers that are none are."""
 FRESH = 0.01
 """Part of new latents that no step without fresh noise explains."""
+SAME = 1e-4
+"""Noise levels that differ by less than this share are one: hosts round them."""
+
+
+def distinct(levels: Sequence[float]) -> tuple[tuple[float, ...], frozenset[int]]:
+    """Falling noise levels, each once, and which of these several steps share; others than falling ones stay."""
+    once: list[float] = []
+    crowded: set[int] = set()
+    for level in levels:
+        if once and math.isclose(once[-1], level, rel_tol=SAME):
+            crowded.add(len(once) - 1)
+        else:
+            once.append(level)
+    return tuple(once), frozenset(crowded)
 
 
 class SkipRun:
     """The state of one run over ``sigmas`` [N + 1], the noise levels of the steps and the last one reached.
 
     noisy: whether the sampler adds fresh noise on the way; None finds out by looking. refused: why nothing is to be
-    skipped, for samplers that no forecast suits. anew: steps in which another model takes over.
+    skipped, for samplers that no forecast suits. anew: steps in which another model takes over. Steps at one level
+    count as one, and always run: which of them a call belongs to is not known. Of levels that rise nothing is skipped.
     """
 
     def __init__(
@@ -45,8 +61,9 @@ class SkipRun:
         refused: str = "",
         anew: Collection[int] = (),
     ) -> None:
-        self.levels = tuple(sigmas[:-1])
-        self.settings, self.why, self._anew = settings, refused, frozenset(anew)
+        self.levels, crowded = distinct(sigmas[:-1])
+        self.settings, self.why = settings, refused
+        self._anew = frozenset(len(distinct(sigmas[: step + 1])[0]) - 1 for step in anew)
         self.skipped = frozenset(settings.skipped(len(self.levels)))
         self.made = self.answered = self.guarded = 0
         kinds = {None: (NOISE, X0), False: (NOISE,), True: (X0,)}[noisy]
@@ -58,13 +75,20 @@ class SkipRun:
         self._fresh = _FreshNoise() if len(kinds) > 1 else None
         self._step, self._skips, self._state = -1, False, None  # type: tuple[int, bool, Hashable]
         self._last_real, self._turned, self._turns = -1, False, list[Tensor]()
+        if not self.why and not all(here > there for here, there in pairwise(self.levels)):
+            self.why = "its noise levels do not fall from step to step"
         if not self.skipped and not self.why:
             few = f"{len(self.levels)} steps are" if len(self.levels) > 1 else "one step is"
             self.why = f"{few} too few to skip one of"
+        self.keep(crowded)
 
     def __deepcopy__(self, _memo: object) -> SkipRun:
         """Itself: who copies a host's options in the middle of a run stays in that run."""
         return self
+
+    def keep(self, steps: Collection[int]) -> None:
+        """Skip none of these steps of :attr:`levels`."""
+        self.skipped -= frozenset(steps)
 
     @property
     def counts(self) -> Counts:
@@ -168,7 +192,7 @@ class SkipRun:
         """The step that a call belongs to, and whether it is at the beginning of that step."""
         levels = self.levels
         below = bisect_left(levels, -sigma, key=lambda level: -level)  # levels above sigma
-        if below < len(levels) and math.isclose(levels[below], sigma, rel_tol=1e-4):
+        if below < len(levels) and math.isclose(levels[below], sigma, rel_tol=SAME):
             return below, True
         if below == 0:
             near = len(levels) > 1 and levels[0] > levels[1] > 0

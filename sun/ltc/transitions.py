@@ -5,6 +5,7 @@ The transition of step i is D_i = x_{i+1} - x_i. A skipped step goes x_{i+1} = x
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -47,8 +48,15 @@ class Fit:
             for j in range(self.terms):
                 self.products[i][j] += products[i][j]
 
+    @property
+    def finite(self) -> bool:
+        """Whether nothing that was counted held NaN or infinity."""
+        return all(math.isfinite(number) for row in (*self.products, self.moments) for number in row)
+
     def coefficients(self) -> tuple[float, ...]:
-        """c for each term; 0 where there is no direction at all."""
+        """c for each term; 0 where there is no direction at all, NaN where what was counted is not :attr:`finite`."""
+        if not self.finite:
+            return (math.nan,) * self.terms
         matrix, moments = torch.tensor(self.products).double(), torch.tensor(self.moments).double()
         scale = float(matrix.diagonal().max())
         if scale <= 0:

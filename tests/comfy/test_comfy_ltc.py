@@ -169,6 +169,26 @@ def test_the_paper_s_first_run_is_plain_and_skips_go_where_they_should(
     assert 0 < relative(fast, plain) < 0.5
 
 
+def test_a_picture_of_nan_leaves_no_table_and_the_node_says_so(
+    host: SimpleNamespace,
+    run: SimpleNamespace,
+    emoji: SimpleNamespace,
+    apply,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from comfy.patcher_extension import WrappersMP
+
+    told: list[str] = []
+    monkeypatch.setattr(host.part("nodes.notices"), "tell", lambda node, text, **values: told.append(text))
+    model = apply()
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test", lambda executor, *args: executor(*args) * torch.nan)
+    run.ksampler(model, steps=8, name="euler", cfg=3.0)
+    assert told == ["ltc_real"]
+    assert "keeps nothing: a picture of it holds NaN" in caplog.text
+    assert not list(host.part("nodes.ltc_patch").tables_folder().glob("*.json"))
+
+
 def test_order_with_sun_does_not_matter_and_the_model_is_as_before(
     run: SimpleNamespace, emoji: SimpleNamespace, apply
 ) -> None:

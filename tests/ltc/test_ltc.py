@@ -23,7 +23,8 @@ from diffusers import (
 )
 
 from sun.ltc import LtcError, LtcKey, LtcRun, LtcSettings, LtcTable, Measurements, TableStore, load_table, skipped_steps
-from sun.ltc.keep import keep_measured, none_calm
+from sun.ltc.kdiffusion import SamplerRun
+from sun.ltc.keep import keep_measured, none_calm, running
 from sun.ltc.schedulers import Stepper, noise_levels, sampler_of
 from sun.ltc.transitions import Fit, angles
 from sun.pipelines.schedulers import make_scheduler
@@ -172,8 +173,43 @@ def test_a_folder_that_cannot_be_written_does_not_cost_the_picture(
         run.enter(i, torch.full((1, 4), float(i)))
     run.finish(torch.full((1, 4), 8.0))
     table = keep_measured(measured, key, TableStore(tmp_path / "file" / "ltc"))
+    assert table is not None
     assert set(table.coefficients) == {3, 5}
     assert "measures again" in caplog.text
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.0])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_picture_of_nan_leaves_no_table_and_the_next_run_measures_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, tau: float, bad: float
+) -> None:
+    sigmas = tuple(float(20 - i) for i in range(21))
+    key, settings, told = LtcKey("m", "euler", sigmas, 7.5), LtcSettings(tau=tau), list[LtcTable]()
+
+    def euler(spoilt: bool) -> LtcRun:
+        with running(key, settings, TableStore(tmp_path), said=told.append) as run:
+            sampler, x = SamplerRun("euler", sigmas, run), 20 * torch.ones(2, 4)
+            for i, sigma in enumerate(sigmas[:-1]):
+                clean = x / (1 + sigma**2) + (torch.tensor([[bad], [0.0]]) if spoilt and i > 10 else 0.0)
+                denoised = sampler.denoised(sigma, x, lambda clean=clean: clean)
+                x = x + (x - denoised) / sigma * (sigmas[i + 1] - sigma)
+            run.finish(x)
+        return run
+
+    lost = euler(spoilt=True)
+    assert lost.counts.calls == 20
+    assert "keeps nothing: a picture of it holds NaN" in lost.counts.sentence
+    assert "keeps nothing of what this run measured" in caplog.text
+    assert (list(tmp_path.iterdir()), told) == ([], [])
+    assert euler(spoilt=False).counts.why == "it measured itself at full cost"
+    assert len(told) == len(list(tmp_path.iterdir())) == 1
+    assert euler(spoilt=False).counts.why == ""
+
+
+def test_a_fit_of_nan_is_nan_so_that_calibrating_ends_in_its_own_sentence() -> None:
+    fit = Fit(2)
+    fit.add(torch.ones(1, 4), [torch.ones(1, 4), torch.tensor([[1.0, math.inf, 0.0, 0.0]])])
+    assert all(map(math.isnan, fit.coefficients()))
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"format": "sun-ltc-9"}', "step", "nan"])

@@ -22,6 +22,7 @@ from tiny import TEXT_WIDTH, make_adapter
 import sun
 import sun.ltc
 from sun.common.notes import SunWarning
+from sun.ltc.calibration import run_calibration
 from sun.ltc.pipelines import _skipping, _stepper
 
 FIXED = sun.ltc.LtcSettings(tau=0)
@@ -83,6 +84,44 @@ def test_presets_and_their_settings_by_name(pipe: Any) -> None:
     for wrong in ({"preset": "quick"}, {"tau": 0.1}, {"folder": "tables"}, {"settings": FIXED, "tau": 0.1}):
         with pytest.raises(sun.ltc.LtcError, match=r"presets|no setting|measures nothing|either settings or tau"):
             sun.ltc.attach(pipe, **wrong)
+
+
+def table_of(settings: sun.ltc.LtcSettings) -> sun.ltc.LtcTable:
+    key = sun.ltc.LtcKey("m", "euler", tuple(float(20 - i) for i in range(21)), 7.5)
+    return sun.ltc.LtcTable(key, settings, {9: (1.0,)}, (0.05,) * 19)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            {"settings": sun.ltc.LtcSettings(tau=0.2), "table": table_of(FIXED)},
+            "measured with .*Leave the settings out",
+        ),
+        ({"settings": sun.ltc.SkipSettings(), "table": table_of(FIXED)}, "leave the table or the settings out"),
+        ({"table": table_of(FIXED), "tau": 0.0}, "either a table or tau"),
+        ({"settings": sun.ltc.SkipSettings(), "folder": "tables"}, "by SkipSettings measures nothing.*the folder out"),
+        ({"settings": sun.ltc.SkipSettings(), "measure": False}, "measures nothing: leave measure=False out"),
+        ({"measure": False}, "preset balanced measures nothing: leave measure=False out"),
+        ({"preset": "fast", "settings": sun.ltc.SkipSettings()}, "either the preset fast or settings"),
+        ({"preset": "balanced", "settings": FIXED}, "either the preset balanced or settings"),
+        ({"preset": "paper", "settings": sun.ltc.SkipSettings()}, "either the preset paper or settings"),
+        ({"preset": "fast", "table": table_of(FIXED)}, "either the preset fast or a table"),
+    ],
+)
+def test_arguments_that_would_have_no_effect_are_refused(pipe: Any, given: dict[str, Any], words: str) -> None:
+    with pytest.raises(sun.ltc.LtcError, match=words):
+        sun.ltc.attach(pipe, **given)
+    assert sun.ltc.last_run(pipe) is None
+
+
+def test_arguments_that_agree_are_taken(pipe: Any) -> None:
+    table = table_of(FIXED)
+    for given in ({"preset": "paper", "table": table, "measure": False}, {"settings": FIXED, "table": table}):
+        sun.ltc.attach(pipe, **given)
+        assert pipe._ltc.settings == FIXED
+    sun.ltc.attach(pipe, "paper", settings=FIXED)
+    assert pipe._ltc.settings == FIXED
 
 
 def test_a_picture_of_a_batch_is_that_of_its_own(pipe: Any) -> None:
@@ -150,7 +189,9 @@ def test_a_change_of_what_is_nested_in_arguments_is_seen(count_calls: Callable[.
 
 def test_guidance_in_two_calls_a_step_skips_both() -> None:
     """As pipelines of video models ask: for the prompt, then for the negative one, each as it asked before."""
-    stepper: Any = SimpleNamespace(skips_next=False, done=0, must_run=lambda: setattr(stepper, "skips_next", False))
+    stepper: Any = SimpleNamespace(
+        skips_next=False, done=0, answered=False, must_run=lambda *_: setattr(stepper, "skips_next", False)
+    )
     ran: list[float] = []
     x, texts = torch.zeros(1, 4), [torch.full((1, 3), float(i)) for i in range(3)]
 
@@ -255,6 +296,25 @@ def test_calibration_on_prompts(pipe: Any, count_calls: Callable[..., Any]) -> N
     sun.ltc.attach(pipe, settings=sun.ltc.LtcSettings(tau=1e-9))
     with pytest.raises(sun.ltc.LtcError, match="Raise tau"):
         sun.ltc.calibrate(pipe, ["a"], num_inference_steps=12)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"prompts": []}, "none. Give at least one"),
+        ({"prompts": [], "negatives": ["c"]}, "none. Give at least one"),
+        ({"prompts": ["a", "b"], "negatives": ["c"]}, "2 prompts and 1 negative prompts do not fit"),
+        ({"prompts": ["a"], "negatives": ["c", "d"]}, "1 prompts and 2 negative prompts do not fit"),
+        ({"prompts": "a castle"}, "not on a text"),
+        ({"prompts": ["a"], "batch": 0}, "batches of 1 picture or more"),
+    ],
+)
+def test_calibration_checks_its_lists(pipe: Any, given: dict[str, Any], words: str) -> None:
+    sun.ltc.attach(pipe, "paper", tau=0)
+    with pytest.raises(sun.ltc.LtcError, match=words):
+        sun.ltc.calibrate(pipe, **given)
+    with pytest.raises(sun.ltc.LtcError, match="nothing was sampled"):
+        run_calibration(lambda opener: [], FIXED)
 
 
 @pytest.mark.parametrize("sun_first", [True, False])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -14,7 +15,7 @@ import torch
 from sun.ltc.counts import Counts
 from sun.ltc.errors import LtcError
 from sun.ltc.forecast import NOISE, X0, Forecast
-from sun.ltc.outputs import OutputStepper
+from sun.ltc.outputs import Outputs, OutputStepper
 from sun.ltc.presets import PRESETS, SkipSettings, preset
 from sun.ltc.skipping import SkipRun
 
@@ -134,7 +135,9 @@ def model(x: torch.Tensor, t: Any) -> torch.Tensor:
     return torch.tanh(0.7 * x) * (0.5 + 0.0005 * float(t)) + 0.1
 
 
-def sample(scheduler: Any, settings: SkipSettings | None, steps: int = 20) -> tuple[torch.Tensor, int, Any]:
+def sample(
+    scheduler: Any, settings: SkipSettings | None, steps: int = 20, model: Callable[..., torch.Tensor] = model
+) -> tuple[torch.Tensor, int, Any]:
     """Latents, calls of the model, and the run; without settings the scheduler's own."""
     scheduler.set_timesteps(steps)
     x = torch.randn(2, 4, 4, 4, generator=torch.manual_seed(3)) * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -213,10 +216,71 @@ def test_what_is_not_known_runs_in_full_and_says_so(kind: str) -> None:
     same, calls, run = sample(make(), ALWAYS)
     assert torch.equal(plain, same)
     assert calls == full == run.counts.calls
-    assert "not known" in run.counts.sentence or "does not follow" in run.counts.sentence
+    assert "not known" in run.counts.sentence or "do not fall" in run.counts.sentence
+
+
+@pytest.mark.parametrize("steps", [25, 40])
+def test_the_timesteps_of_stable_video_diffusion_are_logarithms_of_sigma(steps: int) -> None:
+    """Those of its published scheduler, from 700 down to 0.002."""
+    own = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "timestep_type": "continuous"}
+    scheduler = diffusers.EulerDiscreteScheduler(
+        **SD | own | {"sigma_max": 700.0, "sigma_min": 0.002, "use_karras_sigmas": True, "steps_offset": 1}
+    )
+    scheduler.set_timesteps(steps)
+    levels, crowded = Outputs(scheduler).levels(scheduler, 0)
+    assert levels == pytest.approx(scheduler.sigmas.tolist(), rel=1e-5)
+    assert crowded == frozenset()
+    assert levels[0] == pytest.approx(700, rel=1e-5)
+
+    def of_a_cloud(x: torch.Tensor, t: Any) -> torch.Tensor:
+        """v of pictures that lie around 1 with a deviation of 0.5; x: scaled to variance 1."""
+        sigma = math.exp(4 * float(t))
+        x = x * (1 + sigma**2) ** 0.5
+        clean = (0.25 * x + sigma**2) / (0.25 + sigma**2)
+        return (x / (1 + sigma**2) - clean) * (1 + sigma**2) ** 0.5 / sigma
+
+    plain, _, _ = sample(scheduler, None, steps, of_a_cloud)
+    fast, calls, run = sample(scheduler, ALWAYS, steps, of_a_cloud)
+    assert run.counts == Counts(calls, steps)
+    assert calls == ALWAYS.calls(steps)
+    assert 0 < float((fast - plain).norm() / plain.norm()) < 0.15
+
+
+def test_steps_whose_rounded_timesteps_are_one_all_run() -> None:
+    """At the end of Karras' spacing several steps have one timestep."""
+    settings = SkipSettings(guard=0, last=0, every=3, row=2)
+    scheduler = diffusers.DPMSolverMultistepScheduler(**SD, use_karras_sigmas=True)
+    _, calls, run = sample(scheduler, settings, 50)
+    times = scheduler.timesteps.tolist()
+    levels, crowded = Outputs(scheduler).levels(scheduler, 0)
+    assert len(levels) - 1 == len(set(times)) < 50
+    wished = set(settings.skipped(len(levels) - 1))
+    assert crowded & wished
+    assert run.why == ""
+    assert run.skipped == wished - crowded
+    assert 50 - calls == len(run.skipped)
+    heun = diffusers.HeunDiscreteScheduler(**SD, use_karras_sigmas=True)
+    heun.set_timesteps(50)
+    assert len(Outputs(heun).levels(heun, 0)[0]) == 51
+    heun.timesteps = heun.timesteps.round()
+    assert Outputs(heun).levels(heun, 0) == (levels, crowded)
 
 
 # --------------------------------------------------------------------------------------------- a sampler of any kind
+
+
+def test_steps_at_one_level_all_run_and_levels_that_rise_are_refused() -> None:
+    doubled = (*LEVELS[:9], LEVELS[8] * (1 - 1e-6), *LEVELS[9:])
+    run, made = SkipRun(doubled, SkipSettings(guard=0, last=1), noisy=False, anew={12}), []
+    for i, sigma in enumerate(doubled[:-1]):
+        x = torch.full((1, 4), float(i))
+        run.denoised(sigma, x, lambda i=i, x=x: made.append(i) or x)
+    assert sorted(set(range(21)) - set(made)) == [6, 11, 15, 17, 19]  # neither 8 nor 9; 13 follows the other model
+    assert run.why == ""
+    for wrong in (LEVELS[::-1], (*LEVELS[:5], LEVELS[3], *LEVELS[5:]), (*LEVELS[:4], math.nan, *LEVELS[5:])):
+        refused = SkipRun(wrong, SkipSettings())
+        assert "do not fall" in refused.counts.sentence
+        assert not any(refused.skips(sigma) for sigma in wrong[:-1])
 
 
 def test_a_sampler_without_a_name_is_looked_at_for_fresh_noise() -> None:

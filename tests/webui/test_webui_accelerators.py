@@ -329,6 +329,14 @@ def test_the_page_says_what_was_measured(family: Any) -> None:
     assert "turn by" in family.run({"ltc": True, "tau": 1e-6}, **PICTURE).comments
 
 
+def test_the_page_says_that_a_picture_of_nan_was_not_measured(
+    family: Any, tables: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(family.unet.out[-1].bias, "data", torch.full((4,), torch.nan))
+    assert "keeps nothing: a picture of it holds NaN" in family.run(LTC, **PICTURE).comments
+    assert not list(tables.glob("*.json"))
+
+
 def test_the_page_names_settings_of_the_paper_beside_another_preset(family: Any) -> None:
     mixed = {"ltc": True, "preset": "balanced", "tau": 0.3, "every": 4}
     assert "LTC-Accel: tau, every: for the preset paper alone" in family.run(mixed, **PICTURE).comments
