@@ -135,7 +135,8 @@ def write_lora_card(config: LoraStyleConfig, run: TrainingRun, folder: Path) -> 
     size = size_in_words(run.parameters, folder / LORA_WEIGHTS)
     about = f"""\
 Rank {config.rank} on the U-Net's attention layers, alpha = rank; {size}.
-Load it with `pipe.load_lora_weights(folder)`, `sun generate "owl, pink background" --lora {LORA_WEIGHTS}` or ComfyUI's node Load LoRA."""
+Load it with `pipe.load_lora_weights(folder)`, `sun generate "owl, pink background" --lora {LORA_WEIGHTS}` or
+ComfyUI's node Load LoRA."""
     command = f"sun train-emoji lora --style {config.style} --config configs/emoji-lora.toml"
     write_card(
         folder,
