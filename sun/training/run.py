@@ -118,6 +118,7 @@ class TrainingRun:
         self._tracked: dict[str, Stateful] = {}
         self._restored: dict[str, Any] = {}
         self._skipped_updates = 0
+        self._aside = 0.0
         if config.resume:
             self._resume()
         elif self.accelerator.is_main_process:
@@ -224,7 +225,8 @@ class TrainingRun:
                 with self.accelerator.accumulate(*self.modules.values()):
                     yield self.progress.step
             self.progress.step += 1
-            self.progress.seconds += self._mean(time.monotonic() - began)
+            self.progress.seconds += self._mean(time.monotonic() - began - self._aside)
+            self._aside = 0.0
             bar.update(1)
             if self.progress.step % 10 == 0:
                 bar.set_postfix({k: f"{v:.4f}" for k, v in self.average_losses().items()} | self._calls_in_words())
@@ -235,6 +237,15 @@ class TrainingRun:
         self.save()
         if self.progress.unet_calls:
             self.say(f"{self.progress.unet_calls:,} U-Net calls of training in {self.progress.step:,} steps")
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """What a step does in here, as encoding pictures, takes nothing of a budget of minutes."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._aside += time.monotonic() - began
 
     def update(self, loss: Tensor, **named: Tensor | float) -> None:
         """Backward and, after the last micro-batch of a step, clip, optimiser step, EMA.

@@ -101,3 +101,21 @@ def test_a_training_without_a_unet_has_no_calls_to_end_at(tmp_path: Path) -> Non
     run = TrainingRun(run_config(tmp_path / "run", unet_calls=5), {"net": nn.Linear(1, 1)})
     with pytest.raises(ConfigError, match="unet_calls"):
         next(iter(run.steps()))
+
+
+def test_encoding_pictures_takes_nothing_of_a_budget_of_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock of our own: an hour of encoding in the first step, then steps of a minute."""
+    clock = [0.0]
+    monkeypatch.setattr("sun.training.run.time.monotonic", lambda: clock[0])
+    run = TrainingRun(run_config(tmp_path / "run", steps=100, minutes=3.0), {"net": nn.Linear(1, 1)})
+    steps = 0
+    for _ in run.steps():
+        if not steps:
+            with run.preparing():
+                clock[0] += 3600.0
+        clock[0] += 60.0
+        steps += 1
+        run.update(run.modules["net"](torch.ones(1, 1)).square().mean())
+    assert (steps, run.progress.seconds) == (3, 180.0)

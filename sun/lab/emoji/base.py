@@ -258,7 +258,7 @@ def train_on_scenes(
         if now != stage:
             stage = now
             size = config.stages[stage][0]
-            with run.accelerator.main_process_first():  # the others then read what it wrote
+            with run.preparing(), run.accelerator.main_process_first():  # the others then read what it wrote
                 if encoded:
                     scenes, latents = encoded(size)
                 else:
