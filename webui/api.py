@@ -68,7 +68,7 @@ class LtcFields(BaseModel):
     class Config:
         extra = "forbid"
 
-    preset: Literal["fine", "balanced", "fast", "paper"] | None = Field(
+    preset: Literal["fine", "balanced", "fast", "fastest", "paper"] | None = Field(
         None, description="balanced if left out; paper if settings of the paper are given and no preset"
     )
     warm_up: float = Field(

@@ -91,6 +91,7 @@ class Ltc(StrEnum):
     fine = "fine"
     balanced = "balanced"
     fast = "fast"
+    fastest = "fastest"
     paper = "paper"
 
 

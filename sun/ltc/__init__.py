@@ -1,7 +1,7 @@
 """LTC-Accel: skip whole steps of any sampler, without training (after arXiv 2503.09675).
 
 >>> import sun.ltc
->>> sun.ltc.attach(pipe)  # or "fine", "fast", or "paper", the published method
+>>> sun.ltc.attach(pipe)  # or "fine", "fast", "fastest", or "paper", the published method
 >>> pipe("a cat", num_inference_steps=30)  # skips about a third of the U-Net calls
 >>> print(sun.ltc.last_run(pipe))
 

@@ -76,7 +76,7 @@ def attach(
 ) -> None:
     """Let a diffusers pipeline skip steps from its first picture on, whatever its model and its scheduler.
 
-    preset: "fine", "balanced" (if nothing is named) or "fast"; overrides: single settings of it, as in
+    preset: "fine", "balanced" (if nothing is named), "fast" or "fastest"; overrides: single settings of it, as in
     ``attach(pipe, "fast", last=3)``, see :class:`.SkipSettings`; settings: all of them at once. A skipped step calls
     neither pass of classifier-free guidance, nor a ControlNet. :func:`last_run` tells what it saved.
 

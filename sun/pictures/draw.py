@@ -233,7 +233,7 @@ def _check_skipping(recipe: Recipe) -> None:
         if not recipe.ltc_table:
             raise RecipeError(
                 "--ltc paper needs the table that `sun calibrate` makes for this model, sampler and number of steps: "
-                "give it with --ltc-table FILE. The presets fine, balanced and fast need none."
+                "give it with --ltc-table FILE. The other presets need none."
             )
         made_for = load_table(recipe.ltc_table).key.steps
         if made_for != steps:

@@ -50,7 +50,7 @@ _WORDS = {
     "switch_order": ORDERS,
     "prompt_weights": ("none", "compel"),
     # As in sun.ltc.presets and sun.inheritance, which need torch.
-    "ltc": ("none", "fine", "balanced", "fast", "paper"),
+    "ltc": ("none", "fine", "balanced", "fast", "fastest", "paper"),
     "inherit": ("none", "fine", "balanced", "fast"),
 }
 _PATHS = ("model", "config", "adapter", "controlnet", "init", "mask", "control", "switch", "ltc_table")

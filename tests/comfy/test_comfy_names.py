@@ -80,6 +80,7 @@ def test_facts_of_a_file_are_those_of_the_file(host: SimpleNamespace, secret: Pa
         "parameters": sum(parameter.numel() for parameter in adapter.parameters()),
         "guidance_scale": adapter.info.guidance_scale,
         "takes_guidance_scale": adapter.guided,
+        "guidance_range": adapter.guidance_range,
         "steps": 4,
     }
     (host.base / "models" / "sun" / "inside.safetensors").write_bytes(b"something else")
