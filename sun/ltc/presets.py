@@ -70,7 +70,7 @@ PRESETS = {
     "fine": SkipSettings(first=0.4, last=3, guard=1.5),
     "balanced": SkipSettings(),
     "fast": SkipSettings(first=0.15, guard=3.0),
-    "fastest": SkipSettings(every=3, row=2, guard=0.0),
+    "fastest": SkipSettings(every=3, row=2, guard=3.0),
 }
 BALANCED = "balanced"
 NAMES = (*PRESETS, PAPER)
