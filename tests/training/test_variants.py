@@ -48,10 +48,14 @@ def test_what_is_wrong_is_named(settings: dict, only: list[str], says: str) -> N
 
 def test_the_ablations_can_be_read() -> None:
     configs = variant_configs(read_config(CONFIGS / "ablations-emoji.toml"))
-    assert len(configs) > 12
+    paper = {"no-normalization", "negative-only", "p-0", "stage-12"}  # what its ablations are of
+    assert {"ours", "virtual", *paper} == set(configs)
+    assert len({config.run.unet_calls for config in configs.values()}) == 1, "equal calls of training"
     shipped = read_config(CONFIGS / "emoji-sun.toml")
+    recipe = {k: v for k, v in shipped.items() if k not in ("run", "guidance_scale")}  # at one scale, the model's own
     ours = configs["ours"]
-    assert {k: getattr(ours, k) for k in shipped if k != "run"} == {k: v for k, v in shipped.items() if k != "run"}
+    assert {k: getattr(ours, k) for k in recipe} == recipe
+    assert ours.guidance_scale == EMOJI_GUIDANCE
     evaluation = read_config(CONFIGS / "evaluate-ablations.toml")
     assert set(evaluation["adapters"]) == set(configs)
     named = {parse_method(method).variant for method in evaluation["methods"]}
