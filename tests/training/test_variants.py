@@ -12,6 +12,7 @@ from sun.adapter import SunAdapter
 from sun.cli import app
 from sun.common.settings import ConfigError, read_config
 from sun.evaluation import parse_method
+from sun.shipped import EMOJI_GUIDANCE
 from sun.training.variants import variant_configs
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
