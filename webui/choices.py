@@ -49,10 +49,10 @@ class SunSettings:
 class AcceleratorSettings:
     """What the section "without training" says; all are off by default.
 
-    ltc: skip steps. preset: fine, balanced, fast, fastest or paper. warm_up: the share of the steps, at the start, that
-    always run; tail: how many at the end do; -1 is the preset's. Of the paper alone are tau (radians), every and
-    calibration (one of CALIBRATIONS). inherit: off, a preset, or a plan in words. switch: off, or the listed model whose U-Net
-    makes a share of the steps, in this order.
+    ltc: skip steps. preset: fine, balanced, fast, fastest or paper. warm_up: the share of the steps, at the start,
+    that always run; tail: how many at the end do; -1 is the preset's. Of the paper alone are tau (radians), every
+    and calibration (one of CALIBRATIONS). inherit: off, a preset, or a plan in words. switch: off, or the listed
+    model whose U-Net makes a share of the steps, in this order.
     """
 
     ltc: bool = False
