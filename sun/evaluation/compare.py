@@ -14,6 +14,7 @@ from ..pictures.draw import Loaded, noise
 from ..pictures.png import grid
 from ..pictures.recipe import Recipe, RecipeError
 from ..pipelines.loading import require_text_to_image
+from .loading import PAPER_W
 from .names import REFERENCE, MethodCall, parse_method
 from .sampler import Sampler
 
@@ -78,7 +79,7 @@ def compare(
         pipe.tokenizer,
         pipe.scheduler,
         adapter=adapter,
-        w=guidance or adapter.info.guidance_scale or 8.0,
+        w=guidance or adapter.info.guidance_scale or PAPER_W,
         lcm_lora=lcm_lora,
     )
     prompts, negatives = [p for p, _ in pairs], [n for _, n in pairs]
