@@ -64,3 +64,13 @@ def test_promised_names_exist():
     assert set(sun.__all__) <= set(dir(sun))
     with pytest.raises(AttributeError, match="nothing"):
         _ = sun.nothing
+
+
+def test_weights_are_tracked_where_the_package_keeps_them_and_nowhere_else() -> None:
+    """A file that a test or a command left behind would stay in everybody's clone."""
+    kinds = ("*.safetensors", "*.ckpt", "*.pt", "*.pth", "*.bin", "*.onnx")
+    listed = subprocess.run(["git", "ls-files", "--", *kinds], cwd=PACKAGE.parent, capture_output=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a clone")
+    found = [Path(line) for line in listed.stdout.decode().splitlines()]
+    assert [path for path in found if path.parts[:2] not in (("sun", "models"), ("tests", "data"))] == []
