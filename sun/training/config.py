@@ -99,6 +99,8 @@ class SunTrainConfig:
     gradient_checkpointing: bool = False
     trajectories: bool = False  # inputs are states of the teacher's guided trajectory from pure noise, not noised data
     teacher_solver: str = "dpmpp_2m"  # of trajectories: dpmpp_2m | ddim; Algorithm 1 steps with DDIM
+    # Share of trajectories that begin at a noised picture of `data` under another one's caption, as image to image does.
+    picture_starts: float = 0.0
     # Trajectories kept, in memory and in checkpoints (up to 3 MB each at 512 pixels); every `target_reuse`-th step adds
     # a batch of them.
     bank_size: int = 4096
@@ -184,6 +186,7 @@ def check_settings(config: SunTrainConfig) -> None:
         "replace_probability",
         "stage_start_probability",
         "rollout_probability",
+        "picture_starts",
         "empty_captions",
         "empty_negative_probability",
     ):
@@ -198,7 +201,7 @@ def check_settings(config: SunTrainConfig) -> None:
 
 def _check_unused(config: SunTrainConfig) -> None:
     """Raise ConfigError for settings that would do nothing."""
-    on_trajectories = ("teacher_solver", "bank_size", "replace_depth", "rollout_probability")
+    on_trajectories = ("teacher_solver", "bank_size", "replace_depth", "rollout_probability", "picture_starts")
     needed = "false" if config.trajectories else "true"
     for name in ("pure_noise_at_start",) if config.trajectories else on_trajectories:
         if getattr(config, name) != getattr(SunTrainConfig, name):

@@ -175,7 +175,10 @@ class NoisedData:
 
 
 class GuidedTrajectories:
-    """Inputs are states of the teacher's guided trajectories; see ``trajectories.py``."""
+    """Inputs are states of the teacher's guided trajectories; see ``trajectories.py``.
+
+    They begin at pure noise or, with ``picture_starts``, at the noised picture of another caption.
+    """
 
     def __init__(
         self,
@@ -205,13 +208,17 @@ class GuidedTrajectories:
         )
 
     def _grow(self) -> None:
-        _, positives, negatives = self.prompts.draw()
-        noise = torch.randn(len(positives), *self.shape, device=self.bank.device)
-        w = draw_guidance(self.config, len(positives), self.rng).to(noise.device)
-        every = torch.arange(len(positives), device=noise.device)
+        pictures, positives, negatives = self.prompts.draw()
+        start, begin = torch.randn(len(positives), *self.shape, device=self.bank.device), 0
+        if self.config.picture_starts and self.rng.random() < self.config.picture_starts:
+            begin = self.bank.draw_begin()
+            at = self.bank.times[begin].expand(len(pictures))
+            start = add_noise(pictures.roll(1, 0).to(start), start, at, self.bank.schedule)
+        w = draw_guidance(self.config, len(positives), self.rng).to(start.device)
+        every = torch.arange(len(positives), device=start.device)
         states, guided = run_teacher(
             lambda x, t, p, n: self.teacher(x, t, p, n, rows_of(w, every)),
-            noise,
+            start,
             self.prompts.encode(positives),
             self.prompts.encode(negatives),
             self.bank.stages,
@@ -219,8 +226,9 @@ class GuidedTrajectories:
             self.config.teacher_solver,
             self.scheduler_config,
             self.config.substeps // self.bank.span,
+            begin,
         )
-        self.bank.add(states, guided, positives, negatives, w)
+        self.bank.add(states, guided, positives, negatives, w, begin)
 
     def losses(self, step: int) -> dict[str, Tensor]:
         """``total`` and its parts, for one batch."""

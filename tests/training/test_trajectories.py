@@ -16,6 +16,7 @@ import sun
 from sun.common.settings import ConfigError, apply, read_config
 from sun.lab.emoji.base import sd15_scheduler
 from sun.lab.emoji.ship import ship_adapter
+from sun.pipelines.schedulers import make_scheduler
 from sun.surgery import from_unet
 from sun.training.algorithm import NoiseSchedule, ddim_update
 from sun.training.config import RunConfig, SunTrainConfig, check_settings
@@ -36,14 +37,14 @@ def bend(x: Tensor, t: Tensor, *_: object) -> Tensor:
 
 
 def bank(
-    count: int = 6, teacher=bend, solver: str = "ddim", span: int = 1, start_probability: float = 1.0
+    count: int = 6, teacher=bend, solver: str = "ddim", span: int = 1, start_probability: float = 1.0, begin: int = 0
 ) -> TrajectoryBank:
     torch.manual_seed(0)
     text = torch.zeros(count, 77, 8)
-    noise = torch.randn(count, *SHAPE)
-    states, guided = run_teacher(teacher, noise, text, text, 4, 3, solver, sd15_scheduler().config, 3 // span)
+    start = torch.randn(count, *SHAPE)
+    states, guided = run_teacher(teacher, start, text, text, 4, 3, solver, sd15_scheduler().config, 3 // span, begin)
     filled = TrajectoryBank(count, 4, SCHEDULE, random.Random(0), torch.device("cpu"), span, start_probability)
-    filled.add(states, guided, [f"p{i}" for i in range(count)], [f"n{i}" for i in range(count)])
+    filled.add(states, guided, [f"p{i}" for i in range(count)], [f"n{i}" for i in range(count)], begin=begin)
     return filled
 
 
@@ -110,6 +111,55 @@ def test_between_the_stages_a_target_is_the_state_one_stage_later(replace: float
             torch.testing.assert_close(targets.x_t[i], row.states[place])
 
 
+PATH = [999, 916, 832, 749, 666, 582, 499, 416, 332, 249, 166, 82, -1]
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("begin", [1, 3, 7, 11])
+def test_a_trajectory_that_begins_later_is_image_to_image(solver: str, begin: int) -> None:
+    row = bank(solver=solver, span=3, begin=begin).rows[0]
+    scheduler = make_scheduler(solver, sd15_scheduler().config)
+    scheduler.set_timesteps(12)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    assert row.begin == begin and not row.states[:begin].any() and not row.guided[:begin].any()
+    x = row.states[begin][None]
+    for i, t in list(enumerate(scheduler.timesteps))[begin:]:
+        predicted = bend(x, t.view(1))
+        torch.testing.assert_close(row.guided[i], predicted[0], rtol=1e-4, atol=1e-4)
+        x = scheduler.step(predicted, t, x, return_dict=False)[0]
+        torch.testing.assert_close(row.states[i + 1], x[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("begin", [1, 3, 7, 11])
+@pytest.mark.parametrize("start_probability", [0.0, 1.0])
+def test_no_input_lies_before_its_trajectory_begins(begin: int, start_probability: float) -> None:
+    filled = bank(64, span=3, begin=begin, start_probability=start_probability)
+    rows, text = list(filled.rows), torch.zeros(64, 77, 8)
+    targets = filled.stage_batch(rows, bend, bend, text, text, 1.0, 3, need_guided=True)
+    places = [PATH.index(t) for t in targets.t.tolist()]
+    expected = range(begin, 12, 3) if start_probability else range(begin, 12)
+    assert set(places) == set(expected)
+    assert targets.replaced.tolist() == [k - begin >= 3 for k in places]
+    for i, (row, place) in enumerate(zip(rows, places, strict=True)):
+        goal = row.states[min(place + 3, 12)]
+        t, s = targets.t[i : i + 1], torch.tensor([PATH[min(place + 3, 12)]])
+        arrived = ddim_update(targets.x_t[i : i + 1], targets.e_step[i : i + 1], t, s, SCHEDULE)
+        torch.testing.assert_close(arrived[0], goal, rtol=1e-3, atol=1e-3)
+
+
+def test_a_roll_out_begins_where_the_trajectory_does() -> None:
+    def straight(x: Tensor, *_: object) -> Tensor:
+        return torch.full_like(x, 0.3)
+
+    banks = [bank(4, straight, span=3, begin=begin) for begin in (0, 3, 7)]
+    mixed = [row for filled in banks for row in filled.rows]
+    for rows in (mixed, list(banks[2].rows)):
+        text = torch.zeros(len(rows), 77, 8)
+        assert banks[0].rollout(rows, straight, text, text) < 1e-6
+        assert banks[0].rollout(rows, bend, text, text) > 1e-3
+
+
 def test_weights_turn_the_error_of_the_noise_into_that_of_the_next_state() -> None:
     torch.manual_seed(0)
     t = torch.tensor([999, 749, 499, 249, 600, 100])
@@ -159,6 +209,16 @@ def test_a_bank_is_restored_from_its_state() -> None:
     filled, empty = bank(3), bank(1)
     empty.load_state_dict(filled.state_dict())
     assert [r.positive for r in empty.rows] == ["p2"]  # as many as it holds
+    late = bank(3, begin=2)
+    empty.load_state_dict(late.state_dict())
+    assert [r.begin for r in empty.rows] == [2]
+    earlier = {"rows": [row[:5] for row in filled.state_dict()["rows"]]}  # of a checkpoint that knew no beginnings
+    empty.load_state_dict(earlier)
+    assert [r.begin for r in empty.rows] == [0]
+    for begin in (-1, 4, 1.5):
+        with pytest.raises(ValueError, match="begins at"):
+            empty.load_state_dict({"rows": [[*row[:5], begin] for row in filled.state_dict()["rows"]]})
+    empty.load_state_dict(filled.state_dict())
     assert torch.equal(empty.rows[0].states, filled.rows[2].states)
     fresh = TrajectoryBank(4, 4, SCHEDULE, random.Random(0), torch.device("cpu"))
     fresh.load_state_dict(fresh.state_dict())
@@ -172,16 +232,17 @@ def test_the_bank_keeps_the_latest_trajectories() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rollout", "starts", "error"), [(0.0, 1.0, "noise"), (0.0, 0.5, "state"), (1.0, 1.0, "noise")]
+    ("rollout", "starts", "error", "pictured"),
+    [(0.0, 1.0, "noise", 0.0), (0.0, 0.5, "state", 1.0), (1.0, 1.0, "noise", 0.5)],
 )
 def test_training_on_trajectories(
-    tiny_model: Path, pictures: Path, tmp_path: Path, rollout: float, starts: float, error: str
+    tiny_model: Path, pictures: Path, tmp_path: Path, rollout: float, starts: float, error: str, pictured: float
 ) -> None:
     run = RunConfig(output=str(tmp_path / "run"), steps=3, batch_size=3, precision="fp32", ema_decay=0.5, lr=1e-3)
     config = SunTrainConfig(
         run=run, model=str(tiny_model), data=str(pictures), substeps=2, guidance_scale=3.0, trajectories=True,
         resolution=64, replace_probability=0.5, replace_depth=3, target_reuse=2, rollout_probability=rollout,
-        stage_start_probability=starts, msc_error=error,
+        stage_start_probability=starts, msc_error=error, picture_starts=pictured,
     )  # fmt: skip
     adapter = sun.SunAdapter.load(train_sun(config))
     assert adapter.info.training["trajectories"] is True

@@ -53,6 +53,7 @@ class GuidedDistillConfig(PeerConfig):
     target_reuse: int = 1
     trajectories: bool = False
     teacher_solver: str = "dpmpp_2m"
+    picture_starts: float = 0.0
     bank_size: int = 4096
     replace_depth: int = 1
     rollout_probability: float = 0.0
