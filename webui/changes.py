@@ -90,8 +90,7 @@ def share_done() -> float:
 
 def unit_shares(p: Any) -> Iterator[tuple[float, float]]:
     """From which share of the steps to which the units of A1111's ControlNet extension act."""
-    for script in getattr(getattr(p, "scripts", None), "alwayson_scripts", ()):
-        network = getattr(script, "latest_network", None)
+    for network in _of_scripts(p, "latest_network"):
         for unit in getattr(network, "control_params", None) or ():
             yield float(unit.start_guidance_percent), float(unit.stop_guidance_percent)
 
@@ -101,8 +100,15 @@ def unit_bounds(p: Any) -> Iterator[tuple[float, float]]:
     sigma_at = family.of(p.sd_model).sigma_at(p.sd_model)
     if sigma_at is None:
         return
-    for script in getattr(getattr(p, "scripts", None), "alwayson_scripts", ()):
-        for params in (getattr(script, "current_params", None) or {}).values():
+    for units in _of_scripts(p, "current_params"):
+        for params in units.values():
             model = params.model
             if hasattr(model, "start_percent") and hasattr(model, "end_percent"):
                 yield float(sigma_at(model.start_percent)), float(sigma_at(model.end_percent))
+
+
+def _of_scripts(p: Any, name: str) -> Iterator[Any]:
+    """What the extensions that take part in ``p`` keep under ``name``, where they keep something."""
+    for script in getattr(getattr(p, "scripts", None), "alwayson_scripts", ()):
+        if kept := getattr(script, name, None):
+            yield kept

@@ -258,8 +258,7 @@ def _guidance(recipe: Recipe, loaded: Loaded) -> float | None:
             raise RecipeError("the guidance scale is fixed in this exported model. Leave --guidance out.")
         return contents.guidance if contents.guided and recipe.guidance is None else recipe.guidance
     if adapter is None:
-        exported = None if loaded.exported is None else loaded.exported.contents.guidance
-        own = guidance_of(recipe.model) if exported is None else exported
+        own = guidance_of(recipe.model) if loaded.exported is None else loaded.exported.contents.usual_guidance
         return own if recipe.guidance is None else recipe.guidance
     if adapter.guided:
         return adapter.info.guidance_scale if recipe.guidance is None else recipe.guidance

@@ -11,6 +11,7 @@ from ..common.atomic import write_json
 from ..common.errors import ConfigError
 from ..common.identity import sha256_of
 from ..common.reading import ReadError, printable, read_json
+from ..shipped import USUAL_GUIDANCE
 
 FORMAT = "sun-export-1"
 CONTENTS = "sun_export.json"
@@ -66,6 +67,11 @@ class Contents:
         for part in self.parts:
             if not isinstance(self.inputs.get(part), list):
                 raise ExportError(f"the inputs of {part} are not named.")
+
+    @property
+    def usual_guidance(self) -> float:
+        """The scale to draw at without SUN where nobody names one. Older exports say none: Stable Diffusion's."""
+        return USUAL_GUIDANCE if self.guidance is None else self.guidance
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -17,7 +17,6 @@ from ..pipelines import GUIDANCE, NEGATIVE
 from ..pipelines.kinds import PIPELINES
 from ..pipelines.schedulers import make_scheduler
 from ..pipelines.text import encode_prompts
-from ..shipped import USUAL_GUIDANCE
 from . import engines
 from .contents import Contents, ExportError, read_contents
 from .stand_ins import STRENGTH, AutoencoderStandIn, ControlNetStandIn, TextEncoderStandIn, UNetStandIn
@@ -166,8 +165,7 @@ class ExportedPipeline:
         """
         contents = self.contents
         if not contents.with_sun:
-            usual = USUAL_GUIDANCE if contents.guidance is None else contents.guidance
-            return {"guidance_scale": usual if guidance is None else guidance}
+            return {"guidance_scale": contents.usual_guidance if guidance is None else guidance}
         if guidance is not None and not contents.guided and guidance != contents.guidance:
             own = "" if contents.guidance is None else f" at {contents.guidance:g}"
             raise ValueError(

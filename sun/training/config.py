@@ -99,7 +99,7 @@ class SunTrainConfig:
     gradient_checkpointing: bool = False
     trajectories: bool = False  # inputs are states of the teacher's guided trajectory from pure noise, not noised data
     teacher_solver: str = "dpmpp_2m"  # of trajectories: dpmpp_2m | ddim; Algorithm 1 steps with DDIM
-    # Share of trajectories that begin at a noised picture of `data` under another one's caption, as image to image does.
+    # Share of trajectories that begin at a noised picture of `data` under another's caption, as image to image does.
     picture_starts: float = 0.0
     # Trajectories kept, in memory and in checkpoints (up to 3 MB each at 512 pixels); every `target_reuse`-th step adds
     # a batch of them.

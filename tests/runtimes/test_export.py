@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from sun.runtimes import engines
 from sun.runtimes.contents import CONTENTS, Contents, ExportError, is_exported, write_contents
 from sun.runtimes.export import ExportSettings, export
 from sun.runtimes.stand_ins import residual_shapes
-from sun.shipped import EMOJI_SUN
+from sun.shipped import EMOJI_SUN, USUAL_GUIDANCE
 
 for package in ("openvino", "nncf", "onnx", "onnxruntime"):
     pytest.importorskip(package, reason='the tests of exports need the extra: pip install -e ".[export]"')
@@ -114,6 +115,8 @@ def test_without_an_adapter_the_model_itself_is_exported_and_guided(exported: Ex
     theirs.scheduler = ours.scheduler
     both = [latents_of(pipe, guidance_scale=5.0) for pipe in (ours, theirs)]
     assert difference(*both) <= 1e-4
+    older = replace(contents, guidance=None)  # exported when nothing was said of it
+    assert [c.usual_guidance for c in (contents, older)] == [7.5, USUAL_GUIDANCE]
 
 
 def test_what_a_controlnet_adds_is_asked_for_in_the_right_shapes(files: Path) -> None:
