@@ -101,6 +101,9 @@ class SunTrainConfig:
     teacher_solver: str = "dpmpp_2m"  # of trajectories: dpmpp_2m | ddim; Algorithm 1 steps with DDIM
     # Share of trajectories that begin at a noised picture of `data` under another's caption, as image to image does.
     picture_starts: float = 0.0
+    # Above 0, trajectories come in pairs of one noise and caption with two negatives, and the error of what the negative
+    # changes counts so much again.
+    negative_weight: float = 0.0
     # Trajectories kept, in memory and in checkpoints (up to 3 MB each at 512 pixels); every `target_reuse`-th step adds
     # a batch of them.
     bank_size: int = 4096
@@ -177,6 +180,14 @@ def check_settings(config: SunTrainConfig) -> None:
         raise ConfigError(f"resolution is a multiple of 8 pixels, or 0 for the model's own, not {config.resolution}.")
     if config.guidance_scale <= 0:
         raise ConfigError(f"guidance_scale is above 0 (1: none), not {config.guidance_scale:g}.")
+    if config.negative_weight < 0:
+        raise ConfigError(f"negative_weight is 0 or above, not {config.negative_weight:g}.")
+    if config.negative_weight and config.run.batch_size % 2:
+        raise ConfigError(
+            f"negative_weight pairs the rows of a batch: batch_size is even, not {config.run.batch_size}."
+        )
+    if config.negative_weight and config.bank_size % 2:
+        raise ConfigError(f"negative_weight pairs trajectories: bank_size is even, not {config.bank_size}.")
     if config.huber_c < 0:
         raise ConfigError(f"huber_c is 0 (squared errors) or above, not {config.huber_c:g}.")
     for name in ("substeps", "target_reuse", "replace_depth", "bank_size", "max_negative_phrases"):
@@ -201,7 +212,14 @@ def check_settings(config: SunTrainConfig) -> None:
 
 def _check_unused(config: SunTrainConfig) -> None:
     """Raise ConfigError for settings that would do nothing."""
-    on_trajectories = ("teacher_solver", "bank_size", "replace_depth", "rollout_probability", "picture_starts")
+    on_trajectories = (
+        "teacher_solver",
+        "bank_size",
+        "replace_depth",
+        "rollout_probability",
+        "picture_starts",
+        "negative_weight",
+    )
     needed = "false" if config.trajectories else "true"
     for name in ("pure_noise_at_start",) if config.trajectories else on_trajectories:
         if getattr(config, name) != getattr(SunTrainConfig, name):

@@ -97,16 +97,26 @@ def weighted(
     negative: Tensor,
     schedule: NoiseSchedule,
 ) -> dict[str, Tensor]:
-    """``total`` = cfg_weight L_cfg + lambda L_msc, with the errors ``config`` asks for; and both as published."""
+    """``total`` = cfg_weight L_cfg + lambda L_msc, with the errors ``config`` asks for; and both as published.
+
+    With ``negative_weight``, L_msc of what a negative changes is added: the rows are pairs that differ in the negative
+    alone, and of each the difference of the predictions is held against that of the targets.
+    """
     w = targets.w if len(targets.w) else None
     predicted = student(targets.x_t, targets.t, positive, negative, w)
-    errors = row_errors(predicted, targets.e_step, config.huber_c)
-    if config.msc_error == "state":
-        errors = state_weights(config, targets.t, schedule) * errors
+    weights = state_weights(config, targets.t, schedule) if config.msc_error == "state" else torch.ones_like(targets.t)
+    errors = weights * row_errors(predicted, targets.e_step, config.huber_c)
     total = config.cfg_weight * row_errors(predicted, targets.e_cfg, config.huber_c).mean()
+    total = total + config.msc_weight * errors.mean()
+    found = {}
+    if config.negative_weight:
+        changes = [part[0::2] - part[1::2] for part in (predicted, targets.e_step)]
+        changed = (weights[0::2] * row_errors(*changes, config.huber_c)).mean()
+        total = total + config.msc_weight * config.negative_weight * changed
+        found["negative"] = changed.detach()
     with torch.no_grad():
         cfg, msc = sun_losses(predicted, targets)
-    return {"total": total + config.msc_weight * errors.mean(), "cfg": cfg, "msc": msc}
+    return {"total": total, "cfg": cfg, "msc": msc, **found}
 
 
 def draw_guidance(config: SunTrainConfig, count: int, generator: random.Random) -> Tensor:
@@ -194,6 +204,7 @@ class GuidedTrajectories:
         self.config, self.rng, self.prompts, self.teacher = config, run.rng, prompts, teacher
         self.scheduler_config, self.shape, self.student = scheduler_config, shape, run.modules["student"]
         stages = round(1 / config.stage_length)
+        self.group = 2 if config.negative_weight else 1
         self.bank = run.track(
             f"bank{name}",
             TrajectoryBank(
@@ -204,17 +215,22 @@ class GuidedTrajectories:
                 run.accelerator.device,
                 1 if config.stage_start_probability == 1 else config.substeps,
                 config.stage_start_probability,
+                self.group,
             ),
         )
 
     def _grow(self) -> None:
         pictures, positives, negatives = self.prompts.draw()
         start, begin = torch.randn(len(positives), *self.shape, device=self.bank.device), 0
+        w = draw_guidance(self.config, len(positives), self.rng).to(start.device)
         if self.config.picture_starts and self.rng.random() < self.config.picture_starts:
             begin = self.bank.draw_begin()
             at = self.bank.times[begin].expand(len(pictures))
             start = add_noise(pictures.roll(1, 0).to(start), start, at, self.bank.schedule)
-        w = draw_guidance(self.config, len(positives), self.rng).to(start.device)
+        if self.group == 2:  # every second row is the one before it with another negative, or without one
+            start, w = (part[0::2].repeat_interleave(2, 0) for part in (start, w))
+            positives = [positives[i - i % 2] for i in range(len(positives))]
+            negatives = [n if i % 2 == 0 or self.rng.random() < 0.5 else "" for i, n in enumerate(negatives)]
         every = torch.arange(len(positives), device=start.device)
         states, guided = run_teacher(
             lambda x, t, p, n: self.teacher(x, t, p, n, rows_of(w, every)),

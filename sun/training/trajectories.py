@@ -79,7 +79,8 @@ class TrajectoryBank:
     """The latest ``size`` trajectories; draws batches of (a time, the time one stage later) from them.
 
     ``span`` times are kept of each stage: 1 is its start alone. With more, a drawn time is a stage's start with
-    ``start_probability``, else any of them, so that the student also learns the times of other step counts.
+    ``start_probability``, else any of them, so that the student also learns the times of other step counts. Rows are
+    added and drawn in groups of ``group`` that share their time: 2 for one noise and caption with two negatives.
     """
 
     def __init__(
@@ -91,8 +92,10 @@ class TrajectoryBank:
         device: torch.device,
         span: int = 1,
         start_probability: float = 1.0,
+        group: int = 1,
     ):
-        self.rows: deque[Trajectory] = deque(maxlen=size)
+        self.rows: deque[Trajectory] = deque(maxlen=size // group * group)
+        self.group = group
         self.schedule, self.rng, self.device = schedule, rng, device
         total = schedule.num_train_timesteps
         self.times = torch.tensor([*trailing_timesteps(stages * span, total), -1], device=device)
@@ -113,7 +116,10 @@ class TrajectoryBank:
         self.rows.extend(map(Trajectory, states.cpu(), guided.cpu(), positives, negatives, scales, begins))
 
     def pick(self, count: int) -> list[Trajectory]:
-        return [self.rows[self.rng.randrange(len(self.rows))] for _ in range(count)]
+        """``count`` rows, a multiple of ``group``."""
+        group = self.group
+        drawn = [group * self.rng.randrange(len(self.rows) // group) for _ in range(count // group)]
+        return [self.rows[first + i] for first in drawn for i in range(group)]
 
     def draw_begin(self) -> int:
         """A time that a noised picture may begin at: any but the first, where it would be pure noise."""
@@ -141,13 +147,14 @@ class TrajectoryBank:
         from up to ``replace_depth`` stages earlier; the target stays the teacher's next state (Eq. 12-13)."""
         span, last = self.span, len(self.times) - 1
         begin = torch.tensor([row.begin for row in rows])
-        place = torch.tensor([self._draw_time(row.begin) for row in rows])
+        leaders = rows[:: self.group]
+        place = torch.tensor([self._draw_time(row.begin) for row in leaders]).repeat_interleave(self.group)
         depth = torch.tensor(
             [
                 self.rng.randint(1, replace_depth) if self.rng.random() < replace_probability else 0
-                for _ in range(len(rows))
+                for _ in range(len(leaders))
             ]
-        )
+        ).repeat_interleave(self.group)
         w = self._scales(rows)
         at = place - span * torch.minimum(depth, (place - begin) // span)  # where the student begins
         replaced = (at < place).to(self.device)

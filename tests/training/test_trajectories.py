@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,73 @@ def test_no_input_lies_before_its_trajectory_begins(begin: int, start_probabilit
         t, s = targets.t[i : i + 1], torch.tensor([PATH[min(place + 3, 12)]])
         arrived = ddim_update(targets.x_t[i : i + 1], targets.e_step[i : i + 1], t, s, SCHEDULE)
         torch.testing.assert_close(arrived[0], goal, rtol=1e-3, atol=1e-3)
+
+
+def test_rows_of_a_pair_are_drawn_together_and_share_their_time() -> None:
+    torch.manual_seed(0)
+    text, noise = torch.zeros(12, 77, 8), torch.randn(12, *SHAPE)
+    states, guided = run_teacher(bend, noise, text, text, 4, 3, "ddim", sd15_scheduler().config, 1)
+    filled = TrajectoryBank(9, 4, SCHEDULE, random.Random(0), torch.device("cpu"), 3, 0.5, group=2)
+    filled.add(states, guided, [f"p{i // 2}" for i in range(12)], [f"n{i % 2}" for i in range(12)])
+    assert [row.positive for row in filled.rows] == ["p2", "p2", "p3", "p3", "p4", "p4", "p5", "p5"]  # no half pair
+    rows = filled.pick(32)
+    assert len({row.positive for row in rows}) == 4
+    text = torch.zeros(32, 77, 8)
+    targets = filled.stage_batch(rows, bend, bend, text, text, 0.5, 3, need_guided=False)
+    for a, b in zip(rows[0::2], rows[1::2], strict=True):
+        assert (a.positive, a.negative, b.negative) == (b.positive, "n0", "n1")
+    assert torch.equal(targets.t[0::2], targets.t[1::2])
+    assert torch.equal(targets.replaced[0::2], targets.replaced[1::2])
+    assert len(set(targets.t.tolist())) > 4
+    assert targets.replaced.any()
+    assert not targets.replaced.all()
+
+
+@pytest.mark.parametrize("error", ["noise", "state"])
+def test_the_error_of_what_a_negative_changes_does_not_know_what_both_rows_share(error: str) -> None:
+    torch.manual_seed(0)
+    filled, text = bank(8), torch.zeros(8, 77, 8)
+    filled.group = 2
+    targets = filled.stage_batch(list(filled.rows), bend, bend, text, text, 0.0, 1, need_guided=True)
+    shared = torch.randn(4, *SHAPE).repeat_interleave(2, 0)
+    own = torch.zeros_like(targets.e_step)
+    own[0] = 2.0
+    config = SunTrainConfig(msc_error=error, negative_weight=3.0, cfg_weight=0.0)
+    plain = replace(config, negative_weight=0.0)
+    weights = state_weights(config, targets.t, SCHEDULE) if error == "state" else torch.ones(8)
+    for predicted, expected in ((targets.e_step + shared, 0.0), (targets.e_step + shared + own, 4 * weights[0] / 4)):
+        losses, without = (
+            weighted(c, lambda *_, e=predicted: e, targets, text, text, SCHEDULE) for c in (config, plain)
+        )
+        torch.testing.assert_close(losses["negative"], torch.as_tensor(expected), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(losses["total"], without["total"] + 3 * losses["negative"])
+
+
+def test_pairs_differ_in_the_negative_alone(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def add(self: TrajectoryBank, states: Tensor, guided: Tensor, *texts: Any) -> None:
+        seen.append((states, *texts))
+        original(self, states, guided, *texts)
+
+    original = TrajectoryBank.add
+    run = RunConfig(output=str(tmp_path / "run"), steps=4, batch_size=4, precision="fp32", lr=1e-3)
+    config = SunTrainConfig(
+        run=run, model=str(tiny_model), data=str(pictures), substeps=2, guidance_scale=3.0, trajectories=True,
+        guidance_range=(1.0, 8.0), resolution=64, negative_weight=2.0, picture_starts=0.5, target_reuse=1,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrajectoryBank, "add", add)
+        adapter = sun.SunAdapter.load(train_sun(config))
+    assert adapter.info.training["losses"]["negative"] > 0
+    negatives = []
+    for states, positives, these, w, begin in seen:
+        assert positives[0::2] == positives[1::2]
+        assert torch.equal(w[0::2], w[1::2])
+        assert torch.equal(states[0::2, begin], states[1::2, begin])
+        negatives += these
+    assert len(set(w.tolist())) == 2
+    assert "" in negatives[1::2]
 
 
 def test_a_roll_out_begins_where_the_trajectory_does() -> None:
@@ -309,6 +377,12 @@ def test_a_fixed_adapter_is_trained_on_to_take_the_guidance_scale(
         ({"trajectories": True, "pure_noise_at_start": True}, "only acts with trajectories = false"),
         ({"trajectories": True, "stage_length": 0.3}, "1 over a whole number"),
         ({"trajectories": True, "rollout_probability": 2.0}, "from 0 to 1"),
+        ({"picture_starts": 0.5}, "only acts with trajectories = true"),
+        ({"trajectories": True, "picture_starts": -0.5}, "from 0 to 1"),
+        ({"negative_weight": 2.0}, "only acts with trajectories = true"),
+        ({"trajectories": True, "negative_weight": -1.0}, "is 0 or above"),
+        ({"trajectories": True, "negative_weight": 1.0, "bank_size": 99}, "bank_size is even"),
+        ({"trajectories": True, "negative_weight": 1.0, "run": RunConfig(output="x", batch_size=3)}, "size is even"),
         ({"empty_captions": 7.0}, "from 0 to 1"),
         ({"max_negative_phrases": -1}, "at least 1"),
         ({"resolution": 500}, "multiple of 8"),
