@@ -101,8 +101,8 @@ class SunTrainConfig:
     teacher_solver: str = "dpmpp_2m"  # of trajectories: dpmpp_2m | ddim; Algorithm 1 steps with DDIM
     # Share of trajectories that begin at a noised picture of `data` under another's caption, as image to image does.
     picture_starts: float = 0.0
-    # Above 0, trajectories come in pairs of one noise and caption with two negatives, and the error of what the negative
-    # changes counts so much again.
+    # Above 0, trajectories come in pairs of one noise and caption with two negatives, and the error of what a negative
+    # changes is added to the loss, so many times.
     negative_weight: float = 0.0
     # Trajectories kept, in memory and in checkpoints (up to 3 MB each at 512 pixels); every `target_reuse`-th step adds
     # a batch of them.
