@@ -110,8 +110,8 @@ def weighted(
     total = total + config.msc_weight * errors.mean()
     found = {}
     if config.negative_weight:
-        changes = [part[0::2] - part[1::2] for part in (predicted, targets.e_step)]
-        changed = (weights[0::2] * row_errors(*changes, config.huber_c)).mean()
+        change, goal = (part[0::2] - part[1::2] for part in (predicted, targets.e_step))
+        changed = (weights[0::2] * row_errors(change, goal, config.huber_c)).mean()
         total = total + config.msc_weight * config.negative_weight * changed
         found["negative"] = changed.detach()
     with torch.no_grad():
