@@ -52,7 +52,8 @@ class Request:
 
 @dataclass
 class Result:
-    """images: PIL pictures without a grid. evaluations: rows the U-Net computed for each picture."""
+    """images: PIL pictures without a grid. evaluations: rows the U-Net computed for each picture. guidance: the CFG
+    scale that SUN stood in for; 0 without SUN, and where the adapter does not say."""
 
     images: list[Any] = field(default_factory=list)
     infotexts: list[str] = field(default_factory=list)
@@ -61,6 +62,7 @@ class Result:
     evaluations: float = 0.0
     seconds: float = 0.0
     comments: str = ""
+    guidance: float = 0.0
     interrupted: bool = False
 
 
@@ -96,8 +98,17 @@ def paint(request: Request) -> Result:
         evaluations=counter.rows / max(request.batch_size, 1),
         seconds=counter.seconds,
         comments=processed.comments,
+        guidance=guidance_of(p),
         interrupted=bool(shared.state.interrupted),
     )
+
+
+def guidance_of(p: Any) -> float:
+    """The CFG scale that SUN stood in for in the run of a processing object; 0: none, or one that nobody knows."""
+    run = getattr(p, "sun_run", None)
+    if run is None or run.adapter is None:
+        return 0.0
+    return float(run.settings.guidance or run.adapter.info.guidance_scale or 0.0)
 
 
 def build(request: Request) -> Any:

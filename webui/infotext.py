@@ -56,8 +56,6 @@ WRITTEN_BY_ACCELERATORS = (
     SHARE,
     ORDER,
 )
-PASTED = (ADAPTER, STRENGTH, GUIDANCE, NEGATIVE, PRESET, TAU, INHERIT, SWITCH)
-
 Params = dict[str, Any]
 
 
@@ -194,3 +192,16 @@ READERS: dict[str, Callable[[Params], Any]] = {
     "tail": _of_preset(lambda params: int(params.get(TAIL, -1))),
 }
 """A reader for each control of the accordion, by its name."""
+
+
+class Field(str):
+    """What the host is told of a control: as a function it reads the control's value out of an infotext, as a text it
+    is the name by which "Send to img2img" and its like choose what they carry over."""
+
+    def __call__(self, params: Params) -> Any:
+        return READERS[self.removeprefix("SUN ")](params)
+
+
+def field(name: str) -> Field:
+    """That of the control ``name``."""
+    return Field(f"SUN {name}")

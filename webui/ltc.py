@@ -107,7 +107,8 @@ def open_run(
 
 
 def tell(p: Any, run: SamplerRun | SkipRun) -> None:
-    """What a run did: in the log, in the infotext, and under the picture where something kept it from skipping."""
+    """What a run did: in the log, in the infotext, and under the picture where something kept it from skipping as
+    much as its preset says."""
     published = run.run if isinstance(run, SamplerRun) else None
     measured = published is not None and published.measure is not None
     infotext.write_measured(p, measured)
@@ -119,7 +120,7 @@ def tell(p: Any, run: SamplerRun | SkipRun) -> None:
     infotext.write_counts(p, run.counts.with_reason)
     if run.counts.guarded:
         infotext.write_batch(p)
-    if run.counts.why or run.counts.calls == run.counts.steps:
+    if run.counts.why or run.counts.guarded or run.counts.calls == run.counts.steps:
         p.comment(run.counts.sentence)
 
 

@@ -185,9 +185,10 @@ class TrainedTimesteps:
         self.wanted = denoise_timesteps(asked, p.denoising_strength, denoise_mode(p), 1000)
         try:
             if not self.wanted:
+                least = f"{math.ceil(100 / asked) / 100:g} or more, or more steps"
                 p.comment(
                     f"SUN: denoising strength {p.denoising_strength:g} leaves none of {asked} steps to run, so the "
-                    f"picture comes back as it was. Use {math.ceil(100 / asked) / 100:g} or more, or more steps."
+                    f"picture comes back as it was. Use {least if denoise_mode(p) == 'trained' else 'more than 0'}."
                 )
                 return x
             # Asked for exactly this many steps, the host runs the last of its schedule.

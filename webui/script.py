@@ -48,8 +48,8 @@ class SunScript(scripts.Script):
 
     def ui(self, is_img2img: bool) -> list[Any]:
         made = controls.create(self.elem_id)
-        self.infotext_fields = [(c, infotext.READERS[name]) for c, name in zip(made, CONTROLS, strict=True)]
-        self.paste_field_names = list(infotext.PASTED)
+        self.infotext_fields = [(c, infotext.field(name)) for c, name in zip(made, CONTROLS, strict=True)]
+        self.paste_field_names = [str(name) for _, name in self.infotext_fields]
         return made
 
     def before_process(self, p: Any, *args: Any) -> None:

@@ -42,7 +42,7 @@ def register() -> None:
     add(
         "sun_compare_cfg",
         7.0,
-        "Compare: its CFG scale",
+        "Compare: its CFG scale, where the adapter says none",
         gr.Slider,
         {"minimum": 1, "maximum": 20, "step": 0.5},
     )

@@ -38,7 +38,8 @@ def _create() -> None:
             prompt, negative = _prompt("sun_prompt", "Prompt", 3), _prompt("sun_negative", "Negative prompt", 2)
         with gr.Column(scale=2, min_width=180):
             paint_button = gr.Button("Generate", variant="primary", elem_id="sun_generate")
-            compare_button = gr.Button("Compare with 25 steps", elem_id="sun_compare")
+            steps = int(getattr(shared.opts, "sun_compare_steps", 25))
+            compare_button = gr.Button(f"Compare with {steps} steps", elem_id="sun_compare")
             interrupt = gr.Button("Interrupt", elem_id="sun_interrupt")
     with gr.Row():
         with gr.Column():
@@ -111,7 +112,7 @@ def _controls() -> list[Any]:
     with gr.Row():
         batch = gr.Slider(1, 8, value=1, step=1, label="Batch size", elem_id="sun_batch")
         seed = gr.Number(-1, label="Seed", precision=0, elem_id="sun_seed")
-        steps = gr.Slider(1, 12, value=4, step=1, label="Steps", elem_id="sun_steps")
+        steps = gr.Slider(*choices.STEPS, value=4, step=1, label="Steps", elem_id="sun_steps")
     with gr.Row():
         strength = gr.Slider(*choices.STRENGTH, value=1.0, step=0.05, label="SUN strength", elem_id="sun_strength")
         guidance = gr.Slider(*choices.GUIDANCE, value=0, step=0.1, label=GUIDANCE_LABEL, elem_id="sun_guidance")
@@ -225,23 +226,24 @@ def compare(_task: str, *values: Any) -> Outputs:
         with_sun = generate.paint(request)
         results = [("SUN", with_sun)]
         if not with_sun.interrupted:
-            other = reference(request, with_sun.seed)
+            other = reference(request, with_sun)
             results.append((f"{other.sampler}, {other.steps} steps, CFG {other.cfg:g}", generate.paint(other)))
         return results
 
     return outputs_of(generate.on_main_thread(both))
 
 
-def reference(request: generate.Request, seed: int) -> generate.Request:
-    """The same picture without SUN, by the settings page; its CFG scale is SUN's where SUN was asked for one."""
+def reference(request: generate.Request, with_sun: generate.Result) -> generate.Request:
+    """The same picture without SUN, by the settings page; its CFG scale is the one that SUN stood in for, where its
+    adapter says one."""
     options = shared.opts
     return replace(
         request,
         settings=None,
-        seed=seed,
+        seed=with_sun.seed,
         sampler=getattr(options, "sun_compare_sampler", "DPM++ 2M"),
         steps=int(getattr(options, "sun_compare_steps", 25)),
-        cfg=(request.settings.guidance if request.settings else 0.0) or float(getattr(options, "sun_compare_cfg", 7.0)),
+        cfg=with_sun.guidance or float(getattr(options, "sun_compare_cfg", 7.0)),
     )
 
 

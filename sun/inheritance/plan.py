@@ -114,8 +114,8 @@ def parse_plan(text: str) -> Plan:
         name, equals, value = word.partition("=")
         if name not in known or not equals:
             raise InheritanceError(
-                f"{word!r} is no part of a plan. Write a preset ({', '.join(PRESETS)}) or settings such as "
-                f"stages=1 every=2; there are: {', '.join(known)}."
+                f"{word!r} is no part of a plan of feature inheritance. Write a preset ({', '.join(PRESETS)}) or "
+                f"settings such as stages=1 every=2; there are: {', '.join(known)}."
             )
         given[name] = _value(name, value)
     if base is not None:
@@ -139,7 +139,7 @@ def _value(name: str, value: str) -> object:
             return float(value)
         return value if name == "mode" else int(value)
     except ValueError:
-        raise InheritanceError(f"{name}={value}: {name} takes numbers.") from None
+        raise InheritanceError(f"the plan of feature inheritance has {name}={value}; {name} takes numbers.") from None
 
 
 def check_names(wanted: Sequence[str], there: Collection[str], what: str) -> None:

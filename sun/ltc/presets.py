@@ -88,11 +88,12 @@ def preset(name: str, **overrides: Any) -> SkipSettings:
 
 
 def gives(name: str) -> str:
-    """What a preset gives: ``13 of 20`` calls, for some numbers of steps."""
+    """What a preset gives where no picture turns: ``13 of 20`` calls, for some numbers of steps."""
     return ", ".join(f"{PRESETS[name].calls(steps)} of {steps}" for steps in SHOWN_STEPS)
 
 
 def tooltip() -> str:
     """What all presets give, in a few lines."""
     lines = [f"{name} calls the model in {gives(name)} steps." for name in PRESETS]
-    return " ".join([*lines, "paper: the published method, whose first run measures itself at full cost."])
+    more = "Where a picture turns, a step that was to be skipped runs after all."
+    return " ".join([*lines, more, "paper: the published method, whose first run measures itself at full cost."])

@@ -10,6 +10,7 @@ import logging
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -78,8 +79,7 @@ class SkipRun:
         if not self.why and not all(here > there for here, there in pairwise(self.levels)):
             self.why = "its noise levels do not fall from step to step"
         if not self.skipped and not self.why:
-            few = f"{len(self.levels)} steps are" if len(self.levels) > 1 else "one step is"
-            self.why = f"{few} too few to skip one of"
+            self.why = nothing_to_skip(settings, len(self.levels))
         self.keep(crowded)
 
     def __deepcopy__(self, _memo: object) -> SkipRun:
@@ -227,3 +227,11 @@ class _FreshNoise:
         else:
             self._answers = []
         self._x, self._answers = flat, [answer, *self._answers][:4]
+
+
+def nothing_to_skip(settings: SkipSettings, steps: int) -> str:
+    """Why ``settings`` skip none of ``steps``: too few of them, or a share at the start and a tail that leave none."""
+    usual = replace(settings, first=SkipSettings.first, last=SkipSettings.last)
+    if steps > 1 and usual.skipped(steps):
+        return f"the first {settings.first:.0%} and the last {settings.last} always run: of {steps} steps all"
+    return f"{f'{steps} steps are' if steps > 1 else 'one step is'} too few to skip one of"

@@ -340,6 +340,21 @@ def test_a_batch_of_another_size_runs() -> None:
     assert 10 in asked
 
 
+@pytest.mark.parametrize(
+    ("steps", "changes", "why"),
+    [
+        (4, {}, "4 steps are too few to skip one of"),
+        (4, {"last": 30}, "4 steps are too few to skip one of"),
+        (20, {"last": 30}, "the first 25% and the last 30 always run: of 20 steps all"),
+        (20, {"first": 1.0}, "the first 100% and the last 2 always run: of 20 steps all"),
+        (20, {}, ""),
+    ],
+)
+def test_where_nothing_is_skipped_the_reason_is_the_one_there_is(steps: int, changes: dict[str, Any], why: str) -> None:
+    levels = [float(level) for level in range(steps, -1, -1)]
+    assert SkipRun(levels, SkipSettings(**changes)).why == why
+
+
 def test_the_guard_runs_the_step_after_a_turn_of_any_picture_and_after_what_is_no_number() -> None:
     """A turn is more than the calls before were off, in the steps between two calls."""
 

@@ -393,7 +393,11 @@ def test_tiny_denoise_gives_the_picture_back_and_says_so(family: Any) -> None:
         result = family.run(SUN, image=start, prompt="a cat", seed=3, denoising_strength=0.1)
     assert log.rows == []
     assert torch.equal(result.images, start)
-    assert "0.25" in result.comments
+    assert "Use 0.25 or more, or more steps" in result.comments
+    every = {**SUN, "denoise_mode": "respaced"}
+    result = family.run(every, image=start, prompt="a cat", seed=3, denoising_strength=0.0)
+    assert torch.equal(result.images, start)
+    assert "Use more than 0." in result.comments
 
 
 def test_inpainting_keeps_the_kept_part(family: Any) -> None:

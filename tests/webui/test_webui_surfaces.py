@@ -202,6 +202,40 @@ def test_compare_shows_both_with_their_calls(family: Any, host: Any, tab: Any) -
     assert "SUN" not in json.loads(infotexts)[1]
 
 
+@pytest.mark.parametrize(
+    ("adapter", "asked", "scale"),
+    [(ADAPTER, 0.0, 7), ("any-guidance.safetensors", 0.0, 4), ("any-guidance.safetensors", 2.5, 2.5)],
+)
+def test_compare_takes_the_scale_that_sun_stood_in_for(
+    host: Any, tab: Any, adapter: str, asked: float, scale: float
+) -> None:
+    """The setting's 7 where the adapter does not say one."""
+    host.modules("script_callbacks").call("ui_settings")
+    images, *_ = press(tab, "compare", **small(adapter=adapter, guidance=asked))
+    assert [caption for _, caption in images] == ["SUN", f"DPM++ 2M, 25 steps, CFG {scale:g}"]
+
+
+def test_compare_says_how_many_steps_it_takes(host: Any) -> None:
+    opts = host.modules("shared").opts
+    gradio = host.stub("gradio")
+    for steps in (30, 25):
+        opts.data["sun_compare_steps"] = steps
+        del gradio.CREATED[:]
+        host.part("tab").create_tabs()
+        (button,) = [made for made in gradio.CREATED if made.elem_id == "sun_compare"]
+        assert button.value == f"Compare with {steps} steps"
+
+
+def test_everything_of_the_accordion_is_sent_to_the_other_tabs(host: Any) -> None:
+    """By "Send to img2img" below a gallery: the host chooses by `name in paste_field_names`."""
+    for script in sun_scripts(host):
+        sent = [control for control, name in script.infotext_fields if name in script.paste_field_names]
+        assert len(sent) == len(host.part("script").CONTROLS)
+        assert all(isinstance(name, str) and callable(name) for _, name in script.infotext_fields)
+        assert len(set(script.paste_field_names)) == len(sent)
+        assert "Prompt" not in script.paste_field_names
+
+
 def test_errors_of_the_tab_are_shown(family: Any, tab: Any) -> None:
     *_, error = press(tab, "generate", **small(adapter="gone.safetensors"))
     assert "gone.safetensors" in error
