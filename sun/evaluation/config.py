@@ -10,7 +10,7 @@ from typing import Any
 from ..common.settings import ConfigError, apply
 from ..common.worlds import EMOJI
 
-PARTS = ("distances", "negatives", "time", "edits", "agreement", "equal_time")
+PARTS = ("distances", "negatives", "time", "edits", "agreement", "equal_time", "guidance")
 
 
 @dataclass

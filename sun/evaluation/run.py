@@ -21,6 +21,7 @@ from .distances import Distances
 from .edits import Edits
 from .equal_time import EqualTime
 from .features import load_features
+from .guidance import Guidance
 from .loading import device_of, load_sampler
 from .measured import ModelEvaluation
 from .names import REFERENCE, parse_methods
@@ -107,6 +108,8 @@ def figures_of(evaluation: ModelEvaluation, style: str = "") -> dict[str, Any]:
         more["equal_time"] = EqualTime(evaluation, judge).figures()
     if "negatives" in measured:
         more["negative_prompt"] = Negatives(evaluation).figures()
+    if "guidance" in measured:
+        more["guidance"] = Guidance(evaluation).figures()
     if "edits" in measured:
         more["edits"] = Edits(evaluation).figures()
     return {

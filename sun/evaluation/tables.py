@@ -47,6 +47,7 @@ EQUAL_TIME = {
     "calls_median_ratio": ("median", ".2f"),
     "calls_feature_ratio": ("features", ".2f"),
 }
+GUIDANCE_PARTS = ("cosine", "relative_size", "explained")
 KID_PICTURES = 256  # of fewer the KID is noise: it is in figures.json alone
 NEGATIVE_COLUMNS = {
     "cosine": ("cosine", ".3f", "most"),
@@ -155,6 +156,8 @@ def _model(name: str, model: dict[str, Any]) -> str:
         )
     if ceiling := model.get("negative_prompt", {}).get("ceiling"):
         parts.append("The reference against itself (ceiling):\n\n" + _figures(ceiling, NEGATIVE_COLUMNS))
+    if found := model.get("guidance", {}).get("methods"):
+        parts.append(guidance_table(model["guidance"]["timesteps"], found))
     for name, found in model.get("edits", {}).items():
         parts.append(
             f"Editing, {name}: distance to the reference's edit of the same picture.\n\n" + _figures(found, COLUMNS)
@@ -164,6 +167,22 @@ def _model(name: str, model: dict[str, Any]) -> str:
         machine = ", ".join(f"{k} {v}" for k, v in model["machine"].items())
         parts.append(f"One step ({machine}):\n\n" + number_table(["method", "s / picture", "of a plain call"], calls))
     return "\n\n".join(parts)
+
+
+def guidance_table(timesteps: list[int], methods: dict[str, dict[str, list[Any]]]) -> str:
+    """Markdown of what ``guidance`` measured of one model."""
+    text = (
+        "What a method adds to the prediction of the prompt beside what guidance adds, at the same states: cosine, "
+        "size in parts of guidance's, and the share of guidance's change (squared) that it makes."
+    )
+    body = [
+        [
+            name,
+            *(" / ".join(f"{v:.2f}" for v in found) for found in zip(*(row[p] for p in GUIDANCE_PARTS), strict=True)),
+        ]
+        for name, row in methods.items()
+    ]
+    return f"{text}\n\n" + number_table(["method", *(f"t = {t}" for t in timesteps)], body)
 
 
 def equal_time_tables(model: dict[str, Any]) -> list[str]:
