@@ -20,6 +20,7 @@ from .names import REFERENCE, MethodCall, parse_method
 
 STAGES, SUBSTEPS = 4, 6
 PARTS = ("method", "guidance", "product")
+PATH = ("states", "plain", "guided")
 
 
 class Guidance:
@@ -54,51 +55,53 @@ class Guidance:
 
     def _measured(self, call: MethodCall) -> Tensors:
         """Squared norms [N, 4] of the two changes, and their scalar product."""
-        evaluation = self.of
-        drawn = evaluation.all_prompts()
+        evaluation, sampler = self.of, self.of.sampler
+        drawn, path = evaluation.all_prompts(), self._path()
 
+        @torch.no_grad()
         def compute(rows: slice) -> Tensors:
-            noise = evaluation.sampler.noise(rows.stop - rows.start, drawn.seed + rows.start)
-            with evaluation.sampler.autocast(evaluation.config.precision):
-                return self._compared(call, drawn.positives[rows], drawn.negatives[rows], noise)
+            texts = sampler.encode_both(drawn.positives[rows], drawn.negatives[rows])
+            states, plain, guided = (path[part][rows].to(sampler.device) for part in PATH)
+            made = []
+            with sampler.autocast(evaluation.config.precision), prepare(sampler.assets, call) as ready:
+                for t, x in zip(self._times(), states.unbind(1), strict=True):
+                    at = torch.tensor(t, device=x.device)
+                    made.append(ready.predict(x.to(ready.unet.dtype), at, *texts).float())
+            change, wanted = (noise.flatten(2) - plain.flatten(2) for noise in (torch.stack(made, 1), guided))
+            products = (change.square(), wanted.square(), change * wanted)
+            return {part: product.sum(2) for part, product in zip(PARTS, products, strict=True)}
 
-        key = {"guidance": STAGES * SUBSTEPS, "sample": evaluation.sample_key(call, drawn), "w": evaluation.sampler.w}
+        key = {"guidance": STAGES * SUBSTEPS, "sample": evaluation.sample_key(call, drawn), "w": sampler.w}
         label = f"{evaluation.name} {call} guidance"
         return evaluation.store.get(label, key, len(drawn), evaluation.config.batch_size, compute)
 
-    @torch.no_grad()
-    def _compared(self, call: MethodCall, positives: list[str], negatives: list[str], noise: Tensor) -> Tensors:
-        sampler = self.of.sampler
-        texts = sampler.encode_both(positives, negatives)
-        states, plain, guided = self._path(noise, texts)
-        columns: dict[str, list[Tensor]] = {part: [] for part in PARTS}
-        with prepare(sampler.assets, call) as ready:
-            for t, x, own, goal in zip(self._times(), states, plain, guided, strict=True):
-                at = torch.tensor(t, device=x.device)
-                made = (ready.predict(x.to(ready.unet.dtype), at, *texts).float() - own).flatten(1)
-                wanted = (goal - own).flatten(1)
-                columns["method"].append(made.square().sum(1))
-                columns["guidance"].append(wanted.square().sum(1))
-                columns["product"].append((made * wanted).sum(1))
-        return {part: torch.stack(values, 1) for part, values in columns.items()}
+    def _path(self) -> Tensors:
+        """[N, 4, 4, h, w] each: ``states`` at the beginning of the stages of the reference, and what the model says of
+        them, ``plain`` and ``guided``."""
+        evaluation, sampler = self.of, self.of.sampler
+        drawn = evaluation.all_prompts()
 
-    def _path(self, noise: Tensor, texts: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """States at the beginning of each stage of the reference, and what the model says of them without and with
-        guidance."""
-        sampler, scheduler = self.of.sampler, self._scheduler()
-        states, plain, guided = [], [], []
-        x = noise.float() * scheduler.init_noise_sigma
-        for i, t in enumerate(scheduler.timesteps):
-            both = torch.cat([scheduler.scale_model_input(x, t)] * 2).to(sampler.unet.dtype)
-            predicted = sampler.unet(both, t, torch.cat(texts)).sample.float()
-            positive, negative = predicted.chunk(2)
-            goal = negative + sampler.w * (positive - negative)
-            if i % SUBSTEPS == 0:
-                states.append(x)
-                plain.append(positive)
-                guided.append(goal)
-            x = scheduler.step(goal, t, x, return_dict=False)[0]
-        return states, plain, guided
+        @torch.no_grad()
+        def compute(rows: slice) -> Tensors:
+            noise = sampler.noise(rows.stop - rows.start, drawn.seed + rows.start)
+            texts = torch.cat(sampler.encode_both(drawn.positives[rows], drawn.negatives[rows]))
+            scheduler = self._scheduler()
+            kept: dict[str, list[Tensor]] = {part: [] for part in PATH}
+            x = noise.float() * scheduler.init_noise_sigma
+            with sampler.autocast(evaluation.config.precision):
+                for i, t in enumerate(scheduler.timesteps):
+                    both = torch.cat([scheduler.scale_model_input(x, t)] * 2).to(sampler.unet.dtype)
+                    positive, negative = sampler.unet(both, t, texts).sample.float().chunk(2)
+                    goal = negative + sampler.w * (positive - negative)
+                    if i % SUBSTEPS == 0:
+                        for part, value in zip(PATH, (x, positive, goal), strict=True):
+                            kept[part].append(value)
+                    x = scheduler.step(goal, t, x, return_dict=False)[0]
+            return {part: torch.stack(values, 1) for part, values in kept.items()}
+
+        key = {"guidance path": STAGES * SUBSTEPS, "sample": evaluation.sample_key(REFERENCE, drawn)}
+        label = f"{evaluation.name} guidance path"
+        return evaluation.store.get(label, key, len(drawn), evaluation.config.batch_size, compute)
 
 
 def summary(parts: Tensors) -> dict[str, list[Any]]:
