@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ..shipped import adapter_file
 from .app import app
 from .options import Dtype, Json, Layout, check_target
 from .show import out, write_json
@@ -17,14 +18,14 @@ from .show import out, write_json
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="Adapter, or any model file.")],
+    file: Annotated[Path, typer.Argument(help="Adapter, or any model file; emoji for the shipped adapter.")],
     layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Show alpha and beta of each layer.")] = True,
     figures: Json = None,
 ) -> None:
     """Tell what a file is; of a SUN adapter its base, branches, guidance scale, size and learned scales."""
     from ..facts import describe
 
-    report = describe(file)
+    report = describe(adapter_file(file))
     for key, value in report.items():
         if key != "layers" and value not in ("", None, {}):
             out.print(f"[bold]{key.replace('_', ' ')}[/bold]: {escape(_plain(value))}", soft_wrap=True)
@@ -50,12 +51,12 @@ sun convert sun_adapter_sdv15_4step_addpos.safetensors adapter.safetensors
 
 sun convert adapter.safetensors for-the-authors-code.safetensors --layout official --dtype float16
 
-sun convert guided.safetensors fixed-at-6.safetensors --guidance 6
+sun convert emoji fixed-at-2.safetensors --guidance 2
 
 sun convert adapter.safetensors weaker.safetensors --strength 0.75"""
 )
 def convert(
-    source: Annotated[Path, typer.Argument(help="Adapter file of either layout.")],
+    source: Annotated[Path, typer.Argument(help="Adapter file of either layout; emoji for the shipped one.")],
     target: Annotated[Path, typer.Argument(help="File to write.")],
     layout: Annotated[Layout, typer.Option(help="sun: readable names; official: the authors' names.")] = Layout.sun,
     dtype: Annotated[Dtype, typer.Option(help="Number format; auto keeps the file's.")] = Dtype.auto,
@@ -76,7 +77,7 @@ def convert(
     if target.suffix.lower() != ".safetensors":
         raise typer.BadParameter(f"{target} should end in .safetensors")
     check_target(target, "TARGET")
-    adapter = SunAdapter.load(source)
+    adapter = SunAdapter.load(adapter_file(source))
     if guidance is not None:
         if not adapter.guided:
             raise typer.BadParameter(f"{source} has its guidance scale fixed already; leave out --guidance")

@@ -46,7 +46,7 @@ from ..pipelines.text import encode_prompts, read_as_words
 from ..pipelines.weighted import encode_weighted
 from ..runtimes.contents import is_exported
 from ..schedule import denoise_timesteps, respaced_steps, trailing_timesteps
-from ..shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_LORA, EMOJI_SUN, SHIPPED, guidance_of
+from ..shipped import EMOJI_CONTROLNET, EMOJI_DIFFUSION, EMOJI_LORA, EMOJI_SUN, SHIPPED, adapter_file, guidance_of
 from ..switching import SwitchingError
 from ..switching.pipelines import attach as attach_switching
 from ..switching.pipelines import detach as detach_switching
@@ -162,7 +162,7 @@ def load_adapter(name: str) -> SunAdapter:
     """The adapter file ``name``, or the shipped one for ``emoji``. Raises SunFileError or RecipeError."""
     if name == SHIPPED and not EMOJI_SUN.is_file():
         raise RecipeError("this installation has no shipped adapter. Give --adapter FILE, or install SUN again.")
-    return SunAdapter.load(EMOJI_SUN if name == SHIPPED else name)
+    return SunAdapter.load(adapter_file(name))
 
 
 def _load_controlnet(name: str, unet: Any, dtype: torch.dtype) -> Any:

@@ -24,7 +24,7 @@ from ..pipelines.lora import apply_lora
 from ..pipelines.schedulers import make_scheduler
 from ..pipelines.text import encode_prompts
 from ..schedule import trailing_timesteps
-from ..shipped import EMOJI_CONTROLNET, EMOJI_SUN, SHIPPED, guidance_of
+from ..shipped import EMOJI_CONTROLNET, SHIPPED, adapter_file, guidance_of
 from . import engines
 from .contents import Contents, ExportError, is_exported, write_contents
 from .graphs import (
@@ -99,7 +99,7 @@ def _load(settings: ExportSettings) -> _Parts:
     pipe = load_pipeline(settings.model, torch.float32, settings.config)
     adapter = None
     if settings.adapter != "none":
-        adapter = SunAdapter.load(EMOJI_SUN if settings.adapter == SHIPPED else settings.adapter)
+        adapter = SunAdapter.load(adapter_file(settings.adapter))
     controlnet = None  # before the LoRAs: a Control-LoRA takes the U-Net's encoder as it is in the file
     if settings.controlnet:
         path = EMOJI_CONTROLNET if settings.controlnet == SHIPPED else settings.controlnet

@@ -20,6 +20,11 @@ EMOJI_COMPACT = MODELS_DIR / "emoji-compact"
 SINGLE_FILE_CONFIG = MODELS_DIR / "stable-diffusion-v1"
 
 
+def adapter_file(name: str | Path) -> Path:
+    """The file that is meant where an adapter is asked for: the shipped one by its name, else ``name`` itself."""
+    return EMOJI_SUN if str(name) == SHIPPED else Path(name)
+
+
 def guidance_of(model: str) -> float:
     """The guidance scale to draw with where nobody names one: the shipped model's own, else Stable Diffusion's."""
     return EMOJI_GUIDANCE if model == SHIPPED else USUAL_GUIDANCE

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..adapter import SunAdapter
 from ..common.settings import ConfigError, without_folders
 from ..files import SunInfo
-from ..shipped import EMOJI_SUN, SHIPPED
+from ..shipped import adapter_file
 from ..surgery import from_unet, recentre, widen
 from .algorithm import guided_noise
 from .card import name_of, progress_of
@@ -65,7 +65,7 @@ def make_adapter(config: SunTrainConfig, unet: Any) -> SunAdapter:
 
 
 def _earlier_adapter(config: SunTrainConfig, guided: bool) -> SunAdapter:
-    path = EMOJI_SUN if config.init_adapter == SHIPPED else config.init_adapter
+    path = adapter_file(config.init_adapter)
     adapter = SunAdapter.load(path, dtype=torch.float32)
     if adapter.guided and not guided:
         raise ConfigError("init_adapter takes the guidance scale: set guidance_range.")

@@ -147,6 +147,10 @@ def test_convert_fixes_the_guidance_scale_of_an_adapter_that_takes_any(
     assert (fixed.guided, fixed.info.guidance_scale) == (False, 6.0)
     refused = sun("convert", adapter_file, tmp_path / "seven.safetensors", "--guidance", "7", code=2)
     assert "fixed already" in refused.output
+    shipped = sun("convert", "emoji", tmp_path / "shipped-at-2.safetensors", "--guidance", "2")
+    assert "shipped-at-2" in shipped.output
+    assert "guidance scale: 2" in sun("inspect", tmp_path / "shipped-at-2.safetensors").output
+    assert "guidance scale: 1.5" in sun("inspect", "emoji").output
     sun("convert", adapter_file, tmp_path / "weaker.safetensors", "--strength", "0.5")
     factors = [
         {name: p for name, p in SunAdapter.load(file).named_parameters() if "alpha" in name}
