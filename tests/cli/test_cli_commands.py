@@ -429,6 +429,7 @@ def test_demo_writes_pictures_and_prints_where(
 
     monkeypatch.setattr(engine, "EMOJI_DIFFUSION", model_folder)
     monkeypatch.setattr(loading, "EMOJI_DIFFUSION", model_folder)
+    monkeypatch.setattr("sun.shipped.EMOJI_SUN", adapter_file)
     monkeypatch.setattr(engine, "EMOJI_SUN", adapter_file)
     result = sun("demo", "--out", tmp_path / "demo", "--json", tmp_path / "d.json")
     assert "4 U-Net calls instead of 50" in result.output

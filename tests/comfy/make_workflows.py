@@ -114,7 +114,7 @@ def image_to_image(g: EmojiGraph) -> None:
         "# Image to image\n\nThe first group draws a picture, the second paints over it. `denoise` of the second sampler "
         "is how much is made anew: at 0.75 SUN runs the last 3 of its 4 steps, at 0.5 the last 2, at 0.25 one.\n\nTo "
         "start from a picture of yours, delete the first group and connect **Load Image** to VAE Encode; 128 x 128 "
-        "pixels suit this model."
+        "pixels suit this model. Pale pictures want more **guidance** in Apply SUN to Model: 2 is good here."
     )
     image, negative = g.first_picture(loader, applied, "large panda, pink background")
     with g.group("Painted over"):

@@ -186,7 +186,7 @@ def test_settings_of_models_and_steps(config: EvaluateConfig) -> None:
         model_specs(config)
 
 
-@pytest.mark.parametrize("name", ["emoji", "time", "sd15", "ablations", "guidance", "further"])
+@pytest.mark.parametrize("name", ["emoji", "time", "sd15", "ablations", "guidance", "pictures"])
 def test_the_configurations_in_the_repository_can_be_read(name: str) -> None:
     file = Path(__file__).parents[2] / "configs" / f"evaluate-{name}.toml"
     config = apply(EvaluateConfig(), read_config(file))
