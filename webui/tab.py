@@ -38,8 +38,7 @@ def _create() -> None:
             prompt, negative = _prompt("sun_prompt", "Prompt", 3), _prompt("sun_negative", "Negative prompt", 2)
         with gr.Column(scale=2, min_width=180):
             paint_button = gr.Button("Generate", variant="primary", elem_id="sun_generate")
-            steps = int(getattr(shared.opts, "sun_compare_steps", 25))
-            compare_button = gr.Button(f"Compare with {steps} steps", elem_id="sun_compare")
+            compare_button = gr.Button(f"Compare with {compare_steps()} steps", elem_id="sun_compare")
             interrupt = gr.Button("Interrupt", elem_id="sun_interrupt")
     with gr.Row():
         with gr.Column():
@@ -233,6 +232,11 @@ def compare(_task: str, *values: Any) -> Outputs:
     return outputs_of(generate.on_main_thread(both))
 
 
+def compare_steps() -> int:
+    """How many the other picture of Compare takes, by the settings page."""
+    return int(getattr(shared.opts, "sun_compare_steps", 25))
+
+
 def reference(request: generate.Request, with_sun: generate.Result) -> generate.Request:
     """The same picture without SUN, by the settings page; its CFG scale is the one that SUN stood in for, where its
     adapter says one."""
@@ -242,7 +246,7 @@ def reference(request: generate.Request, with_sun: generate.Result) -> generate.
         settings=None,
         seed=with_sun.seed,
         sampler=getattr(options, "sun_compare_sampler", "DPM++ 2M"),
-        steps=int(getattr(options, "sun_compare_steps", 25)),
+        steps=compare_steps(),
         cfg=with_sun.guidance or float(getattr(options, "sun_compare_cfg", 7.0)),
     )
 

@@ -12,7 +12,7 @@ from ..common.worlds import EMOJI
 from ..pictures.recipe import split_lora
 from ..pipelines.loading import load_pipeline, load_unet, require_text_to_image
 from ..pipelines.lora import apply_lora
-from ..shipped import EMOJI_SUN, SINGLE_FILE_CONFIG, guidance_of
+from ..shipped import SINGLE_FILE_CONFIG, adapter_file, guidance_of
 from ..surgery import from_unet
 from .cells import processes
 from .config import EvaluateConfig, ModelSpec
@@ -103,7 +103,7 @@ def _load_adapter(name: str, unet: Any, optional: bool = False) -> SunAdapter | 
     device = next(unet.parameters()).device
     if name == "init":
         return from_unet(unet).eval().requires_grad_(False)
-    adapter = SunAdapter.load(name if name not in ("", EMOJI) else EMOJI_SUN, dtype=torch.float32).to(device)
+    adapter = SunAdapter.load(adapter_file(name or EMOJI), dtype=torch.float32).to(device)
     if not name and optional:
         from ..layers import layers_of_unet
 

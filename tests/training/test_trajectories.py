@@ -30,6 +30,7 @@ from sun.training.variants import variant_configs
 
 SCHEDULE = NoiseSchedule(sd15_scheduler().alphas_cumprod)
 SHAPE = (4, 2, 2)
+PATH = [999, 916, 832, 749, 666, 582, 499, 416, 332, 249, 166, 82, -1]
 
 
 def bend(x: Tensor, t: Tensor, *_: object) -> Tensor:
@@ -53,8 +54,7 @@ def test_states_lie_on_the_teachers_path() -> None:
     row = bank().rows[0]
     assert row.states.shape == (5, *SHAPE)
     x = row.states[0][None]
-    path = [999, 916, 832, 749, 666, 582, 499, 416, 332, 249, 166, 82, -1]
-    for i, (now, then) in enumerate(pairwise(path)):
+    for i, (now, then) in enumerate(pairwise(PATH)):
         now, then = torch.tensor([now]), torch.tensor([then])
         if i % 3 == 0:
             torch.testing.assert_close(row.states[i // 3], x[0], rtol=1e-4, atol=1e-4)
@@ -91,17 +91,16 @@ def test_between_the_stages_a_target_is_the_state_one_stage_later(replace: float
     filled = bank(48, span=3, start_probability=0.25)
     rows, text = list(filled.rows), torch.zeros(48, 77, 8)
     assert rows[0].states.shape == (13, *SHAPE)
-    path = [999, 916, 832, 749, 666, 582, 499, 416, 332, 249, 166, 82, -1]
-    assert filled.times.tolist() == path
+    assert filled.times.tolist() == PATH
 
     def student(x: Tensor, t: Tensor, *_: object) -> Tensor:
         return 0.9 * bend(x, t)
 
     targets = filled.stage_batch(rows, student, bend, text, text, replace, depth, need_guided=True)
-    places = [path.index(t) for t in targets.t.tolist()]
+    places = [PATH.index(t) for t in targets.t.tolist()]
     assert len(set(places)) > 8
     assert sum(k % 3 == 0 for k in places) > len(places) / 3
-    ends = torch.tensor([path[min(k + 3, 12)] for k in places])
+    ends = torch.tensor([PATH[min(k + 3, 12)] for k in places])
     arrived = ddim_update(targets.x_t, targets.e_step, targets.t, ends, SCHEDULE)
     goal = torch.stack([r.states[min(k + 3, 12)] for r, k in zip(rows, places, strict=True)])
     torch.testing.assert_close(arrived, goal, rtol=1e-3, atol=1e-3)
@@ -110,9 +109,6 @@ def test_between_the_stages_a_target_is_the_state_one_stage_later(replace: float
     for i, (row, place) in enumerate(zip(rows, places, strict=True)):
         if not targets.replaced[i]:
             torch.testing.assert_close(targets.x_t[i], row.states[place])
-
-
-PATH = [999, 916, 832, 749, 666, 582, 499, 416, 332, 249, 166, 82, -1]
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
